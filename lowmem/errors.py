@@ -1,0 +1,77 @@
+"""Every error that `lowmem` raises on purpose.
+
+    LowmemError
+    ├── SourceError          the path or scheme does not lead to a checkpoint
+    ├── CheckpointError      a file of the checkpoint is damaged, missing or lies
+    ├── UnsupportedError     readable, but of a kind that lowmem does not load
+    ├── ModelError           the model cannot be built or cannot be loaded into
+    ├── KeysError            the keys or shapes of checkpoint and model differ
+    ├── PlacementError       a device map that is incomplete, unknown or impossible
+    ├── BudgetError          the plan needs more memory than it may use
+    ├── OffloadError         the offload folder cannot be written or trusted
+    ├── OptionError          an argument has a value that means nothing
+    ├── MeasureError         memory could not be measured
+    └── PeakExceededError    a measured peak is above the asserted limit
+
+Messages name the file, the tensor, what was expected, what was found, and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class LowmemError(Exception):
+    """Base of all errors raised by lowmem."""
+
+
+class SourceError(LowmemError):
+    """The source does not lead to a checkpoint."""
+
+
+class CheckpointError(LowmemError):
+    """A file of the checkpoint is damaged, missing, or contradicts another."""
+
+
+class UnsupportedError(LowmemError):
+    """The checkpoint or model is of a kind that lowmem does not load."""
+
+
+class ModelError(LowmemError):
+    """The model cannot be built, or a loaded model cannot be completed."""
+
+
+class KeysError(LowmemError):
+    """Keys or shapes of the checkpoint and the model differ."""
+
+
+class PlacementError(LowmemError):
+    """The device map is incomplete, unknown or impossible."""
+
+
+class BudgetError(LowmemError):
+    """The load needs more memory than it is allowed.
+
+    Attributes:
+        required: least host bytes (anonymous peak) that this plan can do with.
+        limit: bytes that the load may use.
+    """
+
+    def __init__(self, message: str, *, required: int, limit: int) -> None:
+        super().__init__(message)
+        self.required = required
+        self.limit = limit
+
+
+class OffloadError(LowmemError):
+    """The offload folder cannot be written, or what is in it cannot be trusted."""
+
+
+class OptionError(LowmemError, ValueError):
+    """An argument has a value that means nothing here."""
+
+
+class MeasureError(LowmemError):
+    """Memory could not be measured on this system."""
+
+
+class PeakExceededError(LowmemError, AssertionError):
+    """A measured peak is above the limit that was asserted."""
