@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides in elements of a dense row-major tensor."""
-    strides = []
-    step = 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +16,19 @@ class TensorEntry:
         key: its name in the checkpoint.
         dtype: name of the torch dtype, such as `"bfloat16"`.
         shape: in elements of that dtype.
-        strides: in elements.
         file: the shard that holds it.
         offset: absolute byte offset in that file.
         nbytes: length in bytes.
+        strides: in elements; None means dense and row-major, as every safetensors tensor is.
     """
 
     key: str
     dtype: str
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
     file: Path
     offset: int
     nbytes: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def end(self) -> int:

@@ -7,6 +7,7 @@ Format (https://github.com/huggingface/safetensors#format): 8 bytes little-endia
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 from ..dtypes import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, itemsize
 from ..errors import CheckpointError
-from .records import Shard, TensorEntry, contiguous_strides
+from .records import Shard, TensorEntry
 
 # The limit of the reference reader: a longer header is damage or malice.
 MAX_HEADER = 100_000_000
@@ -72,14 +73,9 @@ def _read_header(file: Path) -> tuple[bytes, int, int]:
 
 
 def _parse_json(file: Path, header: bytes) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise ValueError("a key appears twice")
-        return table
-
     try:
-        table = json.loads(header.decode("utf-8"), object_pairs_hook=no_duplicates)
+        # A key that appears twice needs no check of its own: the bytes of the lost one are a gap in the tiling.
+        table = json.loads(header)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: the header is not valid JSON ({error}); download the file again") from error
     if not isinstance(table, dict):
@@ -90,17 +86,18 @@ def _parse_json(file: Path, header: bytes) -> dict[str, Any]:
 def _entry(file: Path, key: str, info: Any, start: int) -> TensorEntry:
     try:
         name, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (begin, end, *shape)) and begin <= end
+        # `type is int` keeps out True, 1.0 and friends; min() keeps out negatives.
+        sound = {int}.issuperset(map(type, shape)) and type(begin) is type(end) is int
+        sound = sound and 0 <= begin <= end and min(shape, default=0) >= 0
+        count = math.prod(shape)
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
         raise CheckpointError(f"{file}: tensor {key!r}: expected dtype, shape and data_offsets, found {_short(info)}")
-    if name not in SAFETENSORS_DTYPES:
-        raise CheckpointError(f"{file}: tensor {key!r}: unknown dtype {_short(name)}; known: {', '.join(SAFETENSORS_DTYPES)}")
+    if type(name) is not str or name not in SAFETENSORS_DTYPES:
+        known = ", ".join(SAFETENSORS_DTYPES)
+        raise CheckpointError(f"{file}: tensor {key!r}: unknown dtype {_short(name)}; known: {known}")
     dtype, bits = SAFETENSORS_DTYPES[name]
-    count = 1
-    for n in shape:
-        count *= n
     if count * bits != (end - begin) * 8:
         raise CheckpointError(
             f"{file}: tensor {key!r}: {name} of shape {shape} needs {count * bits / 8:g} bytes, "
@@ -111,7 +108,7 @@ def _entry(file: Path, key: str, info: Any, start: int) -> TensorEntry:
         if not shape or shape[-1] % 2:
             raise CheckpointError(f"{file}: tensor {key!r}: F4 needs an even last dimension, found shape {shape}")
         shape = [*shape[:-1], shape[-1] // 2]
-    return TensorEntry(key, dtype, tuple(shape), contiguous_strides(shape), file, start + begin, end - begin)
+    return TensorEntry(key, dtype, tuple(shape), file, start + begin, end - begin)
 
 
 def _check_tiling(file: Path, entries: list[TensorEntry], start: int, size: int) -> None:

@@ -1,0 +1,89 @@
+"""Load large PyTorch checkpoints within a memory budget that you state.
+
+    result = lowmem.load("path/to/model", dtype="bfloat16", ram="8GiB")
+    result.model, result.plan, result.report
+
+Importing this package imports no torch; what needs it imports it when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    BudgetError,
+    CheckpointError,
+    KeysError,
+    LowmemError,
+    MeasureError,
+    ModelError,
+    OffloadError,
+    OptionError,
+    PeakExceededError,
+    PlacementError,
+    SourceError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, TensorEntry, inspect
+    from .loader import LoadResult, load, plan
+    from .memory import Measurement, measure
+    from .planner import LoadPlan, Progress
+    from .report import LoadReport
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "TensorEntry": "checkpoint",
+    "inspect": "checkpoint",
+    "LoadResult": "loader",
+    "load": "loader",
+    "plan": "loader",
+    "Measurement": "memory",
+    "measure": "memory",
+    "LoadPlan": "planner",
+    "Progress": "planner",
+    "LoadReport": "report",
+}
+
+__all__ = [
+    "BudgetError",
+    "Checkpoint",
+    "CheckpointError",
+    "KeysError",
+    "LoadPlan",
+    "LoadReport",
+    "LoadResult",
+    "LowmemError",
+    "MeasureError",
+    "Measurement",
+    "ModelError",
+    "OffloadError",
+    "OptionError",
+    "PeakExceededError",
+    "PlacementError",
+    "Progress",
+    "SourceError",
+    "TensorEntry",
+    "UnsupportedError",
+    "__version__",
+    "inspect",
+    "load",
+    "measure",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,139 @@
+"""The index's `weight_map` against the shards' own headers."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .records import Checkpoint, Shard, TensorEntry
+from .safetensors import MAX_HEADER, read_shard
+from .source import Source, resolve
+
+
+def inspect(source: str | os.PathLike[str]) -> Checkpoint:
+    """Read the headers of a checkpoint, and nothing else: no tensor byte, no torch.
+
+    Args:
+        source: a folder, an index file (`*.safetensors.index.json`) or a `.safetensors` file.
+
+    Returns:
+        The checkpoint: a mapping of key to `TensorEntry`.
+
+    Raises:
+        SourceError: nothing that can be loaded is there.
+        CheckpointError: index and headers contradict each other, or a file is damaged.
+        UnsupportedError: the weights are of a kind that lowmem does not read.
+    """
+    found = resolve(source)
+    if found.index is None:
+        shards, entries = _read_all(found.shards)
+        return _checkpoint(found, shards, entries, found.warnings)
+    weight_map, total_size = _read_index(found.index)
+    files = {name: _inside(found.index, found.folder, name) for name in sorted(set(weight_map.values()))}
+    shards, entries = _read_all(files.values())
+    unlisted = _check_keys(found.index, weight_map, files, entries)
+    warnings = [*found.warnings, *_oddities(found, files, entries, unlisted, total_size)]
+    return _checkpoint(found, shards, entries, warnings)
+
+
+def _checkpoint(
+    found: Source, shards: list[Shard], entries: dict[str, TensorEntry], warnings: Iterable[str]
+) -> Checkpoint:
+    return Checkpoint(
+        source=found.text,
+        folder=found.folder,
+        shards=tuple(shards),
+        entries=entries,
+        index=found.index,
+        config=found.config,
+        warnings=tuple(warnings),
+    )
+
+
+def _read_all(files: Iterable[Path]) -> tuple[list[Shard], dict[str, TensorEntry]]:
+    shards: list[Shard] = []
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        shard, held = read_shard(file)
+        shards.append(shard)
+        for entry in held:
+            if entry.key in entries:
+                raise CheckpointError(
+                    f"{file}: tensor {entry.key!r} lies also in {entries[entry.key].file.name}; "
+                    "expected each key in one shard"
+                )
+            entries[entry.key] = entry
+    return shards, entries
+
+
+def _read_index(index: Path) -> tuple[dict[str, str], Any]:
+    try:
+        info = index.stat()
+        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_HEADER:
+            raise CheckpointError(f"{index}: expected a regular file of at most {MAX_HEADER} bytes")
+        table = json.loads(index.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{index}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not valid JSON ({error}); download it again") from error
+    weight_map = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: expected a 'weight_map' of key to file name, found none")
+    if not weight_map:
+        raise CheckpointError(f"{index}: the weight_map is empty; download it again")
+    metadata = table.get("metadata")
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _inside(index: Path, folder: Path, name: str) -> Path:
+    """The shard `name`, which must lie in the index's folder; a link may lead only where the hub's cache leads."""
+    file = folder / name
+    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(f"{index}: weight_map names {name!r}: expected a file inside {folder}")
+    if not os.path.lexists(file):
+        raise CheckpointError(f"{index}: weight_map names {name!r}, which is missing in {folder}; download it again")
+    try:
+        root, real = folder.resolve(strict=True), file.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: a link that leads nowhere; download it again") from error
+    # The hub's cache keeps models--x/snapshots/<revision>/<name> as links into models--x/blobs.
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    if not real.is_relative_to(root) and not (blobs and real.is_relative_to(blobs)):
+        raise CheckpointError(f"{file}: a link out of its folder, to {real}; put the file itself into {folder}")
+    return file
+
+
+def _check_keys(
+    index: Path, weight_map: dict[str, str], files: dict[str, Path], entries: dict[str, TensorEntry]
+) -> list[str]:
+    """Every key lies where the index says; returns the keys that the index does not mention."""
+    for key, name in weight_map.items():
+        entry = entries.get(key)
+        if entry is None:
+            raise CheckpointError(f"{files[name]}: tensor {key!r} is missing, though {index.name} says it is here")
+        if entry.file is not files[name]:
+            raise CheckpointError(
+                f"{index}: tensor {key!r}: expected in {name}, found in {entry.file.name}; bring the matching index"
+            )
+    return [key for key in entries if key not in weight_map]
+
+
+def _oddities(
+    found: Source, files: dict[str, Path], entries: dict[str, TensorEntry], unlisted: list[str], total_size: Any
+) -> list[str]:
+    """What contradicts the index without stopping a load: said, with what was believed."""
+    odd = []
+    if unlisted:
+        odd.append(f"{len(unlisted)} tensors are in the shards but not in the index ({unlisted[0]}, …); they are used")
+    size = sum(entry.nbytes for entry in entries.values())
+    if isinstance(total_size, int) and total_size != size:
+        odd.append(f"the index claims {total_size} bytes, the shards hold {size}; the shards were believed")
+    stray = [f.name for f in found.folder.glob("*-of-*.safetensors") if f.name not in files]
+    if stray:
+        odd.append(f"{', '.join(sorted(stray))} lie beside the index, which does not name them; they are not read")
+    return odd

@@ -1,0 +1,53 @@
+"""Zero copy: parameters that are pages of the file."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import sys
+
+import torch
+
+from ..checkpoint import Shard, TensorEntry
+from ..errors import CheckpointError
+from .reading import open_shard
+
+# Python 3.10 does not export MAP_NORESERVE; this is its value on the common Linux machines.
+_COMMON = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if _COMMON else 0)
+
+
+def map_shard(shard: Shard) -> torch.Tensor:
+    """The whole file as a uint8 tensor over a private mapping: a write to it copies the page, not the file.
+
+    One mapping serves all tensors of a shard and ends with the last of them. NORESERVE, or the kernel would refuse
+    a private mapping larger than its memory although no page of it is memory.
+
+    Raises:
+        CheckpointError: the file is gone, changed, or cannot be mapped.
+    """
+    fd = open_shard(shard)
+    try:
+        if hasattr(mmap, "MAP_PRIVATE"):
+            pages = mmap.mmap(
+                fd, shard.size, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
+        else:
+            pages = mmap.mmap(fd, shard.size, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{shard.file}: cannot be mapped ({error}); a limit on address space (ulimit -v, ulimit -d) may be the "
+            "reason; residency='copy' reads it instead"
+        ) from error
+    finally:
+        os.close(fd)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def view_of(pages: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """The tensor of `entry` inside its mapped shard."""
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    if entry.nbytes == 0:
+        return torch.empty(entry.shape, dtype=dtype)
+    return pages[entry.offset : entry.end].view(dtype).view(entry.shape)

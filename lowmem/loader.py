@@ -1,0 +1,266 @@
+"""The conductor: source → checkpoint → skeleton → mapping → plan → engine → report."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .checkpoint import Checkpoint, inspect
+from .dtypes import parse_dtype
+from .engine import Installer, run, same_bytes
+from .errors import KeysError, OptionError, PlacementError
+from .limits import device_memory
+from .mapping import KeyMapping, match, refuse
+from .memory import measure
+from .modeling.rules import Rules
+from .modeling.skeleton import ModelSource, Origin, Skeleton, find_origin, make_skeleton
+from .offload import dispatch
+from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
+from .planner.budget import MIN_STAGING
+from .planner.devices import parse_device_map, parse_max_memory
+from .report import LoadReport
+from .sizes import parse_size
+
+
+@dataclass(frozen=True, eq=False)
+class LoadResult:
+    """What `load` gives back.
+
+    Attributes:
+        model: the loaded module, in eval mode.
+        plan: what was decided before the load.
+        report: what happened, predicted beside measured.
+    """
+
+    model: nn.Module = field(repr=False)
+    plan: LoadPlan
+    report: LoadReport
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    model: ModelSource = None,
+    dtype: Any = "auto",
+    device_map: Any = None,
+    max_memory: Mapping[Any, int | str] | None = None,
+    ram: int | str | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    keep_fp32: Iterable[str] = (),
+    residency: str = "map",
+    strict: bool = True,
+    staging: int | str | None = None,
+    no_split: Iterable[str] | None = None,
+    trust_remote_code: bool = False,
+    progress: ProgressCallback | None = None,
+) -> LoadResult:
+    """Load a checkpoint into a model, within a RAM budget.
+
+    Args:
+        source: a folder, an index file or a `.safetensors` file.
+        model: a module, a callable that makes one (run with its parameters on meta), or None for the transformers
+            model that `config.json` describes.
+        dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only.
+        device_map: None (CPU), a device, `"auto"`, `"balanced"`, `"balanced_low_0"`, `"sequential"`, or module →
+            device (`"cpu"`, `"disk"`, `"cuda:0"`, `0`); the nearest enclosing module wins.
+        max_memory: device → bytes that its weights may take.
+        ram: bound on the anonymous host memory that the load adds, such as `"8GiB"`. Default: what the machine, its
+            cgroups and rlimits leave.
+        offload_folder: where weights on disk go that must be cast.
+        keep_fp32: module or parameter names, or patterns with `*`, that stay in fp32 where the rest is fp16 or bf16.
+        residency: `"map"` (same dtype on the CPU is file pages) or `"copy"` (the files can go after the load).
+        strict: refuse missing and mismatched tensors. Otherwise they are initialised by the model's own rule.
+        staging: bound on the readers' buffers, at least 1 MiB.
+        no_split: class names of modules that an inferred device map keeps whole. Default: the model's own.
+        trust_remote_code: whether Python files beside the checkpoint may run.
+        progress: called with a `Progress` from the calling thread.
+
+    Returns:
+        The model, the plan, and the report of predicted beside measured memory.
+
+    Raises:
+        LowmemError: see `lowmem.errors`; a failed load leaves no thread, no temporary file and no changed model.
+    """
+    request = make_request(
+        dtype=dtype,
+        device_map=device_map,
+        max_memory=max_memory,
+        ram=ram,
+        offload_folder=offload_folder,
+        keep_fp32=keep_fp32,
+        residency=residency,
+        strict=strict,
+        staging=staging,
+        no_split=no_split,
+    )
+    checkpoint = inspect(source)
+    origin = find_origin(checkpoint, model, trust_remote_code)
+    started = time.perf_counter()
+    with measure() as memory:
+        skeleton, plan = _prepare(checkpoint, origin, request, settle_ties=True)
+        _check_present(plan)
+        prepared = time.perf_counter()
+        _execute(skeleton, plan, progress)
+    report = LoadReport(plan, time.perf_counter() - started, prepared - started, memory)
+    return LoadResult(skeleton.model, plan, report)
+
+
+def plan(
+    source: str | os.PathLike[str],
+    *,
+    model: ModelSource = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> LoadPlan:
+    """Decide a load without doing it: no tensor byte is read. Takes the options of `load`.
+
+    Raises:
+        LowmemError: whatever `load` would refuse before its first byte.
+    """
+    request = make_request(**options)
+    checkpoint = inspect(source)
+    origin = find_origin(checkpoint, model, trust_remote_code)
+    return _prepare(checkpoint, origin, request, settle_ties=False)[1]
+
+
+def make_request(
+    *,
+    dtype: Any = "auto",
+    device_map: Any = None,
+    max_memory: Mapping[Any, int | str] | None = None,
+    ram: int | str | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    keep_fp32: Iterable[str] = (),
+    residency: str = "map",
+    strict: bool = True,
+    staging: int | str | None = None,
+    no_split: Iterable[str] | None = None,
+) -> LoadRequest:
+    """Parse the options of `load`.
+
+    Raises:
+        OptionError: a value that means nothing.
+    """
+    if residency not in ("map", "copy"):
+        raise OptionError(f"residency: expected 'map' or 'copy', found {residency!r}")
+    staged = None if staging is None else parse_size(staging, "staging")
+    if staged is not None and staged < MIN_STAGING:
+        raise OptionError(f"staging: expected at least 1MiB, found {staging!r}")
+    return LoadRequest(
+        dtype=parse_dtype(dtype),
+        device_map=parse_device_map(device_map),
+        max_memory=parse_max_memory(max_memory),
+        ram=None if ram is None else parse_size(ram, "ram"),
+        staging=staged,
+        offload_folder=None if offload_folder is None else Path(offload_folder),
+        keep_fp32=_names(keep_fp32, "keep_fp32"),
+        residency="map" if residency == "map" else "copy",
+        strict=strict,
+        no_split=None if no_split is None else _names(no_split, "no_split"),
+    )
+
+
+def _names(value: Iterable[str], what: str) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value)
+    bad = [name for name in names if not isinstance(name, str) or not name]
+    if bad:
+        raise OptionError(f"{what}: expected names, found {bad[0]!r}")
+    return names
+
+
+def _prepare(
+    checkpoint: Checkpoint, origin: Origin, request: LoadRequest, settle_ties: bool
+) -> tuple[Skeleton, LoadPlan]:
+    """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
+    skeleton = make_skeleton(origin, checkpoint, request.dtype)
+    mapping = match(checkpoint, skeleton)
+    if settle_ties and mapping.doubled:
+        mapping = match(checkpoint, skeleton, _differing(checkpoint, skeleton, mapping))
+    if request.strict:
+        refuse(mapping, checkpoint.source)
+    return skeleton, make_plan(checkpoint, skeleton, mapping, request)
+
+
+def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping) -> set[str]:
+    """Names that are tied in the model but have values of their own in the checkpoint.
+
+    Raises:
+        KeysError: a plain module cannot hold two values in one tensor.
+    """
+    names = skeleton.rules.rename(checkpoint, skeleton.targets)
+    keys = {name: key for key, name in names.items()}
+    shards = {shard.file: shard for shard in checkpoint.shards}
+    differing: set[str] = set()
+    for name, leader in mapping.doubled.items():
+        a, b = checkpoint[keys[name]], checkpoint[keys[leader]]
+        if not same_bytes(a, b, shards):
+            if type(skeleton.rules) is Rules:
+                raise KeysError(
+                    f"{a.file}: {a.key!r} and {b.key!r} differ, and the model ties them to one tensor; "
+                    "untie them in the model, or bring the checkpoint that belongs to it"
+                )
+            differing |= {name, leader}
+    return differing
+
+
+def _check_present(plan: LoadPlan) -> None:
+    """A plan may name devices of another machine; a load may not.
+
+    Raises:
+        PlacementError: a device of the plan is not here.
+    """
+    here = {"cpu", "disk", *device_memory()}
+    lost = [d for d in plan.devices if d not in here and not d.startswith(("mps", "xpu", "npu"))]
+    if lost:
+        raise PlacementError(
+            f"device_map: {lost[0]} is not on this machine (found: {', '.join(sorted(here))}); "
+            "lowmem plan works without it, a load does not"
+        )
+
+
+def _execute(skeleton: Skeleton, plan: LoadPlan, progress: ProgressCallback | None) -> None:
+    """Run the plan; on any error the model is as it was before."""
+    installer = Installer(skeleton.model)
+    state = _State(skeleton.model)
+    try:
+        run(plan, installer, progress)
+        fresh = [name for p in plan.placements if p.residency == "init" for name in p.names]
+        if fresh:
+            skeleton.rules.initialise(fresh)
+        folder = plan.checkpoint.folder if plan.checkpoint.config is not None else None
+        skeleton.rules.finish(_unfed(plan), folder)
+        skeleton.model.eval()
+        dispatch(skeleton.model, plan, skeleton.rules)
+    except BaseException:
+        installer.undo()
+        state.restore()
+        gc.collect()
+        raise
+    installer.commit()
+
+
+def _unfed(plan: LoadPlan) -> set[str]:
+    """State-dict names that no key of the checkpoint fed directly."""
+    mapping = plan.mapping
+    return {*mapping.missing, *mapping.excused, *mapping.tied, *(m.target for m in mapping.mismatched)}
+
+
+class _State:
+    """Training flags of a module, to be put back when a load fails."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = [(module, module.training) for module in model.modules()]
+
+    def restore(self) -> None:
+        for module, training in self._modes:
+            module.training = training
+
+
+__all__ = ["LoadResult", "load", "make_request", "plan"]

@@ -1,0 +1,112 @@
+"""The records of this room: which entry feeds which region of which target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ..checkpoint import TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of a target, as torch's `as_strided` takes it: offset, shape and strides in elements of the target.
+
+    A source tensor is read in row-major order and written through these strides, so that a slice of a fused tensor
+    or a transposed part needs no scratch memory.
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Elements in the region."""
+        return math.prod(self.shape)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the elements lie one behind the other."""
+        step = 1
+        for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if n != 1 and stride != step:
+                return False
+            step *= n
+        return True
+
+    def pieces(self, most: int) -> Iterator[tuple[int, Region]]:
+        """Cut into regions of at most `most` elements, in row-major order: (elements before it, piece)."""
+        if self.count <= most:
+            if self.count:
+                yield 0, Region(self.offset, (self.count,), (1,)) if self.dense else self
+        elif self.dense:
+            for at in range(0, self.count, most):
+                yield at, Region(self.offset + at, (min(most, self.count - at),), (1,))
+        else:
+            yield from self._rows(most)
+
+    def _rows(self, most: int) -> Iterator[tuple[int, Region]]:
+        row = math.prod(self.shape[1:])
+        take = max(1, most // row)
+        for at in range(0, self.shape[0], take):
+            shape = (min(take, self.shape[0] - at), *self.shape[1:])
+            part = Region(self.offset + at * self.strides[0], shape, self.strides)
+            if part.count <= most:
+                yield at * row, part
+            else:
+                # One row is more than a piece: cut inside it.
+                inner = Region(part.offset, self.shape[1:], self.strides[1:])
+                for before, piece in inner.pieces(most):
+                    yield at * row + before, piece
+
+
+def whole(shape: tuple[int, ...]) -> Region:
+    """The region that is all of a dense target."""
+    count = math.prod(shape)
+    return Region(0, (count,), (1,))
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One entry that feeds one region of one target; both have as many elements."""
+
+    entry: TensorEntry
+    target: str
+    region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A key whose tensor does not fit its target."""
+
+    key: str
+    target: str
+    found: tuple[int, ...]
+    expected: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KeyMapping:
+    """Which entry feeds which target, and what is left over.
+
+    Attributes:
+        links: in the checkpoint's file order.
+        tied: target → the target of its tie group that is fed in its stead.
+        doubled: targets of a tie group that the checkpoint holds more than once: name → the name that is fed.
+        missing: targets of the state dict that nothing feeds.
+        excused: missing ones that the model's kind allows to be missing.
+        unexpected: keys that feed nothing.
+        mismatched: keys of another shape than their target.
+        suggestions: what would probably mend the differences, a sentence each.
+    """
+
+    links: tuple[Link, ...]
+    tied: Mapping[str, str]
+    doubled: Mapping[str, str]
+    missing: tuple[str, ...]
+    excused: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[Mismatch, ...]
+    suggestions: tuple[str, ...]

@@ -1,0 +1,293 @@
+"""Models of transformers: built from `config.json` without weights, and finished by transformers' own rules.
+
+What `from_pretrained` decides is read from the same attributes it reads (`transformers/modeling_utils.py`, version 5).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import Checkpoint
+from ..errors import ModelError, UnsupportedError
+from .rules import Rules
+from .targets import Target, owner_of
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError(
+            "config.json describes a transformers model, and transformers cannot be imported "
+            f"({error}); install lowmem[transformers], or give model="
+        ) from error
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ModelError(f"expected transformers 5, found {transformers.__version__}; install lowmem[transformers]")
+    return transformers
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether `model` is a transformers model, told without importing transformers."""
+    return any(
+        base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.")
+        for base in type(model).__mro__
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What `config.json` names: a model class, imported, and its config."""
+
+    cls: Any
+    config: Any
+
+
+def read_blueprint(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Blueprint:
+    """Read `config.json` beside the checkpoint and import the class that it names.
+
+    Raises:
+        ModelError: config.json is damaged, or names a class that does not exist.
+        UnsupportedError: quantised weights, or code that the user did not allow.
+    """
+    assert checkpoint.config is not None
+    _refuse_quantised(checkpoint.config)
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(checkpoint.folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # whatever a config class raises for whatever a file says
+        raise ModelError(f"{checkpoint.config}: transformers cannot read it: {error}") from error
+    config.name_or_path = str(checkpoint.folder)
+    return Blueprint(_model_class(transformers, config, checkpoint, trust_remote_code), config)
+
+
+def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module:
+    """The model on meta, at its final dtypes.
+
+    Args:
+        blueprint: class and config.
+        checkpoint: decides the dtype when neither the request nor the config does.
+        dtype: `"auto"` (the config's, else that of the checkpoint's first float) or a torch name.
+
+    Raises:
+        ModelError: the class does not accept the config.
+    """
+    config = copy.deepcopy(blueprint.config)
+    resolved = _resolve_dtype(config, checkpoint, dtype)
+    # Some models ask a tensor for its value while they are built; transformers keeps those off meta.
+    from transformers import initialization
+
+    safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
+    try:
+        with torch.device("meta"), safe():
+            model: nn.Module = blueprint.cls._from_config(config, dtype=resolved)
+    except Exception as error:  # whatever a model class raises for whatever a config says
+        raise ModelError(f"{checkpoint.config}: {blueprint.cls.__name__} cannot be built from it: {error}") from error
+    return model
+
+
+def _refuse_quantised(config: Path) -> None:
+    try:
+        table = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{config}: not valid JSON ({error}); bring the model's own config.json") from error
+    if not isinstance(table, dict):
+        raise ModelError(f"{config}: expected a JSON object; bring the model's own config.json")
+    quantisation = table.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
+        raise UnsupportedError(
+            f"{config}: the weights are quantised ({method!r}), which lowmem does not load; "
+            "use the checkpoint in fp32, bf16 or fp16"
+        )
+
+
+def _model_class(transformers: Any, config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    architectures = getattr(config, "architectures", None) or []
+    for name in architectures:
+        reference = next(
+            (ref for ref in (getattr(config, "auto_map", None) or {}).values() if str(ref).endswith(f".{name}")), None
+        )
+        if reference is not None and trust_remote_code:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            return get_class_from_dynamic_module(reference, str(checkpoint.folder))
+        cls = getattr(transformers, str(name), None)
+        if isinstance(cls, type) and hasattr(cls, "_from_config"):
+            return cls
+        if reference is not None:
+            raise UnsupportedError(
+                f"{checkpoint.config}: {name} is code beside the checkpoint ({reference}); "
+                "pass trust_remote_code=True to run it"
+            )
+    if architectures:
+        raise ModelError(
+            f"{checkpoint.config}: transformers {transformers.__version__} has no class {architectures[0]!r}; "
+            "update transformers, or give model="
+        )
+    # No class is named: the headless one, as AutoModel would choose.
+    mapping = transformers.MODEL_MAPPING
+    if type(config) not in mapping:
+        raise ModelError(
+            f"{checkpoint.config}: no 'architectures', and no model for {type(config).__name__}; give model="
+        )
+    return mapping[type(config)]
+
+
+def _resolve_dtype(config: Any, checkpoint: Checkpoint, dtype: str) -> torch.dtype:
+    """`"auto"` is the config's dtype, else that of the first float in the checkpoint."""
+    if dtype != "auto":
+        resolved = dtype
+    elif config.dtype is not None:
+        resolved = str(config.dtype).removeprefix("torch.")
+    else:
+        usable = ("float64", "float32", "float16", "bfloat16")
+        resolved = next((e.dtype for e in checkpoint.values() if e.dtype in usable), "float32")
+    if resolved.startswith("float8"):
+        raise UnsupportedError(f"dtype {resolved}: a transformers model cannot be built at this dtype; use bfloat16")
+    value: torch.dtype = getattr(torch, resolved)
+    return value
+
+
+class TransformersRules(Rules):
+    """The rules of a transformers model, read from the attributes that `from_pretrained` reads."""
+
+    kind = "transformers"
+
+    def __init__(self, model: nn.Module, built: bool) -> None:
+        super().__init__(model)
+        hf: Any = model
+        self._hf = hf
+        # A model that the caller built has whatever dtype it was built with; the request decides then.
+        self.owns_dtypes = built
+        self.no_split = tuple(sorted(hf._no_split_modules or ()))
+        self.skip_keys = tuple(sorted(hf._skip_keys_device_placement or ()))
+        self._conversions: list[Any] = []
+
+    def declared_ties(self) -> Mapping[str, str]:
+        """`all_tied_weights_keys`: target → source."""
+        ties: Mapping[str, str] = getattr(self._hf, "all_tied_weights_keys", None) or {}
+        return ties
+
+    def rename(self, checkpoint: Checkpoint, targets: Mapping[str, Target]) -> dict[str, str]:
+        """Old names, scoped prefixes and the base model's prefix, by transformers' own description.
+
+        Raises:
+            UnsupportedError: a key belongs to a conversion that reshuffles tensors (fused experts and the like).
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        self._conversions = list(get_model_conversion_mapping(self._hf))
+        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        renamings = [c for c in self._conversions if not isinstance(c, WeightConverter)]
+        prefix = self._hf.base_model_prefix
+        # rename_source_key looks names up with .get() and compares with None
+        state = {name: target for name, target in targets.items() if target.persistent}
+        names: dict[str, str] = {}
+        for key in checkpoint:
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], prefix, state)
+            if pattern is not None and name in state:
+                raise UnsupportedError(
+                    f"{checkpoint[key].file}: tensor {key!r} must be fused or split for {type(self._hf).__name__} "
+                    f"(transformers' conversion {pattern!r}), which lowmem does not do yet; "
+                    "save the model once with save_original_format=False, or load it with transformers"
+                )
+            names[key] = name
+        return names
+
+    def keep_fp32(self, dtype: str, names: Iterable[str]) -> set[str]:
+        """`_keep_in_fp32_modules` for fp16, `_keep_in_fp32_modules_strict` for fp16 and bf16."""
+        patterns: set[str] = set()
+        if dtype == "float16":
+            patterns.update(self._hf._keep_in_fp32_modules or ())
+        if dtype in ("float16", "bfloat16"):
+            patterns.update(self._hf._keep_in_fp32_modules_strict or ())
+        if not patterns:
+            return set()
+        # Searched anywhere in the name, `*` for anything: core_model_loading.build_glob_alternation.
+        matcher = re.compile("|".join(f"(?:{p.replace('*', '.*')})" for p in sorted(patterns)))
+        return {name for name in names if matcher.search(name)}
+
+    def may_miss(self, names: Collection[str]) -> set[str]:
+        """`_keys_to_ignore_on_load_missing`."""
+        return _searched(self._hf._keys_to_ignore_on_load_missing, names)
+
+    def may_ignore(self, keys: Collection[str]) -> set[str]:
+        """`_keys_to_ignore_on_load_unexpected`, and buffers that were persistent in old checkpoints."""
+        patterns = set(self._hf._keys_to_ignore_on_load_unexpected or ())
+        buffers = [name for name, _ in self._hf.named_buffers()]
+        if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+            patterns.add(r"rotary_emb\.inv_freq")
+        if any(name.endswith("position_ids") for name in buffers):
+            patterns.add(r"(^|\.)position_ids$")
+        return _searched(patterns, keys)
+
+    def check_initialisable(self, names: Collection[str]) -> None:
+        """`_init_weights` covers every module."""
+
+    def initialise(self, names: Collection[str]) -> None:
+        """`initialize_weights` touches only what is not marked as initialised; mark all the rest."""
+        wanted = set(names)
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            prefix = f"{path}." if path else ""
+            fresh = False
+            for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is None:
+                    continue
+                fresh = fresh or prefix + leaf in wanted
+                tensor._is_hf_initialized = prefix + leaf not in wanted  # type: ignore[attr-defined]
+            module._is_hf_initialized = not fresh
+        self._hf.initialize_weights()
+
+    def finish(self, missing: Collection[str], folder: Path | None) -> None:
+        """Rotary and other transient buffers, ties, generation config, eval mode."""
+        self._fill_meta_buffers()
+        self._hf.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+        self._hf._weight_conversions = [c for c in self._conversions if c.was_used()]
+        if folder is not None:
+            self._read_generation_config(folder)
+        super().finish(missing, folder)
+
+    def _fill_meta_buffers(self) -> None:
+        """Buffers that no checkpoint holds are filled by `_init_weights`, as `from_pretrained` does."""
+        lost = [name for name, buffer in self.model.named_buffers(remove_duplicate=False) if buffer.is_meta]
+        for name in lost:
+            owner, leaf = owner_of(self.model, name)
+            buffer = owner._buffers[leaf]
+            assert buffer is not None
+            owner._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+        if lost:
+            self.initialise(lost)
+
+    def _read_generation_config(self, folder: Path) -> None:
+        if not self._hf.can_generate():
+            return
+        from transformers import GenerationConfig
+
+        options: dict[str, Any] = {"local_files_only": True}
+        if not (folder / "generation_config.json").is_file():
+            if not (folder / "config.json").is_file():
+                return
+            options.update(config_file_name="config.json", _from_model_config=True)
+        self._hf.generation_config = GenerationConfig.from_pretrained(str(folder), **options)
+
+
+def _searched(patterns: Iterable[str] | None, names: Collection[str]) -> set[str]:
+    if not patterns:
+        return set()
+    matcher = re.compile("|".join(f"(?:{p})" for p in patterns))
+    return {name for name in names if matcher.search(name)}

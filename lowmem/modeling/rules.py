@@ -1,0 +1,106 @@
+"""What a kind of model decides for itself. `Rules` is the plain `nn.Module`; other kinds override what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..checkpoint import Checkpoint
+from ..errors import ModelError
+from .targets import Target, owner_of
+
+
+class Rules:
+    """The rules of a plain `nn.Module`.
+
+    Attributes:
+        kind: name for reports.
+        owns_dtypes: the model was built at its final dtypes, so the checkpoint's dtypes do not decide them.
+        no_split: class names of modules that must stay on one device.
+        skip_keys: keyword names that accelerate's hooks must not move between devices.
+    """
+
+    kind = "torch.nn.Module"
+    owns_dtypes = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.no_split: tuple[str, ...] = ()
+        self.skip_keys: tuple[str, ...] = ()
+
+    def declared_ties(self) -> Mapping[str, str]:
+        """Targets that will share a tensor after the load, beyond those that share one now."""
+        return {}
+
+    def rename(self, checkpoint: Checkpoint, targets: Mapping[str, Target]) -> dict[str, str]:
+        """Checkpoint key → target name. A name that is no target makes the key an unexpected one."""
+        return {key: key for key in checkpoint}
+
+    def keep_fp32(self, dtype: str, names: Iterable[str]) -> set[str]:
+        """Targets that the model itself wants in fp32 when the rest is `dtype`."""
+        return set()
+
+    def may_miss(self, names: Collection[str]) -> set[str]:
+        """Those of `names` that this model may lack in the checkpoint without it being an error."""
+        return set()
+
+    def may_ignore(self, keys: Collection[str]) -> set[str]:
+        """Those of the checkpoint's keys that this model never uses, which is nothing to report."""
+        return set()
+
+    def check_initialisable(self, names: Collection[str]) -> None:
+        """Refuse before the load what `initialise` could not do.
+
+        Raises:
+            ModelError: a module with a missing tensor has no `reset_parameters`.
+        """
+        for name in names:
+            owner, leaf = owner_of(self.model, name)
+            if not callable(getattr(owner, "reset_parameters", None)):
+                raise ModelError(
+                    f"tensor {name!r} is not in the checkpoint, and {type(owner).__name__} has no reset_parameters to "
+                    f"initialise {leaf!r} with; give a model that has values there"
+                )
+
+    def initialise(self, names: Collection[str]) -> None:
+        """Give the allocated but uninitialised tensors `names` the values of the model's own rule.
+
+        Raises:
+            ModelError: a module with a missing tensor has no `reset_parameters`.
+        """
+        self.check_initialisable(names)
+        for path in sorted({name.rpartition(".")[0] for name in names}):
+            module = self.model.get_submodule(path) if path else self.model
+            leaves = {name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == path}
+            _reset_only(module, leaves)
+
+    def finish(self, missing: Collection[str], folder: Path | None) -> None:
+        """After every tensor is in its place. `missing`: state-dict names that no key of the checkpoint fed."""
+        lost = [name for name, target in self.model.named_buffers() if target.is_meta]
+        if lost:
+            raise ModelError(
+                f"buffer {lost[0]!r} is on the meta device and not in the checkpoint ({len(lost)} such); give lowmem a "
+                "callable that builds the model, so that buffers keep their values"
+            )
+
+
+def _reset_only(module: nn.Module, leaves: Collection[str]) -> None:
+    """Run `reset_parameters` so that it changes only `leaves`: the others lend it scratch tensors meanwhile."""
+    kept = {leaf: p for leaf, p in module._parameters.items() if p is not None and leaf not in leaves}
+    kept_buffers = {leaf: b for leaf, b in module._buffers.items() if b is not None and leaf not in leaves}
+    try:
+        for leaf, parameter in kept.items():
+            # meta tensors take every in-place initialiser and cost nothing
+            module._parameters[leaf] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        for leaf, buffer in kept_buffers.items():
+            module._buffers[leaf] = buffer.to("meta")
+        reset = module.reset_parameters
+        assert callable(reset)
+        with torch.no_grad():
+            reset()
+    finally:
+        module._parameters.update(kept)
+        module._buffers.update(kept_buffers)

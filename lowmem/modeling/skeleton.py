@@ -1,0 +1,98 @@
+"""From whatever the caller has (a config, a callable, a module) to a model that waits for its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..checkpoint import Checkpoint
+from ..errors import ModelError
+from . import hf
+from .empty import empty_parameters
+from .rules import Rules
+from .targets import Target, read_targets
+
+ModelSource = nn.Module | Callable[[], nn.Module] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """A model without its weights.
+
+    Attributes:
+        model: the module itself.
+        targets: its parameters and buffers by name.
+        rules: what its kind decides.
+        borrowed: the caller gave the module, so a failed load must leave it as it was.
+    """
+
+    model: nn.Module
+    targets: Mapping[str, Target]
+    rules: Rules
+    borrowed: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where the model will come from, with everything imported that building it needs."""
+
+    model: nn.Module | Callable[[], nn.Module] | hf.Blueprint
+
+
+def find_origin(checkpoint: Checkpoint, model: ModelSource, trust_remote_code: bool) -> Origin:
+    """Settle what the model is made from, before any memory is counted.
+
+    Args:
+        checkpoint: gives the `config.json`, when `model` is None.
+        model: a module, a callable that makes one (run with its parameters on meta), or None.
+        trust_remote_code: whether Python files beside the checkpoint may run.
+
+    Raises:
+        ModelError: there is no config and no model, or the config cannot be used.
+        UnsupportedError: the config asks for what lowmem does not do.
+    """
+    if model is not None:
+        if not isinstance(model, nn.Module) and not callable(model):
+            raise ModelError(
+                f"model: expected a torch.nn.Module or a callable that makes one, found {type(model).__name__}"
+            )
+        return Origin(model)
+    if checkpoint.config is None:
+        raise ModelError(
+            f"{checkpoint.source}: no config.json beside the weights, so the model is unknown; "
+            "give model= (a module or a callable that makes one)"
+        )
+    return Origin(hf.read_blueprint(checkpoint, trust_remote_code))
+
+
+def make_skeleton(origin: Origin, checkpoint: Checkpoint, dtype: str) -> Skeleton:
+    """Build or adopt the model, on meta where lowmem builds it.
+
+    Args:
+        origin: what it is made from.
+        checkpoint: decides the dtype of a transformers model when nothing else does.
+        dtype: `"auto"` or a torch name.
+
+    Raises:
+        ModelError: building failed.
+    """
+    source = origin.model
+    if isinstance(source, hf.Blueprint):
+        module = hf.build(source, checkpoint, dtype)
+    elif isinstance(source, nn.Module):
+        module = source
+    else:
+        module = _call(source)
+    built = isinstance(source, hf.Blueprint)
+    rules = hf.TransformersRules(module, built) if hf.is_transformers_model(module) else Rules(module)
+    return Skeleton(module, read_targets(module, rules.declared_ties()), rules, isinstance(source, nn.Module))
+
+
+def _call(factory: Callable[[], nn.Module]) -> nn.Module:
+    with empty_parameters():
+        module = factory()
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"model: the callable gave {type(module).__name__}; expected a torch.nn.Module")
+    return module

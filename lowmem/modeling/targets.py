@@ -1,0 +1,105 @@
+"""The parameters and buffers of a model, as records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One parameter or buffer of the model.
+
+    Attributes:
+        name: dotted name in the model.
+        shape: in elements.
+        dtype: name of the torch dtype that the model gave it.
+        kind: `"parameter"` or `"buffer"`.
+        persistent: whether it belongs to the state dict.
+        tie: name of the first target that shares its tensor; its own name when nothing does.
+        real: whether it has values already, that is, does not lie on the meta device.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    persistent: bool
+    tie: str
+    real: bool
+
+
+def read_targets(model: nn.Module, tied: Mapping[str, str] | None = None) -> dict[str, Target]:
+    """All parameters and buffers of `model`, by name, in the model's order.
+
+    Args:
+        model: any module.
+        tied: name → name pairs that share a tensor although the objects differ now (transformers declares these).
+    """
+    targets: dict[str, Target] = {}
+    first: dict[int, str] = {}
+    declared = dict(tied or {})
+    # Shared modules count under each of their names, as in the state dict.
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        transient = module._non_persistent_buffers_set
+        for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
+            for leaf, tensor in table.items():
+                if tensor is None:
+                    continue
+                name = prefix + leaf
+                targets[name] = Target(
+                    name=name,
+                    shape=tuple(tensor.shape),
+                    dtype=str(tensor.dtype).removeprefix("torch."),
+                    kind=kind,
+                    persistent=kind == "parameter" or leaf not in transient,
+                    tie=first.setdefault(id(tensor), name),
+                    real=not tensor.is_meta,
+                )
+    return _join_declared(targets, declared)
+
+
+def _join_declared(targets: dict[str, Target], declared: dict[str, str]) -> dict[str, Target]:
+    """Merge tie groups that are only declared; a group is named after its first member in the model's order."""
+    if not declared:
+        return targets
+    root = {name: target.tie for name, target in targets.items()}
+
+    def find(name: str) -> str:
+        while root[name] != name:
+            name = root[name]
+        return name
+
+    order = {name: i for i, name in enumerate(targets)}
+    for name, other in declared.items():
+        if name in root and other in root:
+            a, b = sorted((find(name), find(other)), key=order.__getitem__)
+            root[b] = a
+    return {
+        name: target if (tie := find(name)) == target.tie else _with_tie(target, tie)
+        for name, target in targets.items()
+    }
+
+
+def _with_tie(target: Target, tie: str) -> Target:
+    return Target(target.name, target.shape, target.dtype, target.kind, target.persistent, tie, target.real)
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the target `name`, and the leaf name there."""
+    path, _, leaf = name.rpartition(".")
+    return (model.get_submodule(path) if path else model), leaf
+
+
+def tensor_of(model: nn.Module, name: str) -> torch.Tensor:
+    """The tensor that the model holds under `name` now."""
+    owner, leaf = owner_of(model, name)
+    tensor = owner._parameters.get(leaf)
+    if tensor is None:
+        tensor = owner._buffers[leaf]
+    assert tensor is not None
+    return tensor

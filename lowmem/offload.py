@@ -1,0 +1,70 @@
+"""Weights on disk or on other devices at run time: accelerate's hooks, told where everything lies."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from .modeling.rules import Rules
+from .modeling.targets import tensor_of
+from .planner import LoadPlan
+
+
+def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
+    """Make `model(...)` work wherever its weights are.
+
+    On one device nothing is attached. Otherwise `accelerate.dispatch_model` moves weights and inputs at run time; a
+    weight on disk is read from where the plan left it: the checkpoint itself, or the offload folder.
+    """
+    devices = set(plan.device_map.values())
+    if devices == {"cpu"}:
+        return
+    if len(devices) == 1 and "disk" not in devices:
+        # The weights are there; this moves the buffers that no checkpoint holds.
+        model.to(torch.device(devices.pop()))
+        return
+    from accelerate import dispatch_model
+
+    dispatch_model(
+        model,
+        device_map={module: _as_accelerate(device) for module, device in plan.device_map.items()},
+        main_device=_as_accelerate(plan.main_device),
+        state_dict=_kept_in_memory(model, plan),
+        offload_index=offload_index(plan),
+        skip_keys=list(rules.skip_keys) or None,
+    )
+
+
+def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:
+    """Name → file and key, as accelerate's `OffloadedWeightsLoader` reads it, for every weight on disk."""
+    index: dict[str, dict[str, str]] = {}
+    for placement in plan.placements:
+        if placement.residency == "refer":
+            entry = placement.links[0].entry
+            where = {"safetensors_file": os.fspath(entry.file.absolute()), "weight_name": entry.key}
+        elif placement.residency == "write":
+            assert plan.offload is not None
+            file = plan.offload.find(placement.target)
+            where = {"safetensors_file": os.fspath(file.absolute()), "weight_name": placement.target}
+        else:
+            continue
+        index.update(dict.fromkeys(placement.names, where))
+    return index
+
+
+def _kept_in_memory(model: nn.Module, plan: LoadPlan) -> dict[str, torch.Tensor] | None:
+    """Weights that wait in host memory for another device, or that have no file although their layer is on disk."""
+    kept: dict[str, torch.Tensor] = {}
+    for placement in plan.placements:
+        waits = placement.device == "cpu" and plan.main_device != "cpu"
+        if waits or (placement.residency == "init" and "disk" in plan.device_map.values()):
+            kept.update({name: tensor_of(model, name).detach() for name in placement.names})
+    return kept or None
+
+
+def _as_accelerate(device: str) -> Any:
+    kind, _, index = device.partition(":")
+    return int(index) if kind in ("cuda", "xpu", "npu") else device

@@ -1,0 +1,53 @@
+"""Host memory: what a load may use, how much of it the readers' buffers get, and the refusal."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import BudgetError
+from ..sizes import KIB, MIB, format_size
+from .records import ALIGNMENT, Staging
+
+MIN_STAGING = MIB
+MAX_WORKERS = 4
+# A buffer below this spends more time on the calls than on the bytes.
+_MIN_BUFFER = 512 * KIB
+
+
+def workers_here() -> int:
+    """Reader threads on this machine: the processors that this process may use, at most four."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(MAX_WORKERS, count))
+
+
+def fit_staging(room: int, wanted: int | None, need: int) -> Staging:
+    """The largest staging that fits.
+
+    Args:
+        room: bytes that the limit leaves for buffers.
+        wanted: the user's bound in bytes, or None.
+        need: bytes of one worker's buffer at full size; 0 when every byte is read straight into its place.
+    """
+    workers = workers_here()
+    if not need:
+        return Staging(workers, 0)
+    total = max(MIN_STAGING, min(room, workers * need if wanted is None else wanted))
+    workers = max(1, min(workers, total // min(need, _MIN_BUFFER)))
+    each = min(need, total // workers)
+    return Staging(workers, each - each % ALIGNMENT)
+
+
+def refuse(required: int, limit: int, bound_by: str, remedies: list[str]) -> None:
+    """Raise the refusal.
+
+    Raises:
+        BudgetError: always.
+    """
+    advice = "; or ".join(remedies) if remedies else "free memory on this machine, or raise its limit"
+    raise BudgetError(
+        f"the load needs at least {format_size(required)} of host memory ({required} bytes), "
+        f"and {bound_by} allows {format_size(limit)}. It would fit with less: {advice}",
+        required=required,
+        limit=limit,
+    )

@@ -1,0 +1,167 @@
+"""Module → device: what the user said, or accelerate's inference fed with what accelerate does not know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import OptionError, PlacementError
+from ..mapping import KeyMapping
+from ..limits import device_memory
+from ..modeling.skeleton import Skeleton
+from ..sizes import parse_size
+
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def device_name(device: object, what: str = "device_map") -> str:
+    """`"cpu"`, `"disk"`, `"cuda:1"`, … for what people write: `1`, `"1"`, `"cuda"`, `torch.device("cuda", 1)`.
+
+    Raises:
+        OptionError: no such kind of device.
+    """
+    text = str(device).strip()
+    if isinstance(device, bool):
+        raise OptionError(f"{what}: expected a device such as 'cpu', 'cuda:0' or 'disk', found {device!r}")
+    if text.isdecimal():
+        text = f"cuda:{text}"
+    kind, _, index = text.partition(":")
+    if kind in ("cpu", "disk") and index in ("", "0"):
+        return kind
+    if kind in ("cuda", "xpu", "npu", "mps") and (index == "" or index.isdecimal()):
+        return f"{kind}:{int(index or 0)}" if kind != "mps" else "mps"
+    raise OptionError(f"{what}: expected a device such as 'cpu', 'cuda:0' or 'disk', found {device!r}")
+
+
+def parse_device_map(value: Any) -> str | dict[str, str] | None:
+    """A strategy's name, or module → device; a single device is `{"": device}`.
+
+    Raises:
+        OptionError: neither a strategy nor a device nor a mapping of names to devices.
+    """
+    if value is None or (isinstance(value, str) and value in STRATEGIES):
+        return value
+    if isinstance(value, Mapping):
+        bad = [key for key in value if not isinstance(key, str)]
+        if bad:
+            raise OptionError(f"device_map: expected module names as keys, found {bad[0]!r}")
+        return {key: device_name(device, f"device_map[{key!r}]") for key, device in value.items()}
+    try:
+        return {"": device_name(value)}
+    except OptionError as error:
+        raise OptionError(f"{error}; or one of {', '.join(STRATEGIES)}, or a mapping of module to device") from None
+
+
+def parse_max_memory(value: Any) -> dict[str, int] | None:
+    """Device → bytes.
+
+    Raises:
+        OptionError: not a mapping of devices to sizes.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise OptionError(f"max_memory: expected a mapping such as {{'cpu': '6GiB', 0: '20GiB'}}, found {value!r}")
+    return {
+        device_name(device, "max_memory"): parse_size(size, f"max_memory[{device!r}]") for device, size in value.items()
+    }
+
+
+def infer(
+    skeleton: Skeleton,
+    final: Mapping[str, str],
+    strategy: str,
+    max_memory: Mapping[str, int],
+    no_split: tuple[str, ...],
+) -> dict[str, str]:
+    """accelerate's `infer_auto_device_map`, at the final dtypes and within the given memory.
+
+    Every tensor's dtype is given as a special one: accelerate alone would take the smaller of the model's and the
+    requested size, and knows no keep-list.
+    """
+    import torch
+    from accelerate.utils import get_balanced_memory, infer_auto_device_map
+
+    special = {name: getattr(torch, dtype) for name, dtype in final.items()}
+    memory: dict[Any, int] = {_as_accelerate(device): size for device, size in max_memory.items()}
+    with _quiet():
+        if strategy != "sequential":
+            memory = get_balanced_memory(
+                skeleton.model,
+                max_memory=memory,
+                no_split_module_classes=list(no_split),
+                special_dtypes=special,
+                low_zero=strategy == "balanced_low_0",
+            )
+        inferred = infer_auto_device_map(
+            skeleton.model, max_memory=memory, no_split_module_classes=list(no_split), special_dtypes=special
+        )
+    return {module: device_name(device) for module, device in inferred.items()}
+
+
+def _as_accelerate(device: str) -> int | str:
+    """accelerate counts accelerators by number."""
+    kind, _, index = device.partition(":")
+    return int(index) if kind in ("cuda", "xpu", "npu") else device
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Planning for GPUs of another machine is not worth accelerate's warning that they are not here."""
+    logger = logging.getLogger("accelerate.utils.modeling")
+    disabled = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
+def default_max_memory(host_available: int) -> dict[str, int]:
+    """What this machine has: every visible accelerator's free bytes, then the host's."""
+    return {**device_memory(), "cpu": host_available}
+
+
+class DeviceMap:
+    """Looks up the device of a name: the nearest enclosing module that the map names wins."""
+
+    def __init__(self, table: Mapping[str, str]) -> None:
+        self.table = dict(table)
+
+    def of(self, name: str) -> str | None:
+        """The device of a tensor or module, None when no enclosing module is in the map."""
+        at = name
+        while True:
+            if at in self.table:
+                return self.table[at]
+            if not at:
+                return None
+            at = at.rpartition(".")[0]
+
+    @property
+    def main_device(self) -> str:
+        """Where offloaded layers compute: the first device that is neither host nor disk, else the CPU."""
+        return next((d for d in self.table.values() if d not in ("cpu", "disk")), "cpu")
+
+
+def check_complete(table: Mapping[str, str], skeleton: Skeleton, mapping: KeyMapping) -> list[str]:
+    """Every tensor has a device; returns warnings about keys that name nothing.
+
+    Raises:
+        PlacementError: a tensor without a device, by name.
+    """
+    devices = DeviceMap(table)
+    lost = [name for name in skeleton.targets if devices.of(name) is None]
+    if lost:
+        raise PlacementError(
+            f"device_map: no device for {lost[0]!r} ({len(lost)} such tensors); "
+            f"add {lost[0].rpartition('.')[0]!r} or '' to the map"
+        )
+    modules = {name for name, _ in skeleton.model.named_modules(remove_duplicate=False)}
+    return [
+        f"device_map: {key!r} names no module or tensor of the model"
+        for key in table
+        if key not in modules and key not in skeleton.targets
+    ]

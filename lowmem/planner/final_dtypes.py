@@ -1,0 +1,103 @@
+"""The final dtype of every target: the request, the model's own rule, and the fp32 keep-lists."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import re
+from collections import defaultdict
+
+from ..dtypes import NOT_IN_TORCH, is_floating, itemsize
+from ..errors import UnsupportedError
+from ..mapping import KeyMapping
+from ..modeling.skeleton import Skeleton
+
+_HALVES = ("float16", "bfloat16")
+
+
+def final_dtypes(
+    skeleton: Skeleton, mapping: KeyMapping, dtype: str, keep_fp32: tuple[str, ...]
+) -> tuple[dict[str, str], list[str]]:
+    """Target → dtype, and warnings.
+
+    A transformers model that lowmem built has its dtypes already; elsewhere `"auto"` takes the checkpoint's, and a
+    named dtype applies to floats only. What a keep-list names is fp32 where it would be fp16 or bf16. Tensors that
+    are tied share one dtype.
+
+    Raises:
+        UnsupportedError: a dtype that torch does not have, or a cast that would change the meaning.
+    """
+    entries = {link.target: link.entry for link in mapping.links}
+    final: dict[str, str] = {}
+    for name, target in skeleton.targets.items():
+        entry = entries.get(mapping.tied.get(name, name))
+        own = target.dtype if entry is None or skeleton.rules.owns_dtypes else entry.dtype
+        # What has values and is not in the checkpoint stays as it is.
+        settled = skeleton.rules.owns_dtypes or not target.persistent or (entry is None and target.real)
+        final[name] = dtype if dtype != "auto" and is_floating(own) and not settled else own
+    warnings = _keep(skeleton, final, dtype, keep_fp32)
+    for name, entry in entries.items():
+        _check_cast(name, entry.dtype, final[name])
+    for name, leader in mapping.tied.items():
+        final[name] = final[leader]
+    return final, warnings
+
+
+def _keep(skeleton: Skeleton, final: dict[str, str], dtype: str, keep_fp32: tuple[str, ...]) -> list[str]:
+    """Turn what the keep-lists name into fp32, in place; returns warnings."""
+    warnings = []
+    groups: dict[str, list[str]] = defaultdict(list)
+    halves = [name for name, d in final.items() if d in _HALVES and skeleton.targets[name].persistent]
+    for name in halves:
+        groups[skeleton.targets[name].tie].append(name)
+    kept: set[str] = set()
+    # The model's list depends on the dtype that the model as a whole has.
+    for half in _HALVES:
+        if half == dtype or dtype == "auto":
+            kept |= skeleton.rules.keep_fp32(half, [name for name in halves if final[name] == half])
+    for pattern in keep_fp32:
+        named = [name for name in skeleton.targets if name_matches(name, pattern)]
+        if not named:
+            warnings.append(f"keep_fp32: {pattern!r} names no module or parameter of this model")
+        kept.update(name for name in named if name in halves or final[name] in _HALVES)
+    for name in sorted(kept):
+        final[name] = "float32"
+        for other in groups[skeleton.targets[name].tie]:
+            if other not in kept and final[other] != "float32":
+                warnings.append(f"keep_fp32: {other!r} is tied to {name!r}, so it stays in fp32 too")
+                final[other] = "float32"
+    return warnings
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    """Whether `pattern` names the tensor or a module around it: whole components, anywhere, `*` within one or over more.
+
+    `"norm"` matches `model.norm.weight` but not `input_layernorm.weight`; `"*norm"` matches both;
+    `"layers.0.mlp"` matches everything inside that module.
+    """
+    return _compiled(pattern).match(f".{name}.") is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    # fnmatch anchors at both ends; a name is matched inside dots, so that components stay whole.
+    return re.compile(fnmatch.translate(f"*.{pattern}.*"))
+
+
+def _check_cast(name: str, source: str, final: str) -> None:
+    if source in NOT_IN_TORCH:
+        raise UnsupportedError(f"tensor {name!r}: torch has no dtype for {source}; lowmem can only inspect it")
+    if source == final or (is_floating(source) and is_floating(final)):
+        return
+    if "float4" in source or "e8m0" in source:
+        raise UnsupportedError(
+            f"tensor {name!r}: {source} holds packed values or scales; a cast to {final} has no meaning"
+        )
+
+
+def nbytes_of(shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes of a dense tensor."""
+    count = itemsize(dtype)
+    for n in shape:
+        count *= n
+    return count

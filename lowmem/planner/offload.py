@@ -1,0 +1,83 @@
+"""The offload folder, planned: what will be written, under which fingerprint, and whether it is there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..checkpoint.safetensors import layout
+from .records import OffloadFile, OffloadPlan, Placement
+
+FORMAT = "lowmem-offload/1"
+INDEX = "lowmem-offload.json"
+
+
+def plan_offload(checkpoint: Checkpoint, placements: Sequence[Placement], root: Path) -> OffloadPlan | None:
+    """The files for every placement that must be written; None when there is none.
+
+    One file per shard that feeds it, so that the load stays in file order. The folder inside `root` is named after
+    the fingerprint: another model, dtype or source never meets these files.
+    """
+    written = [p for p in placements if p.residency == "write"]
+    if not written:
+        return None
+    by_shard: dict[Path, list[Placement]] = {}
+    for placement in written:
+        by_shard.setdefault(placement.links[0].entry.file, []).append(placement)
+    fingerprint = _fingerprint(checkpoint, written)
+    files = []
+    for number, held in enumerate(by_shard.values(), start=1):
+        head, spans, size = layout([(p.target, p.dtype, p.shape) for p in held], {"format": "pt"})
+        files.append(OffloadFile(f"offload-{number:05d}-of-{len(by_shard):05d}.safetensors", head, size, spans))
+    folder = root / fingerprint[:16]
+    plan = OffloadPlan(folder, fingerprint, tuple(files), reused=False)
+    return OffloadPlan(folder, fingerprint, tuple(files), reused=True) if is_finished(plan) else plan
+
+
+def _fingerprint(checkpoint: Checkpoint, written: Sequence[Placement]) -> str:
+    """SHA-256 over the source files (name, size, time, header end) and every tensor made from them."""
+    used = {link.entry.file for p in written for link in p.links}
+    table: Any = {
+        "format": FORMAT,
+        "shards": [
+            [str(s.file.resolve()), s.size, s.mtime_ns, s.data_offset] for s in checkpoint.shards if s.file in used
+        ],
+        "tensors": [
+            [p.target, p.dtype, p.shape, [[k.entry.key, k.entry.dtype, k.entry.offset] for k in p.links]]
+            for p in written
+        ],
+    }
+    return hashlib.sha256(json.dumps(table, separators=(",", ":")).encode()).hexdigest()
+
+
+def index_of(plan: OffloadPlan, source: str) -> dict[str, Any]:
+    """The index that makes a folder a finished one; written last."""
+    return {
+        "format": FORMAT,
+        "source": source,
+        "fingerprint": plan.fingerprint,
+        "files": {file.name: file.size for file in plan.files},
+        "tensors": {target: file.name for file in plan.files for target in file.spans},
+    }
+
+
+def is_finished(plan: OffloadPlan) -> bool:
+    """Whether the folder holds exactly these files, whole. Reads the index and the headers only."""
+    try:
+        index = json.loads((plan.folder / INDEX).read_text(encoding="utf-8"))
+        if index.get("format") != FORMAT or index.get("fingerprint") != plan.fingerprint:
+            return False
+        for file in plan.files:
+            path = plan.folder / file.name
+            if path.stat().st_size != file.size:
+                return False
+            with path.open("rb") as f:
+                if f.read(len(file.head)) != file.head:
+                    return False
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,291 @@
+"""The planner: checkpoint, mapping and request become a `LoadPlan`, or a refusal. No tensor byte is read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..checkpoint import Checkpoint
+from ..dtypes import itemsize
+from ..errors import BudgetError, PlacementError
+from ..mapping import KeyMapping
+from ..limits import HostMemory, host_memory
+from ..modeling.skeleton import Skeleton
+from ..sizes import MIB, format_size
+from . import budget
+from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, infer
+from .final_dtypes import final_dtypes, nbytes_of
+from .offload import plan_offload
+from .records import ALIGNMENT, DevicePlan, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Placement, Residency, Staging
+
+# Measured: what a module tree, the plan's records and accelerate's bookkeeping take, per tensor and in all.
+_OVERHEAD = 4 * MIB
+_OVERHEAD_PER_TENSOR = 6 * 1024
+# Halvings of the CPU's share until an inferred map fits the budget; the step is then below 0.1 %.
+_TRIALS = 10
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What is settled before devices are."""
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    mapping: KeyMapping
+    request: LoadRequest
+    final: Mapping[str, str]
+    warnings: tuple[str, ...]
+    memory: HostMemory
+    no_split: tuple[str, ...]
+
+
+def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, request: LoadRequest) -> LoadPlan:
+    """Decide everything.
+
+    Raises:
+        BudgetError: the host or a device would need more than it may use.
+        PlacementError: a tensor without a device, or cast weights on disk without an offload folder.
+        UnsupportedError: a dtype that cannot be loaded.
+        ModelError: something is missing that the model cannot initialise.
+    """
+    final, warnings = final_dtypes(skeleton, mapping, request.dtype, request.keep_fp32)
+    absent = [names[0] for names in _to_initialise(skeleton, mapping)]
+    skeleton.rules.check_initialisable(absent)
+    draft = _Draft(
+        checkpoint,
+        skeleton,
+        mapping,
+        request,
+        final,
+        (*checkpoint.warnings, *warnings, *_mapping_warnings(mapping, absent)),
+        host_memory(),
+        tuple(skeleton.rules.no_split) if request.no_split is None else request.no_split,
+    )
+    if isinstance(request.device_map, str) and request.device_map in STRATEGIES:
+        return _inferred(draft, request.device_map)
+    table = dict(request.device_map) if isinstance(request.device_map, Mapping) else {"": "cpu"}
+    return _checked(draft, table)
+
+
+def _to_initialise(skeleton: Skeleton, mapping: KeyMapping) -> list[list[str]]:
+    """Targets that nothing feeds and that have no values yet: the names of each tie group."""
+    groups: dict[str, list[str]] = {}
+    for name in (*mapping.missing, *mapping.excused, *(m.target for m in mapping.mismatched)):
+        target = skeleton.targets[name]
+        if not target.real:
+            groups.setdefault(target.tie, []).append(name)
+    return list(groups.values())
+
+
+def _mapping_warnings(mapping: KeyMapping, absent: Sequence[str]) -> list[str]:
+    warnings = []
+    if mapping.unexpected:
+        warnings.append(
+            f"{len(mapping.unexpected)} keys of the checkpoint are not in the model and are not read "
+            f"({mapping.unexpected[0]!r}{', …' if len(mapping.unexpected) > 1 else ''})"
+        )
+    if absent:
+        warnings.append(f"{len(absent)} tensors are initialised by the model's own rule ({absent[0]!r}, …)")
+    for name, leader in mapping.doubled.items():
+        warnings.append(f"{name!r} and {leader!r} are tied and both in the checkpoint: compared when loaded, read once")
+    warnings.extend(mapping.suggestions)
+    return warnings
+
+
+def _inferred(draft: _Draft, strategy: str) -> LoadPlan:
+    """A strategy's map; when it would break the RAM budget, the same with less of the CPU."""
+    memory = dict(draft.request.max_memory or default_max_memory(draft.memory.available))
+
+    def attempt(share: int | None) -> LoadPlan:
+        given = memory if share is None else {**memory, "cpu": share}
+        return _checked(draft, infer(draft.skeleton, draft.final, strategy, given, draft.no_split))
+
+    try:
+        return attempt(None)
+    except BudgetError as error:
+        refusal = error
+    # accelerate does not know which weights cost memory (mapped ones do not), so the share is found by halving.
+    best: LoadPlan | None = None
+    low, high = 0, memory.get("cpu", 0)
+    for _ in range(_TRIALS):
+        middle = (low + high) // 2
+        try:
+            best, low = attempt(middle), middle
+        except BudgetError as error:
+            high, refusal = middle, min(refusal, error, key=lambda e: e.required)
+    if best is None:
+        raise refusal
+    return best
+
+
+def _checked(draft: _Draft, table: Mapping[str, str]) -> LoadPlan:
+    warnings = check_complete(table, draft.skeleton, draft.mapping)
+    devices = DeviceMap(table)
+    placements, split = _place(draft, devices)
+    warnings += split
+    offload = _plan_files(draft, placements)
+    staging = _stage(draft, placements, offload)
+    host = _host(draft, placements, staging)
+    if host.peak > host.limit:
+        bound = "ram" if draft.request.ram == host.limit else host.bound_by
+        budget.refuse(host.peak, host.limit, bound, _remedies(draft, placements))
+    plan = LoadPlan(
+        checkpoint=draft.checkpoint,
+        mapping=draft.mapping,
+        device_map=dict(table),
+        placements=tuple(placements),
+        offload=offload,
+        staging=staging,
+        devices=_devices(placements, staging, host),
+        host=host,
+        main_device=devices.main_device,
+        no_split=draft.no_split,
+        warnings=(*draft.warnings, *warnings),
+    )
+    _check_devices(draft, plan)
+    return plan
+
+
+def _place(draft: _Draft, devices: DeviceMap) -> tuple[list[Placement], list[str]]:
+    """A placement per tensor and device, in file order, then what the model initialises."""
+    followers: dict[str, list[str]] = defaultdict(list)
+    for name, leader in draft.mapping.tied.items():
+        followers[leader].append(name)
+    placements: list[Placement] = []
+    warnings: list[str] = []
+    for link in draft.mapping.links:
+        by_device: dict[str, list[str]] = {}
+        for name in (link.target, *followers[link.target]):
+            by_device.setdefault(_device_of(draft, devices, name), []).append(name)
+        if len(by_device) > 1:
+            warnings.append(f"{link.target!r} is tied across {', '.join(by_device)}: one copy on each")
+        for device, names in by_device.items():
+            dtype = draft.final[names[0]]
+            target = draft.skeleton.targets[names[0]]
+            residency = _residency(draft, device, dtype, link.entry.dtype, link.entry.offset)
+            nbytes = nbytes_of(target.shape, dtype)
+            placements.append(
+                Placement(names[0], tuple(names), target.shape, dtype, nbytes, device, residency, (link,))
+            )
+    for names in _to_initialise(draft.skeleton, draft.mapping):
+        device = _device_of(draft, devices, names[0])
+        target, dtype = draft.skeleton.targets[names[0]], draft.final[names[0]]
+        nbytes = nbytes_of(target.shape, dtype)
+        # What has no file yet cannot stay on disk.
+        device = "cpu" if device == "disk" else device
+        placements.append(Placement(names[0], tuple(names), target.shape, dtype, nbytes, device, "init", ()))
+    return placements, warnings
+
+
+def _device_of(draft: _Draft, devices: DeviceMap, name: str) -> str:
+    """accelerate keeps the buffers of offloaded layers on the device that computes."""
+    device = devices.of(name)
+    assert device is not None
+    if device == "disk" and draft.skeleton.targets[name].kind == "buffer":
+        return devices.main_device
+    return device
+
+
+def _residency(draft: _Draft, device: str, final: str, source: str, offset: int) -> Residency:
+    if device == "disk":
+        return "refer" if source == final else "write"
+    # torch reads a tensor only at a multiple of its element size; odd headers of old writers break that.
+    mappable = source == final and offset % itemsize(source) == 0
+    return "map" if device == "cpu" and mappable and draft.request.residency == "map" else "copy"
+
+
+def _plan_files(draft: _Draft, placements: Sequence[Placement]) -> OffloadPlan | None:
+    cast = [p for p in placements if p.residency == "write"]
+    if not cast:
+        return None
+    if draft.request.offload_folder is None:
+        size = sum(p.nbytes for p in cast)
+        raise PlacementError(
+            f"{len(cast)} tensors on disk ({cast[0].target!r}, …; {format_size(size)}) change dtype, so they must be "
+            "written somewhere; give offload_folder="
+        )
+    return plan_offload(draft.checkpoint, placements, draft.request.offload_folder)
+
+
+def _stage(draft: _Draft, placements: Sequence[Placement], offload: OffloadPlan | None) -> Staging:
+    """Buffers as large as the budget leaves; none when every byte is read straight into its place."""
+    written = offload is not None and not offload.reused
+    staged = [p for p in placements if p.is_staged and p.source_bytes and (p.residency != "write" or written)]
+    need = max((p.buffer_size() for p in staged), default=0)
+    bare = _host(draft, placements, Staging(1, 0))
+    # Room for the two ends of a cast to be aligned.
+    return budget.fit_staging(bare.limit - bare.peak, draft.request.staging, need + 2 * ALIGNMENT if need else 0)
+
+
+def _host(draft: _Draft, placements: Sequence[Placement], staging: Staging) -> HostPlan:
+    on_cpu = [p for p in placements if p.device == "cpu"]
+    resident = sum(p.nbytes for p in on_cpu if p.residency != "map")
+    if not draft.skeleton.borrowed:
+        transient = [t for t in draft.skeleton.targets.values() if not t.persistent]
+        resident += sum(nbytes_of(t.shape, t.dtype) for t in transient)
+    overhead = _OVERHEAD + _OVERHEAD_PER_TENSOR * (len(draft.skeleton.targets) + len(draft.checkpoint))
+    available = draft.memory.available
+    ram = draft.request.ram
+    return HostPlan(
+        resident=resident,
+        mapped=sum(p.nbytes for p in on_cpu if p.residency == "map"),
+        staging=staging.total,
+        overhead=overhead,
+        peak=resident + staging.total + overhead,
+        available=available,
+        bound_by=draft.memory.bound_by,
+        limit=available if ram is None else min(ram, available),
+    )
+
+
+def _devices(placements: Sequence[Placement], staging: Staging, host: HostPlan) -> dict[str, DevicePlan]:
+    weights: dict[str, int] = defaultdict(int)
+    for placement in placements:
+        weights[placement.device] += placement.nbytes
+    devices = {}
+    for name, size in weights.items():
+        if name == "cpu":
+            devices[name] = DevicePlan(size, host.mapped, host.resident, host.staging, host.peak)
+        elif name == "disk":
+            devices[name] = DevicePlan(size, 0, size, 0, size)
+        else:
+            # A chunk arrives there in the file's dtype before it is cast into its place.
+            chunk = min(staging.each, size)
+            devices[name] = DevicePlan(size, 0, size, chunk, size + chunk)
+    return devices
+
+
+def _check_devices(draft: _Draft, plan: LoadPlan) -> None:
+    """What the user gave as a device's memory is a limit for explicit maps too.
+
+    Raises:
+        BudgetError: a device would hold more than it may.
+    """
+    limits = draft.request.max_memory or {}
+    for name, device in plan.devices.items():
+        used = device.weights if name == "cpu" else device.peak
+        if name in limits and name != "disk" and used > limits[name]:
+            raise BudgetError(
+                f"device {name} would hold {format_size(used)} ({used} bytes), and max_memory allows "
+                f"{format_size(limits[name])}; give it fewer modules, or use device_map='auto'",
+                required=used,
+                limit=limits[name],
+            )
+
+
+def _remedies(draft: _Draft, placements: Sequence[Placement]) -> list[str]:
+    """What would lower the peak of this plan, the largest gain first."""
+    on_cpu = [p for p in placements if p.device == "cpu" and p.residency == "copy"]
+    cast = sum(p.nbytes for p in on_cpu if any(link.entry.dtype != p.dtype for link in p.links))
+    plain = sum(p.nbytes for p in on_cpu) - cast
+    remedies = []
+    if cast:
+        remedies.append(f"map the checkpoint in its own dtype (dtype='auto', {format_size(cast)} less)")
+    if plain and draft.request.residency == "copy":
+        remedies.append(f"map instead of copying (residency='map', {format_size(plain)} less)")
+    if on_cpu and draft.request.device_map not in STRATEGIES:
+        remedies.append("put layers on disk (device_map='auto' or {'': 'disk'}, with offload_folder=)")
+    if not remedies and draft.request.offload_folder is None and on_cpu:
+        remedies.append("give offload_folder=")
+    return remedies

@@ -1,0 +1,339 @@
+"""The records of this room: what was asked, where everything goes, what it costs, and every move."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..checkpoint import Checkpoint
+from ..dtypes import itemsize
+from ..mapping import KeyMapping, Link, Region
+from ..sizes import MIB
+
+# Largest move, in bytes of the source: larger ones are no faster, and several threads share a tensor.
+CHUNK = 4 * MIB
+# Both ends of a cast in one buffer begin at multiples of this.
+ALIGNMENT = 64
+
+Residency = Literal["map", "copy", "refer", "write", "init"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What the user asked for, parsed. Sizes in bytes; `None` means that lowmem decides."""
+
+    dtype: str = "auto"
+    device_map: str | Mapping[str, str] | None = None
+    max_memory: Mapping[str, int] | None = None
+    ram: int | None = None
+    staging: int | None = None
+    offload_folder: Path | None = None
+    keep_fp32: tuple[str, ...] = ()
+    residency: Literal["map", "copy"] = "map"
+    strict: bool = True
+    no_split: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where one tensor of the model ends up. Compared by identity: each is one destination.
+
+    Attributes:
+        target: the name it is fed under.
+        names: every name of the model that shares it on this device, `target` first.
+        shape: in elements.
+        dtype: its final dtype, by torch's name.
+        nbytes: its final size in bytes.
+        device: `"cpu"`, `"cuda:0"`, …, or `"disk"`.
+        residency: `map` (the parameter is file pages), `copy` (read into memory), `refer` (on disk, used where it
+            lies), `write` (on disk, cast into the offload folder), `init` (not in the checkpoint).
+        links: what feeds it, one link a region; none for `init`.
+    """
+
+    target: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    device: str
+    residency: Residency
+    links: tuple[Link, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes in the checkpoint's files that feed it."""
+        return sum(link.entry.nbytes for link in self.links)
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether its bytes pass through a buffer, instead of being read into their place."""
+        if self.residency == "write":
+            return True
+        return self.residency == "copy" and (
+            self.device != "cpu" or any(k.entry.dtype != self.dtype or not k.region.dense for k in self.links)
+        )
+
+    @property
+    def staged_element(self) -> int:
+        """Bytes in the buffer for each element: the source, and the result too when it goes into a file."""
+        source = max(itemsize(link.entry.dtype) for link in self.links)
+        return source + (itemsize(self.dtype) if self.residency == "write" else 0)
+
+    def buffer_size(self) -> int:
+        """Bytes of buffer that its largest move uses, at full chunk size."""
+        largest = max(link.entry.nbytes // itemsize(link.entry.dtype) for link in self.links)
+        return min(largest * self.staged_element, CHUNK // itemsize(self.links[0].entry.dtype) * self.staged_element)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One byte range of one file into one region of one placement, cast on the way if the dtypes differ.
+
+    Attributes:
+        file: where the bytes are.
+        offset: absolute byte offset there.
+        nbytes: length in bytes, never more than a chunk.
+        dtype: of the source, by torch's name.
+        placement: what it goes into.
+        region: where in it; has as many elements as the source range.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    placement: Placement
+    region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """Bytes on one device.
+
+    Attributes:
+        weights: of all weights placed here.
+        mapped: those of them that are file pages (CPU only).
+        resident: those that stay as memory when the load is done; on disk, as file.
+        staging: in flight there during the load.
+        peak: the worst moment.
+    """
+
+    weights: int
+    mapped: int
+    resident: int
+    staging: int
+    peak: int
+
+    def to_dict(self) -> dict[str, int]:
+        """As plain values."""
+        return {name: getattr(self, name) for name in ("weights", "mapped", "resident", "staging", "peak")}
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """Host memory of the load, in bytes.
+
+    Attributes:
+        resident: anonymous memory of weights and buffers that stays.
+        mapped: weights that are file pages: reclaimable, not anonymous.
+        staging: buffers in flight.
+        overhead: the model's Python objects and the plan itself, estimated.
+        peak: resident + staging + overhead, what `ram` bounds.
+        available: what the machine, its cgroups and rlimits leave.
+        bound_by: which of these is the tightest.
+        limit: the smaller of `ram` and `available`.
+    """
+
+    resident: int
+    mapped: int
+    staging: int
+    overhead: int
+    peak: int
+    available: int
+    bound_by: str
+    limit: int
+
+    def to_dict(self) -> dict[str, int | str]:
+        """As plain values."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Buffers of the readers: `workers` buffers of `each` bytes; no buffers when every byte is read into its place."""
+
+    workers: int
+    each: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all buffers."""
+        return self.workers * self.each
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadFile:
+    """One file of cast weights: its first bytes, its size, and target → (offset, bytes)."""
+
+    name: str
+    head: bytes = field(repr=False)
+    size: int
+    spans: Mapping[str, tuple[int, int]] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadPlan:
+    """The weights that must be written to be on disk.
+
+    Attributes:
+        folder: the folder that is made, named after the fingerprint, inside the user's offload folder.
+        fingerprint: of the source files and of what is made from them.
+        files: what it holds.
+        reused: a finished folder with this fingerprint is there already: nothing is read or written.
+    """
+
+    folder: Path
+    fingerprint: str
+    files: tuple[OffloadFile, ...]
+    reused: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    def find(self, target: str) -> Path:
+        """The file that holds `target`."""
+        return next(self.folder / file.name for file in self.files if target in file.spans)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadPlan:
+    """Everything that a load will do, decided before the first tensor byte is read.
+
+    Attributes:
+        checkpoint: what is read.
+        mapping: which key feeds which target, and the differences.
+        device_map: module → device, as resolved.
+        placements: where every tensor ends up, in the checkpoint's file order.
+        offload: the files that will be written, if any.
+        staging: the readers' buffers.
+        devices: bytes per device.
+        host: host memory of the load.
+        main_device: where offloaded layers compute.
+        no_split: class names that the device map kept whole.
+        warnings: what the user should know.
+    """
+
+    checkpoint: Checkpoint = field(repr=False)
+    mapping: KeyMapping = field(repr=False)
+    device_map: Mapping[str, str]
+    placements: tuple[Placement, ...] = field(repr=False)
+    offload: OffloadPlan | None = field(repr=False)
+    staging: Staging
+    devices: Mapping[str, DevicePlan]
+    host: HostPlan
+    main_device: str
+    no_split: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def bytes_read(self) -> int:
+        """Tensor bytes that the load will read; mapped and referred ones are not read."""
+        return sum(p.source_bytes for p in self.placements if self._moves_bytes(p))
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes that the load will write into the offload folder."""
+        return 0 if self.offload is None or self.offload.reused else self.offload.nbytes
+
+    def _moves_bytes(self, placement: Placement) -> bool:
+        if placement.residency == "write":
+            return self.offload is not None and not self.offload.reused
+        return placement.residency == "copy"
+
+    def moves(self) -> Iterator[Move]:
+        """Every move, in file order. Written down one at a time: the plan of a terabyte stays small."""
+        for placement, link in self._fed():
+            source = itemsize(link.entry.dtype)
+            most = CHUNK // source
+            if placement.is_staged:
+                most = min(most, max(1, (self.staging.each - ALIGNMENT) // placement.staged_element))
+            for before, region in link.region.pieces(most):
+                yield Move(
+                    file=link.entry.file,
+                    offset=link.entry.offset + before * source,
+                    nbytes=region.count * source,
+                    dtype=link.entry.dtype,
+                    placement=placement,
+                    region=region,
+                )
+
+    def _fed(self) -> list[tuple[Placement, Link]]:
+        """What must be read, in file order; a fused tensor is fed from several places."""
+        fed = [(p, link) for p in self.placements if self._moves_bytes(p) for link in p.links]
+        order = {shard.file: i for i, shard in enumerate(self.checkpoint.shards)}
+        fed.sort(key=lambda pair: (order[pair[1].entry.file], pair[1].entry.offset))
+        return fed
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, as `lowmem plan --json` prints it. Sizes in bytes."""
+        return {
+            "source": self.checkpoint.source,
+            "shards": [{"file": os.fspath(shard.file.name), "size": shard.size} for shard in self.checkpoint.shards],
+            "tensors": [_placement_dict(p) for p in self.placements],
+            "device_map": dict(self.device_map),
+            "devices": {name: device.to_dict() for name, device in self.devices.items()},
+            "host": self.host.to_dict(),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "offload": None if self.offload is None else _offload_dict(self.offload),
+            "missing": [*self.mapping.missing, *self.mapping.excused],
+            "unexpected": list(self.mapping.unexpected),
+            "mismatched": [
+                {"key": m.key, "target": m.target, "found": list(m.found), "expected": list(m.expected)}
+                for m in self.mapping.mismatched
+            ],
+            "suggestions": list(self.mapping.suggestions),
+            "warnings": list(self.warnings),
+        }
+
+
+def _placement_dict(placement: Placement) -> dict[str, Any]:
+    return {
+        "name": placement.target,
+        "tied": list(placement.names[1:]),
+        "keys": [link.entry.key for link in placement.links],
+        "shape": list(placement.shape),
+        "from": placement.links[0].entry.dtype if placement.links else None,
+        "dtype": placement.dtype,
+        "bytes": placement.nbytes,
+        "device": placement.device,
+        "residency": placement.residency,
+    }
+
+
+def _offload_dict(offload: OffloadPlan) -> dict[str, Any]:
+    return {
+        "folder": os.fspath(offload.folder),
+        "fingerprint": offload.fingerprint,
+        "files": {file.name: file.size for file in offload.files},
+        "reused": offload.reused,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a load is: bytes done and in all, bytes per second so far, seconds left (None while unknown)."""
+
+    done: int
+    total: int
+    rate: float
+    seconds_left: float | None
+    file: str
+
+
+ProgressCallback = Callable[[Progress], None]

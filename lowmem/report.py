@@ -1,0 +1,174 @@
+"""Records for people: the report of a load, and every record as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .memory import Measurement
+from .sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .checkpoint import Checkpoint
+    from .planner import LoadPlan
+
+
+@dataclass(frozen=True, eq=False)
+class LoadReport:
+    """What happened in a load.
+
+    Attributes:
+        plan: what was decided.
+        seconds: from building the model to the finished one; imports are not in it.
+        prepared: seconds of it before the first tensor byte.
+        memory: the measured peaks.
+    """
+
+    plan: LoadPlan = field(repr=False)
+    seconds: float
+    prepared: float
+    memory: Measurement = field(repr=False)
+
+    @property
+    def predicted_peak(self) -> int:
+        """Bytes of anonymous host memory that the plan said the load would add at most."""
+        return self.plan.host.peak
+
+    @property
+    def peak(self) -> int:
+        """Bytes of anonymous host memory that the load added at its worst moment, as measured."""
+        return self.memory.peak
+
+    @property
+    def rate(self) -> float:
+        """Tensor bytes read per second of moving."""
+        return self.plan.bytes_read / max(self.seconds - self.prepared, 1e-9)
+
+    def assert_peak_below(self, limit: int | str) -> None:
+        """For tests: the measured host peak is below `limit`.
+
+        Raises:
+            PeakExceededError: it is not.
+        """
+        self.memory.assert_peak_below(limit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan's values, and seconds, predicted and measured peaks in bytes; `lowmem load --json` prints it."""
+        predicted = {name: {"peak": device.peak} for name, device in self.plan.devices.items()}
+        measured = {name: {"peak": peak} for name, peak in self.memory.devices.items()}
+        if "cpu" in predicted:
+            measured["cpu"] = {"peak": self.peak}
+        return {
+            **self.plan.to_dict(),
+            "seconds": self.seconds,
+            "seconds_prepared": self.prepared,
+            "bytes_per_second": self.rate,
+            "predicted": {"host": {"peak": self.predicted_peak}, "devices": predicted},
+            "measured": {
+                "host": {"peak": self.peak, "rss": self.memory.peak_rss, "cgroup": self.memory.cgroup_peak},
+                "devices": measured,
+            },
+        }
+
+
+def checkpoint_tables(checkpoint: Checkpoint) -> Iterator[Table]:
+    """A checkpoint for people: its shards, then its dtypes."""
+    shards = _table(f"{checkpoint.source}: {len(checkpoint)} tensors, {format_size(checkpoint.nbytes)}")
+    for title in ("shard", "size", "tensors"):
+        shards.add_column(title, justify="left" if title == "shard" else "right")
+    counts: dict[Any, int] = {}
+    for entry in checkpoint.values():
+        counts[entry.file] = counts.get(entry.file, 0) + 1
+    for shard in checkpoint.shards:
+        shards.add_row(plain(shard.file.name), format_size(shard.size), str(counts.get(shard.file, 0)))
+    yield shards
+    dtypes = _table(None)
+    for title in ("dtype", "bytes", "tensors"):
+        dtypes.add_column(title, justify="left" if title == "dtype" else "right")
+    for name, (count, size) in sorted(checkpoint.dtypes().items()):
+        dtypes.add_row(name, format_size(size), str(count))
+    yield dtypes
+
+
+def tensor_table(checkpoint: Checkpoint) -> Table:
+    """Every tensor of a checkpoint."""
+    table = _table(None)
+    for title in ("tensor", "dtype", "shape", "size", "shard", "offset"):
+        table.add_column(title, justify="right" if title in ("size", "offset") else "left")
+    for entry in checkpoint.values():
+        shape = "×".join(map(str, entry.shape)) or "scalar"
+        table.add_row(
+            plain(entry.key), entry.dtype, shape, format_size(entry.nbytes), plain(entry.file.name), str(entry.offset)
+        )
+    return table
+
+
+def plan_tables(plan: LoadPlan) -> Iterator[Table]:
+    """A plan for people: bytes per device, then the host's budget."""
+    devices = _table(f"{plan.checkpoint.source}: {len(plan.placements)} tensors")
+    for title in ("device", "weights", "mapped", "resident", "staging", "peak"):
+        devices.add_column(title, justify="left" if title == "device" else "right")
+    for name, device in plan.devices.items():
+        values = (device.weights, device.mapped, device.resident, device.staging, device.peak)
+        devices.add_row(name, *map(format_size, values))
+    yield devices
+    host = plan.host
+    budget = _table(None)
+    budget.add_column("host memory")
+    budget.add_column("bytes", justify="right")
+    for name, size in (
+        ("resident copies", host.resident),
+        ("staging", host.staging),
+        ("model objects and plan", host.overhead),
+        ("predicted peak (anonymous)", host.peak),
+        ("allowed", host.limit),
+        (f"available ({host.bound_by})", host.available),
+        ("to read", plan.bytes_read),
+        ("to write into the offload folder", plan.bytes_written),
+    ):
+        budget.add_row(name, format_size(size))
+    yield budget
+
+
+def report_table(report: LoadReport) -> Table:
+    """Predicted beside measured."""
+    table = _table(f"loaded in {report.seconds:.2f} s, {format_size(int(report.rate))}/s moved")
+    table.add_column("anonymous peak")
+    table.add_column("predicted", justify="right")
+    table.add_column("measured", justify="right")
+    table.add_row("host", format_size(report.predicted_peak), format_size(report.peak))
+    for name, peak in report.memory.devices.items():
+        if name in report.plan.devices:
+            table.add_row(name, format_size(report.plan.devices[name].peak), format_size(peak))
+    return table
+
+
+def measurement_table(memory: Measurement) -> Table:
+    """The peaks of a measured program or block."""
+    table = _table(f"{memory.seconds:.2f} s")
+    table.add_column("peak")
+    table.add_column("bytes", justify="right")
+    table.add_row("anonymous", format_size(memory.peak_anonymous))
+    table.add_row("resident set", format_size(memory.peak_rss))
+    if memory.cgroup_peak is not None:
+        table.add_row("cgroup", format_size(memory.cgroup_peak))
+    for name, peak in memory.devices.items():
+        table.add_row(name, format_size(peak))
+    return table
+
+
+def plain(text: str) -> str:
+    """`text` without control characters or markup: a name from a file must not steer a terminal."""
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def _table(title: str | None) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(title=plain(title) if title else None, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
