@@ -99,7 +99,7 @@ def tensor_table(checkpoint: Checkpoint) -> Table:
     for title in ("tensor", "dtype", "shape", "size", "shard", "offset"):
         table.add_column(title, justify="right" if title in ("size", "offset") else "left")
     for entry in checkpoint.values():
-        shape = "×".join(map(str, entry.shape)) or "scalar"
+        shape = " x ".join(map(str, entry.shape)) or "scalar"
         table.add_row(
             plain(entry.key), entry.dtype, shape, format_size(entry.nbytes), plain(entry.file.name), str(entry.offset)
         )

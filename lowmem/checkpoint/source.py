@@ -55,7 +55,7 @@ def resolve(source: str | os.PathLike[str]) -> Source:
 
 def _in_folder(text: str, folder: Path) -> Source:
     try:
-        names = sorted(os.listdir(folder))
+        names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise SourceError(f"{text}: cannot be listed: {error.strerror or error}") from error
     indexes = [n for n in names if n.endswith(INDEX_SUFFIX)]

@@ -35,17 +35,17 @@ class MemoryDestination:
         self._dtype = self.tensor.dtype
         flat = self.tensor.reshape(-1)
         # Bytes of the destination, for reads that need no cast; another device's memory cannot be read into.
-        self._bytes: Any = flat.view(torch.uint8).numpy() if placement.device == "cpu" and flat.numel() else None
+        self._bytes = _memory_of(flat.view(torch.uint8)) if placement.device == "cpu" and flat.numel() else None
 
     def take(self, move: Move, reader: ShardReader, buffer: torch.Tensor) -> None:
         """Straight into place when nothing changes; else through the thread's buffer."""
         source: torch.dtype = getattr(torch, move.dtype)
         if self._bytes is not None and source == self._dtype and move.region.dense:
             start = move.region.offset * self._dtype.itemsize
-            reader.read_into(memoryview(self._bytes[start : start + move.nbytes]), move.offset)
+            reader.read_into(self._bytes[start : start + move.nbytes], move.offset)
             return
         staged = buffer[: move.nbytes]
-        reader.read_into(memoryview(staged.numpy()), move.offset)
+        reader.read_into(_memory_of(staged), move.offset)
         region = move.region
         into = self.tensor.as_strided(region.shape, region.strides, region.offset)
         into.copy_(staged.view(source).view(region.shape))
@@ -66,10 +66,10 @@ class FileDestination:
         size = move.region.count * self._dtype.itemsize
         begin = size + -size % ALIGNMENT
         staged = buffer[begin : begin + move.nbytes]
-        reader.read_into(memoryview(staged.numpy()), move.offset)
+        reader.read_into(_memory_of(staged), move.offset)
         cast = buffer[:size].view(self._dtype)
         cast.copy_(staged.view(source))
-        self._write(memoryview(buffer[:size].numpy()), self._offset + move.region.offset * self._dtype.itemsize)
+        self._write(_memory_of(buffer[:size]), self._offset + move.region.offset * self._dtype.itemsize)
 
     def _write(self, view: memoryview, offset: int) -> None:
         done = 0
@@ -78,6 +78,12 @@ class FileDestination:
                 done += _pwrite(self._fd, view[done:], offset + done)
         except OSError as error:
             raise OffloadError(f"{self._path}: writing failed: {error.strerror or error}") from error
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a uint8 tensor on the CPU, writable."""
+    array: Any = tensor.numpy()
+    return memoryview(array)
 
 
 def _pwrite(fd: int, view: memoryview, offset: int) -> int:

@@ -81,8 +81,8 @@ def _make_folder(plan: OffloadPlan) -> Path:
         free = shutil.disk_usage(root).free
         if free < plan.nbytes:
             raise OffloadError(
-                f"{root}: the offloaded weights need {format_size(plan.nbytes)}, the disk has {format_size(free)} free; "
-                "give offload_folder on another disk, or a smaller dtype"
+                f"{root}: the offloaded weights need {format_size(plan.nbytes)}, the disk has {format_size(free)} "
+                "free; give offload_folder on another disk, or a smaller dtype"
             )
         return Path(tempfile.mkdtemp(prefix=f".{plan.folder.name}-", suffix=".tmp", dir=root))
     except OSError as error:
@@ -103,7 +103,8 @@ def _create(path: Path, head: bytes, size: int) -> int:
             raise
     except OSError as error:
         raise OffloadError(
-            f"{path}: cannot reserve {format_size(size)}: {error.strerror or error}; give offload_folder on another disk"
+            f"{path}: cannot reserve {format_size(size)}: {error.strerror or error}; "
+            "give offload_folder on another disk"
         ) from error
     return fd
 

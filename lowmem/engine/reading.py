@@ -58,7 +58,7 @@ def _pread_fallback(fd: int, size: int, offset: int) -> bytes:
     if hasattr(os, "pread"):
         return os.pread(fd, min(size, 1 << 22), offset)
     # Windows: no positional read; a private handle keeps other threads' positions out of the way.
-    with open(os.dup(fd), "rb", buffering=0) as f:
+    with os.fdopen(os.dup(fd), "rb", buffering=0) as f:
         f.seek(offset)
         return f.read(min(size, 1 << 22)) or b""
 

@@ -103,6 +103,9 @@ class _Feed:
 
 def _buffer(size: int) -> torch.Tensor:
     """A buffer of its own mapping: the kernel gets every page back at once, where a heap might keep them."""
+    if hasattr(mmap, "MAP_ANONYMOUS"):
+        # Private: the default is shared memory, which no measure of anonymous memory would show.
+        return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
 

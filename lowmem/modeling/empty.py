@@ -32,7 +32,7 @@ def empty_parameters() -> Iterator[None]:
             moved = kind(param.detach().to("meta"), requires_grad=param.requires_grad, **attributes)
         module._parameters[name] = moved
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

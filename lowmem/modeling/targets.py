@@ -98,7 +98,7 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def tensor_of(model: nn.Module, name: str) -> torch.Tensor:
     """The tensor that the model holds under `name` now."""
     owner, leaf = owner_of(model, name)
-    tensor = owner._parameters.get(leaf)
+    tensor: torch.Tensor | None = owner._parameters.get(leaf)
     if tensor is None:
         tensor = owner._buffers[leaf]
     assert tensor is not None

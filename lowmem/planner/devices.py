@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from ..errors import OptionError, PlacementError
-from ..mapping import KeyMapping
 from ..limits import device_memory
+from ..mapping import KeyMapping
 from ..modeling.skeleton import Skeleton
 from ..sizes import parse_size
 
@@ -165,3 +167,34 @@ def check_complete(table: Mapping[str, str], skeleton: Skeleton, mapping: KeyMap
         for key in table
         if key not in modules and key not in skeleton.targets
     ]
+
+
+def disjoint(table: Mapping[str, str], skeleton: Skeleton) -> dict[str, str]:
+    """The same map without a module inside another, which is all that accelerate's hooks understand.
+
+    A module that encloses a more special entry is replaced by its children and its own tensors. Such a tensor has no
+    module of its own to hang a hook on, so it lies where its module computes: on the main device.
+    """
+    parents = {name[:at] for name in table for at, c in enumerate(name) if c == "."}
+    if "" in table and len(table) > 1:
+        parents.add("")
+    if not parents & set(table):
+        return dict(table)
+    devices = DeviceMap(table)
+    flat: dict[str, str] = {}
+
+    def visit(path: str, module: nn.Module) -> None:
+        if path not in parents:
+            device = devices.of(path)
+            if device is not None:
+                flat[path] = device
+            return
+        prefix = f"{path}." if path else ""
+        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and devices.of(prefix + leaf) is not None:
+                flat[prefix + leaf] = devices.main_device
+        for leaf, child in module.named_children():
+            visit(prefix + leaf, child)
+
+    visit("", skeleton.model)
+    return flat

@@ -70,7 +70,7 @@ def _keep(skeleton: Skeleton, final: dict[str, str], dtype: str, keep_fp32: tupl
 
 
 def name_matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` names the tensor or a module around it: whole components, anywhere, `*` within one or over more.
+    """Whether `pattern` names the tensor or a module around it: whole components, anywhere; `*` stands for anything.
 
     `"norm"` matches `model.norm.weight` but not `input_layernorm.weight`; `"*norm"` matches both;
     `"layers.0.mlp"` matches everything inside that module.

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from ..checkpoint import Checkpoint
 from ..dtypes import itemsize
 from ..errors import BudgetError, PlacementError
-from ..mapping import KeyMapping
 from ..limits import HostMemory, host_memory
+from ..mapping import KeyMapping
 from ..modeling.skeleton import Skeleton
 from ..sizes import MIB, format_size
 from . import budget
-from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, infer
+from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, disjoint, infer
 from .final_dtypes import final_dtypes, nbytes_of
 from .offload import plan_offload
 from .records import ALIGNMENT, DevicePlan, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Placement, Residency, Staging
@@ -121,6 +121,7 @@ def _inferred(draft: _Draft, strategy: str) -> LoadPlan:
 
 def _checked(draft: _Draft, table: Mapping[str, str]) -> LoadPlan:
     warnings = check_complete(table, draft.skeleton, draft.mapping)
+    table = disjoint(table, draft.skeleton)
     devices = DeviceMap(table)
     placements, split = _place(draft, devices)
     warnings += split
@@ -179,10 +180,14 @@ def _place(draft: _Draft, devices: DeviceMap) -> tuple[list[Placement], list[str
 
 
 def _device_of(draft: _Draft, devices: DeviceMap, name: str) -> str:
-    """accelerate keeps the buffers of offloaded layers on the device that computes."""
+    """Where it lies. Only weights of a module that the map names can wait elsewhere than where they compute:
+
+    accelerate keeps buffers of offloaded layers on the device that computes, and hangs its hooks on modules.
+    """
     device = devices.of(name)
     assert device is not None
-    if device == "disk" and draft.skeleton.targets[name].kind == "buffer":
+    waits = device == "disk" or (device == "cpu" and devices.main_device != "cpu")
+    if waits and (name in devices.table or draft.skeleton.targets[name].kind == "buffer"):
         return devices.main_device
     return device
 

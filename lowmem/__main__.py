@@ -1,0 +1,7 @@
+"""`python -m lowmem` is `lowmem`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,358 @@
+"""The shell's door: verbs that parse, call and print. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import LowmemError, OptionError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .planner import Progress, ProgressCallback
+
+FINE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+_EPILOG = """exit codes: 0 fine, 1 the load or plan failed, 2 wrong usage; measure gives the command's own.
+Sizes: 8GiB, 512MiB (powers of 1024), 8GB, 500MB (powers of 1000), or bytes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code. Errors of lowmem become one message on stderr."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except OptionError as error:
+        _say(f"lowmem: {error}")
+        return MISUSED
+    except LowmemError as error:
+        _say(f"lowmem: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        _say("lowmem: interrupted; nothing half-loaded is left")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; README's reference is made from it."""
+    parser = argparse.ArgumentParser(
+        prog="lowmem",
+        description="Load large PyTorch checkpoints within a memory budget.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_inspect(verbs)
+    _add_plan(verbs)
+    _add_load(verbs)
+    _add_measure(verbs)
+    _add_demo(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, help_: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=help_,
+        description=help_[0].upper() + help_[1:] + ".",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_inspect(verbs: Any) -> None:
+    parser = _verb(verbs, "inspect", "show what a checkpoint holds; reads headers only", _inspect)
+    parser.add_argument("source", metavar="SRC", help="folder, index file or .safetensors file")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor too")
+
+
+def _add_plan(verbs: Any) -> None:
+    parser = _verb(verbs, "plan", "show what a load would do and need; reads no tensor byte", _plan)
+    _add_load_options(parser)
+
+
+def _add_load(verbs: Any) -> None:
+    parser = _verb(verbs, "load", "load a checkpoint and report predicted beside measured memory", _load)
+    _add_load_options(parser)
+
+
+def _add_measure(verbs: Any) -> None:
+    parser = _verb(verbs, "measure", "run a command and report its peak memory, its children included", _measure)
+    parser.add_argument(
+        "--interval", type=float, default=0.001, metavar="SECONDS", help="between looks (default 0.001)"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the command, after --")
+
+
+def _add_demo(verbs: Any) -> None:
+    parser = _verb(
+        verbs, "demo", "write a Llama checkpoint, load it in less memory than it has, run a few tokens, clean up", _demo
+    )
+    parser.add_argument("--size", default="1GiB", help="size of the bf16 checkpoint (default 1GiB)")
+    parser.add_argument("--ram", help="host memory the load may add (default: half the checkpoint)")
+    parser.add_argument("--dtype", default="float32", help="dtype to load at (default float32, twice the checkpoint)")
+    parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--tokens", type=int, default=4, help="tokens to generate (default 4)")
+
+
+def _add_load_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="SRC", help="folder, index file or .safetensors file")
+    add("--dtype", default="auto", help="auto (the checkpoint's, default), float32, bfloat16, float16, ...")
+    add(
+        "--device-map",
+        metavar="MAP",
+        help="cpu (default), cuda:0, disk, auto, balanced, balanced_low_0, sequential, or FILE.json of module to device",
+    )
+    add("--max-memory", metavar="DEVICE=SIZE,...", help="for instance cpu=6GiB,cuda:0=20GiB")
+    add("--ram", metavar="SIZE", help="host memory the load may add (default: what the machine and its limits leave)")
+    add("--offload-folder", metavar="DIR", help="where weights on disk go that must be cast")
+    add(
+        "--keep-fp32",
+        metavar="NAMES",
+        action="append",
+        default=[],
+        help="modules or parameters to keep in fp32, a,b,...",
+    )
+    add("--model", metavar="MODULE:CALLABLE", help="makes the model (default: transformers, from config.json)")
+    add(
+        "--residency",
+        choices=("map", "copy"),
+        default="map",
+        help="same dtype on the CPU: map the file (default) or copy",
+    )
+    add("--staging", metavar="SIZE", help="bound on the readers' buffers, at least 1MiB")
+    add("--no-split", metavar="CLASSES", action="append", help="module classes that stay on one device, A,B,...")
+    add("--no-strict", dest="strict", action="store_false", help="initialise what is missing or mismatched")
+    add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run")
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "model": None if arguments.model is None else _import_callable(arguments.model),
+        "dtype": arguments.dtype,
+        "device_map": _read_device_map(arguments.device_map),
+        "max_memory": _read_max_memory(arguments.max_memory),
+        "ram": arguments.ram,
+        "offload_folder": arguments.offload_folder,
+        "keep_fp32": _split(arguments.keep_fp32),
+        "residency": arguments.residency,
+        "strict": arguments.strict,
+        "staging": arguments.staging,
+        "no_split": None if arguments.no_split is None else _split(arguments.no_split),
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
+def _split(values: Sequence[str]) -> list[str]:
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+
+def _read_device_map(text: str | None) -> Any:
+    if text is None or not (text.endswith(".json") or os.sep in text):
+        return text
+    try:
+        table = json.loads(Path(text).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"--device-map: {text}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"--device-map: {text}: not valid JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise OptionError(f"--device-map: {text}: expected a JSON object of module to device")
+    return table
+
+
+def _read_max_memory(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    table = {}
+    for part in text.split(","):
+        device, equals, size = part.partition("=")
+        if not equals or not device.strip():
+            raise OptionError(f"--max-memory: expected DEVICE=SIZE,... such as cpu=6GiB,cuda:0=20GiB; found {part!r}")
+        table[device.strip()] = size.strip()
+    return table
+
+
+def _import_callable(text: str) -> Callable[..., Any]:
+    module_name, colon, name = text.partition(":")
+    if not colon or not module_name or not name:
+        raise OptionError(f"--model: expected MODULE:CALLABLE, found {text!r}")
+    # As `python -m` does: a file in the current folder can be named.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"--model: {text!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(value):
+        raise OptionError(f"--model: {text!r} is not callable")
+    function: Callable[..., Any] = value
+    return function
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .checkpoint import inspect
+
+    checkpoint = inspect(arguments.source)
+    _warn(checkpoint.warnings)
+    if arguments.json:
+        _print_json(checkpoint.to_dict())
+        return FINE
+    from .report import checkpoint_tables, tensor_table
+
+    console = _console()
+    for table in checkpoint_tables(checkpoint):
+        console.print(table)
+    if arguments.tensors:
+        console.print(tensor_table(checkpoint))
+    return FINE
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from .loader import plan
+
+    decided = plan(arguments.source, **_options(arguments))
+    _warn(decided.warnings)
+    if arguments.json:
+        _print_json(decided.to_dict())
+        return FINE
+    from .report import plan_tables
+
+    console = _console()
+    for table in plan_tables(decided):
+        console.print(table)
+    return FINE
+
+
+def _load(arguments: argparse.Namespace) -> int:
+    from .loader import load
+
+    with _progress_bar() as progress:
+        result = load(arguments.source, progress=progress, **_options(arguments))
+    _warn(result.plan.warnings)
+    if arguments.json:
+        _print_json(result.report.to_dict())
+        return FINE
+    from .report import plan_tables, report_table
+
+    console = _console()
+    for table in (*plan_tables(result.plan), report_table(result.report)):
+        console.print(table)
+    return FINE
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    from .memory import measure_command
+
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        raise OptionError("measure: expected a command after --, for instance: lowmem measure -- python train.py")
+    # With --json, stdout is for the JSON alone; the command's own output goes to stderr.
+    with _stdout_to_stderr() if arguments.json else contextlib.nullcontext():
+        code, memory = measure_command(command, arguments.interval)
+    if arguments.json:
+        _print_json({"command": command, "exit_code": code, **memory.to_dict()})
+    else:
+        from .report import measurement_table
+
+        _console().print(measurement_table(memory))
+    return code
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    say = _say if arguments.json else _console().print
+    with _progress_bar() as progress:
+        report = run_demo(
+            size=arguments.size,
+            ram=arguments.ram,
+            dtype=arguments.dtype,
+            folder=arguments.folder,
+            tokens=arguments.tokens,
+            say=say,
+            progress=progress,
+        )
+    if arguments.json:
+        _print_json(report.to_dict())
+    return FINE
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[ProgressCallback | None]:
+    """A bar with rate and time left on stderr, when a person watches it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def show(progress: Progress) -> None:
+            from .report import plain
+
+            bar.update(task, completed=progress.done, total=progress.total, description=plain(progress.file))
+
+        yield show
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A pipe or a file has no width: let long names stay whole there.
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        _say(f"warning: {warning}")
+
+
+def _say(text: Any) -> None:
+    """One message on stderr, with nothing in it that steers a terminal."""
+    cleaned = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    print(cleaned, file=sys.stderr)

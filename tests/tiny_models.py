@@ -1,0 +1,179 @@
+"""Tiny transformers models and the comparison that every parity test ends in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+# kind: (class, config class, changes to the config). Sizes are small and no two of them equal.
+_TEXT = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {**_TEXT, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    ),
+    "llama-tied": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {**_TEXT, "intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": 96, "n_positions": 40, "n_embd": 32, "n_layer": 3, "n_head": 4},
+    ),
+    "bert-mlm": (
+        "BertForMaskedLM",
+        "BertConfig",
+        {**_TEXT, "intermediate_size": 48, "max_position_embeddings": 40},
+    ),
+    "bert": (
+        "BertModel",
+        "BertConfig",
+        {**_TEXT, "intermediate_size": 48, "max_position_embeddings": 40},
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+    ),
+    "gemma": (
+        "GemmaForCausalLM",
+        "GemmaConfig",
+        {**_TEXT, "intermediate_size": 48, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64},
+    ),
+    "qwen3": (
+        "Qwen3ForCausalLM",
+        "Qwen3Config",
+        {**_TEXT, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64},
+    ),
+    "vit": (
+        "ViTForImageClassification",
+        "ViTConfig",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "image_size": 16,
+            "patch_size": 8,
+            "num_labels": 5,
+        },
+    ),
+}
+
+
+def new_model(kind: str, dtype: str = "float32") -> Any:
+    """A model with seeded values, none of which is a round number: norms and biases too."""
+    import transformers
+
+    cls, config, changes = KINDS[kind]
+    torch.manual_seed(7)
+    made = getattr(transformers, config)(**changes)
+    for name, token in (("eos_token_id", 1), ("pad_token_id", 0), ("bos_token_id", 2), ("decoder_start_token_id", 0)):
+        if kind != "vit" and (name != "decoder_start_token_id" or kind == "t5"):
+            setattr(made, name, token)
+    model = getattr(transformers, cls)(made).to(getattr(torch, dtype))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape).to(parameter.dtype) * 0.05)
+    model.config.architectures = [cls]
+    return model
+
+
+def model_class(folder: Path) -> Any:
+    """The class that `config.json` names."""
+    import transformers
+
+    return getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Rewrite values of `config.json`; None removes one."""
+    path = folder / "config.json"
+    table = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            table.pop(key, None)
+        else:
+            table[key] = value
+    path.write_text(json.dumps(table))
+
+
+def inputs_of(model: Any) -> dict[str, torch.Tensor]:
+    """A seeded batch that the model takes."""
+    generator = torch.Generator().manual_seed(3)
+    if hasattr(model.config, "patch_size"):
+        size = model.config.image_size
+        return {"pixel_values": torch.randn(2, 3, size, size, generator=generator).to(model.dtype)}
+    ids = torch.randint(3, model.config.vocab_size, (2, 7), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids[:, :4]
+    return batch
+
+
+def outputs_of(model: Any) -> torch.Tensor:
+    """Logits, or the last hidden state of a headless model."""
+    with torch.no_grad():
+        result = model(**inputs_of(model))
+    return result.logits if hasattr(result, "logits") else result.last_hidden_state
+
+
+def every_tensor(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers under each of their names, non-persistent buffers too."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit: dtype, shape, and every bit, NaNs included."""
+    if (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
+        return False
+    return torch.equal(a.detach().contiguous().reshape(-1).view(torch.uint8), b.detach().contiguous().reshape(-1).view(torch.uint8))
+
+
+def ties_of(model: nn.Module) -> set[frozenset[str]]:
+    """Groups of names that are one object."""
+    groups: dict[int, set[str]] = {}
+    for name, tensor in every_tensor(model).items():
+        groups.setdefault(id(tensor), set()).add(name)
+    return {frozenset(names) for names in groups.values() if len(names) > 1}
+
+
+def assert_same_model(ours: Any, theirs: Any) -> None:
+    """Everything that a user of a transformers model can see is the same, bit for bit."""
+    assert type(ours) is type(theirs)
+    found, expected = every_tensor(ours), every_tensor(theirs)
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert same(found[name], tensor), f"{name}: expected {tensor}, found {found[name]}"
+        assert type(found[name]) is type(tensor), name
+        assert found[name].requires_grad == tensor.requires_grad, name
+        assert found[name].stride() == tensor.stride(), name
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert ties_of(ours) == ties_of(theirs)
+    for (path, module), other in zip(ours.named_modules(), theirs.modules(), strict=True):
+        assert type(module) is type(other), path
+        assert module.training is other.training, path
+        assert module.extra_repr() == other.extra_repr(), path
+    assert ours.dtype == theirs.dtype
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert ours.config.dtype == theirs.config.dtype
+    assert ours.config._attn_implementation == theirs.config._attn_implementation
+    assert ours.all_tied_weights_keys == theirs.all_tied_weights_keys
+    assert ours.name_or_path == theirs.name_or_path
+    if theirs.can_generate():
+        assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert same(outputs_of(ours), outputs_of(theirs))
+
+
+Saved = Callable[..., Path]
