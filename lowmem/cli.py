@@ -122,7 +122,7 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--device-map",
         metavar="MAP",
-        help="cpu (default), cuda:0, disk, auto, balanced, balanced_low_0, sequential, or FILE.json of module to device",
+        help="cpu (default), cuda:0, disk, auto, balanced, balanced_low_0, sequential, or FILE.json (module to device)",
     )
     add("--max-memory", metavar="DEVICE=SIZE,...", help="for instance cpu=6GiB,cuda:0=20GiB")
     add("--ram", metavar="SIZE", help="host memory the load may add (default: what the machine and its limits leave)")

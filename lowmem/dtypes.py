@@ -6,7 +6,7 @@ safetensors 0.8 (`safetensors/src/tensor.rs`, enum `Dtype`).
 
 from __future__ import annotations
 
-from .errors import OptionError
+from .errors import OptionError, UnsupportedError
 
 # safetensors name -> (torch name, bits per element). float6 has no torch dtype: such a tensor can be inspected only.
 SAFETENSORS_DTYPES: dict[str, tuple[str, int]] = {
@@ -38,7 +38,11 @@ NOT_IN_TORCH = frozenset({"float6_e2m3", "float6_e3m2"})
 
 # Bytes of one torch element; float4_e2m1fn_x2 packs two values in one.
 _ITEMSIZE = {name: max(1, bits // 8) for name, bits in SAFETENSORS_DTYPES.values()}
-_ITEMSIZE["complex128"] = 16
+_ITEMSIZE.update(
+    {"complex128": 16, "complex32": 4, "bits16": 2, "qint32": 4},
+    **dict.fromkeys(("bits8", "bits4x2", "bits2x4", "bits1x8", "qint8", "quint8", "quint4x2", "quint2x4"), 1),
+    **{f"{kind}{bits}": 1 for kind in ("int", "uint") for bits in range(1, 8)},
+)
 
 # The floats that a cast may start from or end in. The packed and the scale-only formats change meaning when cast.
 CASTABLE = frozenset(
@@ -48,8 +52,15 @@ _ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "f
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one element of `dtype` as torch counts them."""
-    return _ITEMSIZE[dtype]
+    """Bytes of one element of `dtype` as torch counts them.
+
+    Raises:
+        UnsupportedError: a dtype of a later torch.
+    """
+    try:
+        return _ITEMSIZE[dtype]
+    except KeyError:
+        raise UnsupportedError(f"dtype {dtype}: its size is not known; cast the tensor to another dtype") from None
 
 
 def is_floating(dtype: str) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def load(
         staging=staging,
         no_split=no_split,
     )
-    checkpoint = inspect(source)
+    with paused_collector():
+        checkpoint = inspect(source)
     origin = find_origin(checkpoint, model, trust_remote_code)
     started = time.perf_counter()
     with measure() as memory:
@@ -125,7 +127,8 @@ def plan(
         LowmemError: whatever `load` would refuse before its first byte.
     """
     request = make_request(**options)
-    checkpoint = inspect(source)
+    with paused_collector():
+        checkpoint = inspect(source)
     origin = find_origin(checkpoint, model, trust_remote_code)
     return _prepare(checkpoint, origin, request, settle_ties=False)[1]
 
@@ -179,13 +182,26 @@ def _prepare(
     checkpoint: Checkpoint, origin: Origin, request: LoadRequest, settle_ties: bool
 ) -> tuple[Skeleton, LoadPlan]:
     """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
-    skeleton = make_skeleton(origin, checkpoint, request.dtype)
-    mapping = match(checkpoint, skeleton)
-    if settle_ties and mapping.doubled:
-        mapping = match(checkpoint, skeleton, _differing(checkpoint, skeleton, mapping))
-    if request.strict:
-        refuse(mapping, checkpoint.source)
-    return skeleton, make_plan(checkpoint, skeleton, mapping, request)
+    with paused_collector():
+        skeleton = make_skeleton(origin, checkpoint, request.dtype)
+        mapping = match(checkpoint, skeleton)
+        if settle_ties and mapping.doubled:
+            mapping = match(checkpoint, skeleton, _differing(checkpoint, skeleton, mapping))
+        if request.strict:
+            refuse(mapping, checkpoint.source)
+        return skeleton, make_plan(checkpoint, skeleton, mapping, request)
+
+
+@contextmanager
+def paused_collector() -> Iterator[None]:
+    """Without the cyclic collector: planning makes many records and no cycles, and each pass would walk them all."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .records import Checkpoint, Shard, TensorEntry
-from .safetensors import MAX_HEADER, read_shard
+from .safetensors import MAX_HEADER, decode_json, read_shard, short
 from .source import Source, resolve
 
 
@@ -34,7 +33,10 @@ def inspect(source: str | os.PathLike[str]) -> Checkpoint:
         shards, entries = _read_all(found.shards)
         return _checkpoint(found, shards, entries, found.warnings)
     weight_map, total_size = _read_index(found.index)
-    files = {name: _inside(found.index, found.folder, name) for name in sorted(set(weight_map.values()))}
+    first: dict[str, str] = {}
+    for key, name in weight_map.items():
+        first.setdefault(name, key)
+    files = {name: _inside(found.index, found.folder, name, first[name]) for name in sorted(first)}
     shards, entries = _read_all(files.values())
     unlisted = _check_keys(found.index, weight_map, files, entries)
     warnings = [*found.warnings, *_oddities(found, files, entries, unlisted, total_size)]
@@ -64,8 +66,8 @@ def _read_all(files: Iterable[Path]) -> tuple[list[Shard], dict[str, TensorEntry
         for entry in held:
             if entry.key in entries:
                 raise CheckpointError(
-                    f"{file}: tensor {entry.key!r} lies also in {entries[entry.key].file.name}; "
-                    "expected each key in one shard"
+                    f"{file}: tensor {entry.key!r}: expected in one shard, found also in "
+                    f"{entries[entry.key].file.name}; remove the shard that does not belong, or download both again"
                 )
             entries[entry.key] = entry
     return shards, entries
@@ -75,37 +77,66 @@ def _read_index(index: Path) -> tuple[dict[str, str], Any]:
     try:
         info = index.stat()
         if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_HEADER:
-            raise CheckpointError(f"{index}: expected a regular file of at most {MAX_HEADER} bytes")
-        table = json.loads(index.read_text(encoding="utf-8"))
+            found = f"{info.st_size} bytes" if stat.S_ISREG(info.st_mode) else "another kind"
+            raise CheckpointError(
+                f"{index}: expected a regular file of at most {MAX_HEADER} bytes, found {found}; download it again"
+            )
+        table = decode_json(index.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{index}: cannot be read: {error.strerror or error}; check the path and its permissions"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index}: not valid JSON ({error}); download it again") from error
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index}: expected a 'weight_map' of key to file name, found none")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(
+            f"{index}: expected a 'weight_map' of key to file name, found {short(table)}; download it again"
+        )
+    for key, name in weight_map.items():
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"{index}: tensor {key!r}: expected a file name in the weight_map, found {short(name)}; "
+                "download it again"
+            )
     if not weight_map:
-        raise CheckpointError(f"{index}: the weight_map is empty; download it again")
+        raise CheckpointError(f"{index}: expected tensors in the weight_map, found none; download it again")
     metadata = table.get("metadata")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
-def _inside(index: Path, folder: Path, name: str) -> Path:
+def _inside(index: Path, folder: Path, name: str, key: str) -> Path:
     """The shard `name`, which must lie in the index's folder; a link may lead only where the hub's cache leads."""
     file = folder / name
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise CheckpointError(f"{index}: weight_map names {name!r}: expected a file inside {folder}")
+        raise CheckpointError(
+            f"{index}: tensor {key!r}: expected a file inside {folder}, found {short(name)}; bring the matching index"
+        )
     if not os.path.lexists(file):
-        raise CheckpointError(f"{index}: weight_map names {name!r}, which is missing in {folder}; download it again")
+        raise CheckpointError(
+            f"{index}: tensor {key!r}: expected in {short(name)}, which is missing in {folder}; download it again"
+        )
     try:
         root, real = folder.resolve(strict=True), file.resolve(strict=True)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: a link that leads nowhere; download it again") from error
-    # The hub's cache keeps models--x/snapshots/<revision>/<name> as links into models--x/blobs.
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+        raise CheckpointError(
+            f"{file}: tensor {key!r}: expected a file, found a link that leads nowhere; download it again"
+        ) from error
+    blobs = _blobs(root)
     if not real.is_relative_to(root) and not (blobs and real.is_relative_to(blobs)):
-        raise CheckpointError(f"{file}: a link out of its folder, to {real}; put the file itself into {folder}")
+        raise CheckpointError(
+            f"{file}: tensor {key!r}: expected a file inside {folder}, found a link to {real}; "
+            "put the file itself into the folder"
+        )
     return file
+
+
+def _blobs(root: Path) -> Path | None:
+    """The hub's cache keeps `models--x/snapshots/<revision>/[folder/]<name>` as links into `models--x/blobs`."""
+    for revision in (root, *root.parents):
+        if revision.parent.name == "snapshots":
+            return revision.parent.parent / "blobs"
+    return None
 
 
 def _check_keys(
@@ -115,7 +146,10 @@ def _check_keys(
     for key, name in weight_map.items():
         entry = entries.get(key)
         if entry is None:
-            raise CheckpointError(f"{files[name]}: tensor {key!r} is missing, though {index.name} says it is here")
+            raise CheckpointError(
+                f"{files[name]}: tensor {key!r}: expected here by {index.name}, found in no shard; "
+                "bring the matching index, or download the shard again"
+            )
         if entry.file is not files[name]:
             raise CheckpointError(
                 f"{index}: tensor {key!r}: expected in {name}, found in {entry.file.name}; bring the matching index"
@@ -131,9 +165,10 @@ def _oddities(
     if unlisted:
         odd.append(f"{len(unlisted)} tensors are in the shards but not in the index ({unlisted[0]}, …); they are used")
     size = sum(entry.nbytes for entry in entries.values())
-    if isinstance(total_size, int) and total_size != size:
-        odd.append(f"the index claims {total_size} bytes, the shards hold {size}; the shards were believed")
-    stray = [f.name for f in found.folder.glob("*-of-*.safetensors") if f.name not in files]
+    if isinstance(total_size, int | float) and total_size != size:
+        odd.append(f"the index claims {short(total_size)} bytes, the shards hold {size}; the shards were believed")
+    named = {file.name for file in files.values()}
+    stray = sorted(file.name for file in found.folder.glob("*.safetensors") if file.name not in named)
     if stray:
-        odd.append(f"{', '.join(sorted(stray))} lie beside the index, which does not name them; they are not read")
+        odd.append(f"{', '.join(stray)}: beside the index, which does not name it; the index was believed")
     return odd

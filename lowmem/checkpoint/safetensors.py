@@ -7,19 +7,23 @@ Format (https://github.com/huggingface/safetensors#format): 8 bytes little-endia
 from __future__ import annotations
 
 import json
-import math
 import os
+import reprlib
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ..dtypes import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, itemsize
-from ..errors import CheckpointError
+from ..dtypes import NOT_IN_TORCH, SAFETENSORS_DTYPES, SAFETENSORS_NAMES, itemsize
+from ..errors import CheckpointError, UnsupportedError
 from .records import Shard, TensorEntry
 
 # The limit of the reference reader: a longer header is damage or malice.
 MAX_HEADER = 100_000_000
+# More elements or bytes than any tensor has; checked at each step, so that no product grows for ever.
+_TOO_MANY = 2**63
 # Where data begins; more than any dtype needs, so that a written file can always be mapped.
 ALIGNMENT = 64
 
@@ -35,9 +39,11 @@ def read_shard(file: Path) -> tuple[Shard, list[TensorEntry]]:
     table = _parse_json(file, header)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{file}: __metadata__ in the header: expected text to text, found something else")
+        raise CheckpointError(
+            f"{file}: __metadata__ in the header: expected text to text, found {short(metadata)}; download it again"
+        )
     entries = [_entry(file, key, info, start) for key, info in table.items()]
-    entries.sort(key=lambda e: (e.offset, e.nbytes))
+    entries.sort(key=attrgetter("offset", "nbytes"))
     _check_tiling(file, entries, start, size)
     return Shard(file=file, size=size, mtime_ns=mtime_ns, data_offset=start, metadata=metadata), entries
 
@@ -68,47 +74,103 @@ def _read_header(file: Path) -> tuple[bytes, int, int]:
                     raise CheckpointError(f"{file}: the header ended early; the file changed while it was read")
                 header += piece
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{file}: cannot be read: {error.strerror or error}; check the path and its permissions"
+        ) from error
     return header, info.st_size, info.st_mtime_ns
 
 
 def _parse_json(file: Path, header: bytes) -> dict[str, Any]:
     try:
-        # A key that appears twice needs no check of its own: the bytes of the lost one are a gap in the tiling.
-        table = json.loads(header)
+        table = decode_json(header)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: the header is not valid JSON ({error}); download the file again") from error
     if not isinstance(table, dict):
-        raise CheckpointError(f"{file}: the header is not a JSON object; this is not a safetensors file")
+        raise CheckpointError(
+            f"{file}: expected a JSON object as header, found {short(table)}; this is not a safetensors file"
+        )
     return table
+
+
+def decode_json(raw: bytes) -> Any:
+    """JSON as the reference reader takes it: UTF-8, no key twice, no NaN, no half of a surrogate pair.
+
+    Raises:
+        ValueError, RecursionError: anything else.
+    """
+    text = raw.decode("utf-8")
+    # The hook for integers is slow and seldom needed.
+    integer = _integer if "-0" in text else None
+    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=integer)
+    if "\\u" in text:
+        # Only an escape can make half a pair, which no encoder takes.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"{counts.most_common(1)[0][0]!r} appears twice")
+    return table
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _integer(text: str) -> int | float:
+    # -0 is a float to the reference reader, which therefore takes it for no size.
+    return -0.0 if text == "-0" else int(text)
 
 
 def _entry(file: Path, key: str, info: Any, start: int) -> TensorEntry:
     try:
         name, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
-        # `type is int` keeps out True, 1.0 and friends; min() keeps out negatives.
-        sound = {int}.issuperset(map(type, shape)) and type(begin) is type(end) is int
-        sound = sound and 0 <= begin <= end and min(shape, default=0) >= 0
-        count = math.prod(shape)
+        # `type is int` keeps out True, 1.0 and friends.
+        sound = type(shape) is list and type(begin) is type(end) is int and 0 <= begin <= end < _TOO_MANY
     except (TypeError, KeyError, ValueError):
         sound = False
-    if not sound:
-        raise CheckpointError(f"{file}: tensor {key!r}: expected dtype, shape and data_offsets, found {_short(info)}")
+    count = _count(shape) if sound else -1
+    if count < 0:
+        raise CheckpointError(
+            f"{file}: tensor {key!r}: expected dtype, shape and data_offsets in whole numbers from 0 to 2**63, "
+            f"found {short(info)}; the file is damaged, download it again"
+        )
     if type(name) is not str or name not in SAFETENSORS_DTYPES:
         known = ", ".join(SAFETENSORS_DTYPES)
-        raise CheckpointError(f"{file}: tensor {key!r}: unknown dtype {_short(name)}; known: {known}")
+        raise CheckpointError(
+            f"{file}: tensor {key!r}: expected one of {known}, found dtype {short(name)}; "
+            "the file is damaged, or needs a later lowmem"
+        )
     dtype, bits = SAFETENSORS_DTYPES[name]
     if count * bits != (end - begin) * 8:
         raise CheckpointError(
-            f"{file}: tensor {key!r}: {name} of shape {shape} needs {count * bits / 8:g} bytes, "
-            f"its data_offsets hold {end - begin}; the file is damaged"
+            f"{file}: tensor {key!r}: {name} of shape {short(shape)} needs {count * bits / 8:.15g} bytes, "
+            f"its data_offsets hold {end - begin}; the file is damaged, download it again"
         )
     if bits == 4:
         # torch packs two 4-bit values into one element, along the last dimension.
         if not shape or shape[-1] % 2:
-            raise CheckpointError(f"{file}: tensor {key!r}: F4 needs an even last dimension, found shape {shape}")
+            raise CheckpointError(
+                f"{file}: tensor {key!r}: F4 needs an even last dimension, found shape {short(shape)}; "
+                "write it again in pairs"
+            )
         shape = [*shape[:-1], shape[-1] // 2]
     return TensorEntry(key, dtype, tuple(shape), file, start + begin, end - begin)
+
+
+def _count(shape: list[Any]) -> int:
+    """Elements of `shape`, or -1 for what is no shape."""
+    count = 1
+    for n in shape:
+        if type(n) is not int or not 0 <= n < _TOO_MANY:
+            return -1
+        count *= n
+        if count >= _TOO_MANY:
+            return -1
+    return count
 
 
 def _check_tiling(file: Path, entries: list[TensorEntry], start: int, size: int) -> None:
@@ -119,19 +181,28 @@ def _check_tiling(file: Path, entries: list[TensorEntry], start: int, size: int)
             problem = "overlaps the tensor before it" if entry.offset < at else "leaves a gap before it"
             raise CheckpointError(
                 f"{file}: tensor {entry.key!r} {problem}: expected to begin at byte {at}, found {entry.offset}; "
-                "the file is damaged"
+                "the file is damaged, download it again"
             )
         at = entry.end
-    if at != size:
-        problem = "truncated" if at > size else "followed by bytes that no tensor owns"
+    if at > size:
+        cut = next(entry.key for entry in entries if entry.end > size)
         raise CheckpointError(
-            f"{file}: {problem}: the header describes {at} bytes, the file has {size}; download it again"
+            f"{file}: truncated in tensor {cut!r}: expected {at} bytes, found {size}; download it again"
+        )
+    if at < size:
+        raise CheckpointError(
+            f"{file}: bytes behind the last tensor: expected {at} bytes, found {size}; download it again"
         )
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = 16
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def short(value: Any) -> str:
+    """`repr(value)` for a message: bounded in length and depth, whatever a file holds."""
+    return _SHORT.repr(value)
 
 
 def layout(
@@ -146,15 +217,23 @@ def layout(
     Returns:
         The file's first bytes, key → (absolute offset, length in bytes), and the whole file's size in bytes.
         The data begins at a multiple of 64 bytes.
+
+    Raises:
+        UnsupportedError: a dtype that safetensors has no name for, or half a byte.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     spans: dict[str, tuple[int, int]] = {}
     at = 0
     for key, dtype, shape in tensors:
+        packed = dtype == "float4_e2m1fn_x2"
+        if dtype not in SAFETENSORS_NAMES or dtype in NOT_IN_TORCH or (packed and not shape):
+            raise UnsupportedError(
+                f"tensor {key!r}: safetensors cannot hold {dtype} of shape {tuple(shape)}; cast it to another dtype"
+            )
         nbytes = itemsize(dtype)
         for n in shape:
             nbytes *= n
-        named = [*shape[:-1], shape[-1] * 2] if dtype == "float4_e2m1fn_x2" else list(shape)
+        named = [*shape[:-1], shape[-1] * 2] if packed else list(shape)
         table[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": named, "data_offsets": [at, at + nbytes]}
         spans[key] = (at, nbytes)
         at += nbytes

@@ -35,10 +35,18 @@ def resolve(source: str | os.PathLike[str]) -> Source:
         SourceError: nothing there, no weights, or several candidates (they are listed).
         UnsupportedError: only pickled weights are there.
     """
-    text = os.fspath(source)
-    path = Path(text).expanduser()
-    if not path.exists():
-        raise SourceError(f"{text}: no such file or folder; give a folder, an index file or a .safetensors file")
+    try:
+        text = os.fsdecode(source)
+        path = Path(text).expanduser()
+        there = bool(text) and path.exists()
+    except TypeError as error:
+        raise SourceError(f"source: expected a path, found {source!r}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(f"{text}: not a path that can be followed: {error}; check it and its permissions") from error
+    if not there:
+        raise SourceError(
+            f"{text or repr(text)}: no such file or folder; give a folder, an index file or a .safetensors file"
+        )
     if path.is_dir():
         return _in_folder(text, path)
     config = _config(path.parent)
@@ -63,11 +71,11 @@ def _in_folder(text: str, folder: Path) -> Source:
     config = _config(folder)
     if indexes:
         index = _one(text, indexes, "model" + INDEX_SUFFIX, "indexes")
-        beside = [n for n in files if not _NUMBERED.search(n)]
-        odd = (f"{', '.join(beside)} lie beside {index}; the index was believed",) if beside else ()
-        return Source(text, folder, folder / index, (), config, odd)
+        return Source(text, folder, folder / index, (), config)
     if "model.safetensors" in files:
-        return Source(text, folder, None, (folder / "model.safetensors",), config)
+        beside = [n for n in files if n != "model.safetensors"]
+        odd = (f"{', '.join(beside)}: beside model.safetensors, which was believed",) if beside else ()
+        return Source(text, folder, None, (folder / "model.safetensors",), config, odd)
     numbered = [n for n in files if _NUMBERED.search(n)]
     if numbered:
         return Source(
@@ -95,9 +103,9 @@ def _one(text: str, names: list[str], preferred: str, what: str) -> str:
 def _complete_set(text: str, folder: Path, names: list[str]) -> tuple[Path, ...]:
     """Numbered shards without an index can be believed only when the numbering is whole."""
     stems = {_NUMBERED.sub("", n) for n in names}
-    counts = {m[2] for n in names if (m := _NUMBERED.search(n))}
+    counts = {int(m[2]) for n in names if (m := _NUMBERED.search(n))}
     numbers = sorted(int(m[1]) for n in names if (m := _NUMBERED.search(n)))
-    if len(stems) > 1 or len(counts) > 1 or numbers != list(range(1, int(counts.pop()) + 1)):
+    if len(stems) > 1 or counts != {len(names)} or numbers != list(range(1, len(names) + 1)):
         raise SourceError(
             f"{text}: shards without an index, and not one whole set: {', '.join(names)}; bring the index"
         )
@@ -106,7 +114,10 @@ def _complete_set(text: str, folder: Path, names: list[str]) -> tuple[Path, ...]
 
 def _config(folder: Path) -> Path | None:
     config = folder / "config.json"
-    return config if config.is_file() else None
+    try:
+        return config if config.is_file() else None
+    except OSError:
+        return None
 
 
 def _pickle_message(text: str, names: list[str]) -> str:

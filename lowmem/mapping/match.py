@@ -19,7 +19,8 @@ def match(checkpoint: Checkpoint, skeleton: Skeleton, untied: Collection[str] = 
     Args:
         checkpoint: the entries.
         skeleton: the targets and the rules that rename keys.
-        untied: targets that stand for themselves although the model ties them, because their values differ.
+        untied: targets that stand for themselves although the model ties them, because their values differ from those
+            that the rest of their group gets.
 
     Raises:
         KeysError: two keys become the same target after renaming.
@@ -46,7 +47,7 @@ def match(checkpoint: Checkpoint, skeleton: Skeleton, untied: Collection[str] = 
             mismatched.append(Mismatch(key, name, entry.shape, target.shape))
         else:
             links.append(Link(entry, name, whole(target.shape)))
-    links, tied, doubled = _resolve_ties(links, state, untied)
+    links, tied, doubled = _resolve_ties(links, state, untied, set(skeleton.rules.declared_ties().values()))
     covered = {link.target for link in links} | set(tied) | {m.target for m in mismatched}
     missing = [name for name in state if name not in covered]
     excused = skeleton.rules.may_miss(missing)
@@ -66,9 +67,12 @@ def match(checkpoint: Checkpoint, skeleton: Skeleton, untied: Collection[str] = 
 
 
 def _resolve_ties(
-    links: Sequence[Link], state: Mapping[str, Target], untied: Collection[str]
+    links: Sequence[Link], state: Mapping[str, Target], untied: Collection[str], sources: Collection[str]
 ) -> tuple[list[Link], dict[str, str], dict[str, str]]:
-    """One link feeds a tie group. Returns the links, the followers, and the followers that had a key of their own."""
+    """One link feeds a tie group, that of its declared source if there is one.
+
+    Returns the links, the followers, and the followers that had a key of their own.
+    """
     groups: dict[str, list[str]] = defaultdict(list)
     for name, target in state.items():
         if name not in untied:
@@ -80,9 +84,10 @@ def _resolve_ties(
     for members in groups.values():
         if len(members) == 1:
             continue
-        leader = next((name for name in members if name in fed), None)
-        if leader is None:
+        candidates = [name for name in members if name in fed]
+        if not candidates:
             continue
+        leader = next((name for name in candidates if name in sources), candidates[0])
         for name in members:
             if name != leader:
                 tied[name] = leader

@@ -94,6 +94,11 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
             model: nn.Module = blueprint.cls._from_config(config, dtype=resolved)
     except Exception as error:  # whatever a model class raises for whatever a config says
         raise ModelError(f"{checkpoint.config}: {blueprint.cls.__name__} cannot be built from it: {error}") from error
+    if not hasattr(model, "all_tied_weights_keys"):
+        raise ModelError(
+            f"{checkpoint.config}: {blueprint.cls.__name__} is the base of models and no model (it never calls "
+            "post_init); name a complete class in 'architectures', or give model="
+        )
     return model
 
 
@@ -240,23 +245,42 @@ class TransformersRules(Rules):
         """`_init_weights` covers every module."""
 
     def initialise(self, names: Collection[str]) -> None:
-        """`initialize_weights` touches only what is not marked as initialised; mark all the rest."""
+        """`initialize_weights`, which touches only tensors that are not marked as initialised; mark all the rest.
+
+        Modules are never marked: a parent may initialise the weights of its children (T5's attention does).
+        """
         wanted = set(names)
-        for path, module in self.model.named_modules(remove_duplicate=False):
-            prefix = f"{path}." if path else ""
-            fresh = False
-            for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is None:
-                    continue
-                fresh = fresh or prefix + leaf in wanted
-                tensor._is_hf_initialized = prefix + leaf not in wanted  # type: ignore[attr-defined]
-            module._is_hf_initialized = not fresh
-        self._hf.initialize_weights()
+        followers = self._set_aside(name for name in self.declared_ties() if name in wanted)
+        try:
+            for path, module in self.model.named_modules(remove_duplicate=False):
+                prefix = f"{path}." if path else ""
+                module._is_hf_initialized = False  # type: ignore[assignment]
+                for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                    if tensor is not None:
+                        ready = prefix + leaf not in wanted or prefix + leaf in followers
+                        tensor._is_hf_initialized = ready  # type: ignore[attr-defined]
+            self._hf.initialize_weights()
+        finally:
+            for name, tensor in followers.items():
+                owner, leaf = owner_of(self.model, name)
+                owner._parameters[leaf] = tensor
+
+    def _set_aside(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Put placeholders for tied parameters, whose values come from their source: once is enough."""
+        followers: dict[str, nn.Parameter] = {}
+        for name in names:
+            owner, leaf = owner_of(self.model, name)
+            parameter = owner._parameters.get(leaf)
+            if parameter is not None:
+                followers[name] = parameter
+                owner._parameters[leaf] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        return followers
 
     def finish(self, missing: Collection[str], folder: Path | None) -> None:
         """Rotary and other transient buffers, ties, generation config, eval mode."""
         self._fill_meta_buffers()
-        self._hf.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+        if self.declared_ties():
+            self._hf.tie_weights(missing_keys=set(missing), recompute_mapping=False)
         self._hf._weight_conversions = [c for c in self._conversions if c.was_used()]
         if folder is not None:
             self._read_generation_config(folder)

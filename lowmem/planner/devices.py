@@ -131,6 +131,8 @@ class DeviceMap:
 
     def __init__(self, table: Mapping[str, str]) -> None:
         self.table = dict(table)
+        # Where offloaded layers compute: the first device that is neither host nor disk, else the CPU.
+        self.main_device = next((d for d in self.table.values() if d not in ("cpu", "disk")), "cpu")
 
     def of(self, name: str) -> str | None:
         """The device of a tensor or module, None when no enclosing module is in the map."""
@@ -141,11 +143,6 @@ class DeviceMap:
             if not at:
                 return None
             at = at.rpartition(".")[0]
-
-    @property
-    def main_device(self) -> str:
-        """Where offloaded layers compute: the first device that is neither host nor disk, else the CPU."""
-        return next((d for d in self.table.values() if d not in ("cpu", "disk")), "cpu")
 
 
 def check_complete(table: Mapping[str, str], skeleton: Skeleton, mapping: KeyMapping) -> list[str]:

@@ -1,0 +1,265 @@
+"""The shell's verbs: what they print where, and how they exit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lowmem
+from lowmem.cli import main
+from lowmem.sizes import MIB
+from lowmem.synthetic import llama_recipe, write_checkpoint
+
+PLAN_KEYS = {
+    "source",
+    "shards",
+    "tensors",
+    "devices",
+    "host",
+    "bytes_read",
+    "bytes_written",
+    "missing",
+    "unexpected",
+    "mismatched",
+    "warnings",
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(llama_recipe(8 * MIB), tmp_path_factory.mktemp("cli") / "llama", max_shard_size=3 * MIB)
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main([str(a) for a in argv])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    code, out, err = run(capsys, *argv, "--json")
+    assert code == 0, err
+    value: dict[str, Any] = json.loads(out)
+    return value
+
+
+def test_inspect_shows_shards_and_dtypes(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "inspect", llama)
+    assert (code, err) == (0, "")
+    for shard in lowmem.inspect(llama).shards:
+        assert shard.file.name in out
+    assert "bfloat16" in out
+
+
+def test_inspect_lists_every_tensor_when_asked(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "inspect", llama, "--tensors")[1]
+    assert all(key in out for key in lowmem.inspect(llama))
+
+
+def test_inspect_prints_what_to_dict_returns(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_json(capsys, "inspect", llama) == lowmem.inspect(str(llama)).to_dict()
+
+
+def test_plan_prints_what_to_dict_returns(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run_json(capsys, "plan", llama, "--dtype", "float32", "--ram", "1GiB", "--keep-fp32", "norm,lm_head")
+    expected = lowmem.plan(str(llama), dtype="float32", ram="1GiB", keep_fp32=["norm", "lm_head"]).to_dict()
+    # What is free differs from one moment to the next.
+    for table in (shown, expected):
+        table["host"].pop("available")
+    assert shown == json.loads(json.dumps(expected))
+    assert set(shown) >= PLAN_KEYS
+    assert {"resident", "mapped", "staging", "peak"} <= set(shown["host"])
+    assert {"resident", "staging", "peak"} <= set(shown["devices"]["cpu"])
+
+
+def test_load_adds_seconds_predicted_and_measured(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run_json(capsys, "load", llama)
+    assert set(shown) >= PLAN_KEYS
+    assert shown["seconds"] > 0
+    for side in ("predicted", "measured"):
+        assert shown[side]["host"]["peak"] >= 0
+        assert "cpu" in shown[side]["devices"]
+    assert shown["predicted"]["host"]["peak"] == shown["host"]["peak"]
+
+
+def test_load_shows_tables_on_stdout(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "load", llama)
+    assert code == 0
+    assert "predicted" in out
+    assert "measured" in out
+
+
+def test_every_option_reaches_the_plan(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "map.json"
+    table.write_text(json.dumps({"": "cpu", "model.layers": "disk"}))
+    flags = [
+        "--device-map",
+        table,
+        "--dtype",
+        "float16",
+        "--offload-folder",
+        tmp_path / "off",
+        "--keep-fp32",
+        "lm_head",
+    ]
+    shown = run_json(capsys, "plan", llama, *flags, "--staging", "1MiB", "--residency", "copy")
+    by_name = {t["name"]: t for t in shown["tensors"]}
+    assert by_name["lm_head.weight"]["dtype"] == "float32"
+    assert by_name["model.norm.weight"]["dtype"] == "float16"
+    assert {t["device"] for n, t in by_name.items() if n.startswith("model.layers.")} == {"disk"}
+    assert 0 < shown["host"]["staging"] <= MIB
+    copied = run_json(capsys, "plan", llama, "--residency", "copy")
+    assert {t["residency"] for t in copied["tensors"]} == {"copy"}
+    split = run_json(capsys, "plan", llama, "--device-map", "auto", "--max-memory", "0=2MiB,cuda:1=3MiB,cpu=1GiB")
+    assert {"cuda:0", "cuda:1"} & set(split["devices"])
+
+
+def test_a_callable_makes_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"weight": torch.ones(3, 2), "bias": torch.zeros(3)}, tmp_path / "w.safetensors")
+    (tmp_path / "mine_for_cli.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(2, 3)\n")
+    monkeypatch.chdir(tmp_path)
+    shown = run_json(capsys, "load", "w.safetensors", "--model", "mine_for_cli:make")
+    assert {t["name"] for t in shown["tensors"]} == {"weight", "bias"}
+
+
+def test_missing_tensors_are_refused_unless_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"weight": torch.ones(3, 2)}, tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "plan", "w.safetensors", "--model", "torch.nn:Identity")
+    assert code == 0  # nothing is missing in a module without weights
+    assert "not in the model" in err
+    (tmp_path / "mine_for_strict.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(2, 3)\n")
+    code, out, err = run(capsys, "load", "w.safetensors", "--model", "mine_for_strict:make")
+    assert (code, out) == (1, "")
+    assert "'bias'" in err
+    assert "--no-strict" in err
+    shown = run_json(capsys, "load", "w.safetensors", "--model", "mine_for_strict:make", "--no-strict")
+    assert shown["missing"] == ["bias"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["plan", "no/such/folder"], 1, "no such file or folder"),
+        (["inspect", "no/such/folder"], 1, "no such file or folder"),
+        (["plan", "LLAMA", "--ram", "lots"], 2, "ram: expected a size"),
+        (["plan", "LLAMA", "--ram", "1MiB", "--dtype", "float32"], 1, "the load needs at least"),
+        (["plan", "LLAMA", "--dtype", "int3"], 2, "dtype: expected"),
+        (["plan", "LLAMA", "--device-map", "gpu"], 2, "device_map: expected a device"),
+        (["plan", "LLAMA", "--device-map", "absent.json"], 2, "absent.json"),
+        (["plan", "LLAMA", "--max-memory", "cpu"], 2, "DEVICE=SIZE"),
+        (["plan", "LLAMA", "--model", "nocolon"], 2, "MODULE:CALLABLE"),
+        (["plan", "LLAMA", "--model", "no_such_module_at_all:x"], 2, "cannot be imported"),
+        (["plan", "LLAMA", "--staging", "5KiB"], 2, "at least 1MiB"),
+        (["load", "LLAMA", "--device-map", "cuda:7"], 1, "cuda:7 is not on this machine"),
+        (["load", "LLAMA", "--device-map", "disk", "--dtype", "float32"], 1, "offload_folder"),
+        (["measure", "--"], 2, "expected a command"),
+        (["measure", "--", "no-such-program-at-all"], 1, "no-such-program-at-all"),
+        (["demo", "--size", "1KiB"], 2, "size: expected at least"),
+    ],
+)
+def test_failures_exit_with_a_message_on_stderr(
+    argv: list[str], code: int, said: str, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, out, err = run(capsys, *[str(llama) if a == "LLAMA" else a for a in argv])
+    assert found == code
+    assert out == ""
+    assert err.startswith("lowmem: ")
+    assert said in err
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["plan"], ["plan", "x", "--residency", "swap"]])
+def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    assert "usage: lowmem" in capsys.readouterr().err
+
+
+def test_every_verb_has_help_that_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("inspect", "plan", "load", "measure", "demo"):
+        with pytest.raises(SystemExit) as exit_:
+            main([verb, "--help"])
+        assert exit_.value.code == 0
+        shown = capsys.readouterr().out
+        assert "--json" in shown
+        assert "exit codes" in shown
+
+
+def command(*argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "lowmem", *map(str, argv)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, **options)
+
+
+def test_measure_passes_output_and_exit_code_on() -> None:
+    done = command("measure", "--", sys.executable, "-c", "print('hello'); raise SystemExit(7)")
+    assert done.returncode == 7
+    assert "hello" in done.stdout
+    assert "anonymous" in done.stdout
+
+
+def test_measure_with_json_keeps_stdout_for_the_json() -> None:
+    program = "b = bytearray(b'x') * (64 << 20); print('hello')"
+    done = command("measure", "--json", "--", sys.executable, "-c", program)
+    shown = json.loads(done.stdout)
+    assert done.returncode == shown["exit_code"] == 0
+    assert shown["peak_anonymous"] >= 64 * MIB
+    assert "hello" in done.stderr
+
+
+def test_names_from_a_file_never_steer_the_terminal(tmp_path: Path) -> None:
+    save_file({"evil\x1b[2Jname[red]": torch.ones(1)}, tmp_path / "w.safetensors")
+    done = command("inspect", tmp_path / "w.safetensors", "--tensors")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    assert "[red]" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_traceback(llama: Path) -> None:
+    line = f"{sys.executable} -m lowmem inspect {llama} --tensors --json | head -c 10"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_inspect_imports_no_torch(llama: Path) -> None:
+    program = (
+        "import sys\nfrom lowmem.cli import main\n"
+        f"main(['inspect', {str(llama)!r}])\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_demo_runs_within_its_budget_and_cleans_up(tmp_path: Path) -> None:
+    done = command("demo", "--size", "64MiB", "--folder", tmp_path, "--json", env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["predicted"]["host"]["peak"] <= 32 * MIB
+    assert shown["devices"]["disk"]["weights"] > 0
+    assert "generated tokens" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_drawn_only_for_a_terminal(llama: Path) -> None:
+    done = command("load", llama, "--residency", "copy", "--json")
+    assert "loading" not in done.stderr
+    if sys.platform != "linux":
+        pytest.skip("needs a pseudo-terminal")
+    line = f"{sys.executable} -m lowmem load {llama} --residency copy --json"
+    drawn = subprocess.run(["script", "-qec", line, "/dev/null"], capture_output=True, text=True, check=False)
+    if drawn.returncode == 127:
+        pytest.skip("script(1) is not here")
+    assert "\x1b[" in drawn.stdout

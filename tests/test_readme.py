@@ -1,0 +1,66 @@
+"""README's code runs, and its reference is the parser's."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowmem.cli import build_parser
+from lowmem.sizes import MIB
+from lowmem.synthetic import llama_recipe, write_checkpoint
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which README's paths exist."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "path/to").mkdir(parents=True)
+    write_checkpoint(llama_recipe(8 * MIB), folder / "path/to/model", max_shard_size=3 * MIB)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    save_file(model.state_dict(), folder / "path/to/weights.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_a_python_block_of_the_readme_runs(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), {"__name__": "__main__"})
+
+
+def test_the_readme_has_python_blocks() -> None:
+    assert len(BLOCKS) >= 5
+
+
+def reference() -> str:
+    """The help of every verb, as README shows it."""
+    parser = build_parser()
+    verbs = next(a for a in parser._actions if hasattr(a, "choices") and isinstance(a.choices, dict))
+    assert isinstance(verbs.choices, dict)
+    parts = []
+    for name, verb in verbs.choices.items():
+        parts.append(f"```\n$ lowmem {name} --help\n{verb.format_help().strip()}\n```")
+    return "\n\n".join(parts)
+
+
+def test_the_shell_reference_of_the_readme_is_the_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mend with: COLUMNS=100 python tests/test_readme.py"""
+    monkeypatch.setenv("COLUMNS", "100")
+    if sys.version_info[:2] != (3, 11):
+        pytest.skip("argparse lays help out differently in other versions; README shows Python 3.11's")
+    shown = README.read_text(encoding="utf-8").split("<!-- reference -->")[1].split("<!-- /reference -->")[0]
+    assert shown.strip() == reference().strip()
+
+
+if __name__ == "__main__":
+    text = README.read_text(encoding="utf-8")
+    head, rest = text.split("<!-- reference -->")
+    tail = rest.split("<!-- /reference -->")[1]
+    README.write_text(f"{head}<!-- reference -->\n{reference()}\n<!-- /reference -->{tail}", encoding="utf-8")
