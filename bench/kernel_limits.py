@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,32 @@ def enter(size: int) -> None:
     _enter_cgroup(kind, size)
 
 
+def enter_above(kind: str, size: int, counted: int = 0) -> None:
+    """Put this process under a limit of `size` bytes more than it has now; as `enter`, and for the same processes.
+
+    Args:
+        kind: `cgroup v1`, `cgroup v2`, `RLIMIT_DATA` or `RLIMIT_AS`.
+        size: bytes on top.
+        counted: what only the rlimits count: the files that will be mapped, the stacks of threads.
+    """
+    if kind.startswith("cgroup"):
+        # After the fork each of our pages that is written to is charged to the group as well.
+        _enter_cgroup(kind, size + _field("RssAnon") + _KERNEL_SHARE)
+        return
+    import resource
+
+    which, used = {"RLIMIT_DATA": (resource.RLIMIT_DATA, "VmData"), "RLIMIT_AS": (resource.RLIMIT_AS, "VmSize")}[kind]
+    limit = _field(used) + size + counted
+    resource.setrlimit(which, (limit, limit))
+
+
+def _field(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status: no {name}")
+
+
 def _enter_cgroup(kind: str, size: int) -> None:
     v1 = kind == "cgroup v1"
     root = Path("/sys/fs/cgroup/memory") if v1 else Path("/sys/fs/cgroup")
@@ -81,16 +108,29 @@ def _enter_cgroup(kind: str, size: int) -> None:
     (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(size), encoding="utf-8")
     (group / ("memory.swappiness" if v1 else "memory.swap.max")).write_text("0", encoding="utf-8")
     sys.stdout.flush()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:
+        _remove(group)
+        raise
     if child == 0:
         (group / "cgroup.procs").write_text(str(os.getpid()), encoding="utf-8")
         return
     # The parent only waits, removes the group and passes the result on.
     status = os.waitpid(child, 0)[1]
-    for _ in range(100):
+    _remove(group)
+    code = os.waitstatus_to_exitcode(status)
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def _remove(group: Path) -> None:
+    """A group is busy for a moment after its last process, and as long as a process lives that this one started."""
+    for _ in range(500):
         try:
             group.rmdir()
-            break
+            return
+        except FileNotFoundError:
+            return
         except OSError:
-            os.sched_yield()
-    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+            time.sleep(0.01)
+    print(f"{group}: cannot be removed", file=sys.stderr)

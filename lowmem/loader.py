@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ._collector import paused_collector
 from .checkpoint import Checkpoint, inspect
 from .dtypes import parse_dtype
 from .engine import Installer, run, same_bytes
@@ -101,8 +101,7 @@ def load(
         staging=staging,
         no_split=no_split,
     )
-    with paused_collector():
-        checkpoint = inspect(source)
+    checkpoint = inspect(source)
     origin = find_origin(checkpoint, model, trust_remote_code)
     started = time.perf_counter()
     with measure() as memory:
@@ -127,8 +126,7 @@ def plan(
         LowmemError: whatever `load` would refuse before its first byte.
     """
     request = make_request(**options)
-    with paused_collector():
-        checkpoint = inspect(source)
+    checkpoint = inspect(source)
     origin = find_origin(checkpoint, model, trust_remote_code)
     return _prepare(checkpoint, origin, request, settle_ties=False)[1]
 
@@ -192,18 +190,6 @@ def _prepare(
         return skeleton, make_plan(checkpoint, skeleton, mapping, request)
 
 
-@contextmanager
-def paused_collector() -> Iterator[None]:
-    """Without the cyclic collector: planning makes many records and no cycles, and each pass would walk them all."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping) -> set[str]:
     """Names that are tied in the model but have values of their own in the checkpoint.
 
@@ -222,7 +208,7 @@ def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping) 
                     f"{a.file}: {a.key!r} and {b.key!r} differ, and the model ties them to one tensor; "
                     "untie them in the model, or bring the checkpoint that belongs to it"
                 )
-            differing |= {name, leader}
+            differing.add(name)
     return differing
 
 

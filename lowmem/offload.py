@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -28,14 +29,17 @@ def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
         return
     from accelerate import dispatch_model
 
-    dispatch_model(
-        model,
-        device_map={module: _as_accelerate(device) for module, device in plan.device_map.items()},
-        main_device=_as_accelerate(plan.main_device),
-        state_dict=_kept_in_memory(model, plan),
-        offload_index=offload_index(plan),
-        skip_keys=list(rules.skip_keys) or None,
-    )
+    with warnings.catch_warnings():
+        # The map names parameters beside modules where a module is split; that is meant.
+        warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules", UserWarning)
+        dispatch_model(
+            model,
+            device_map={module: _as_accelerate(device) for module, device in plan.device_map.items()},
+            main_device=_as_accelerate(plan.main_device),
+            state_dict=_kept_in_memory(model, plan),
+            offload_index=offload_index(plan),
+            skip_keys=list(rules.skip_keys) or None,
+        )
 
 
 def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:

@@ -22,6 +22,7 @@ ORDER = [
     "errors",
     "sizes",
     "dtypes",
+    "_collector",
     "limits",
     "_sampler",
     "_processes",
@@ -38,8 +39,9 @@ ORDER = [
     "demo",
     "cli",
 ]
-# Rooms that see less than what is above them.
-ONLY = {"synthetic": {"errors", "sizes", "dtypes", "checkpoint"}, "_sampler": set()}
+ALL = {*ORDER, "__init__"}
+# Rooms that see less than what is above them, or more: the command line comes in by the front door.
+ONLY = {"synthetic": {"errors", "sizes", "dtypes", "checkpoint"}, "_sampler": set(), "cli": ALL}
 # Types of records from below, named for the reader and never imported at run time.
 TYPES_ONLY = {"report.py", "__init__.py"}
 MAY_PRINT = {"cli.py", "_sampler.py"}
@@ -70,11 +72,15 @@ def imported_rooms(module: str, parsed: ast.AST) -> Iterator[str]:
             base = here[: len(here) - node.level + 1] if node.level else []
             parts = base + (node.module.split(".") if node.module else [])
             if parts[0] == "lowmem":
-                yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+                yield from [parts[1]] if len(parts) > 1 else [_room_or_door(alias.name) for alias in node.names]
+
+
+def _room_or_door(name: str) -> str:
+    return name if name in ORDER else "__init__"
 
 
 class _WithoutTypes(ast.NodeTransformer):
-    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:  # noqa: N802
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
         return node.orelse if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" else node
 
 
@@ -84,6 +90,7 @@ def test_the_import_reader_sees_every_way_to_import() -> None:
 import lowmem.memory, os, lowmem
 from lowmem.sizes import parse_size
 from lowmem import report
+from lowmem import inspect
 from ..errors import LowmemError
 from .. import dtypes
 from .records import Shard
@@ -92,7 +99,18 @@ def late():
     from ..engine.run import run
 """
     found = list(imported_rooms("checkpoint/source.py", ast.parse(ways)))
-    expected = ["memory", "__init__", "sizes", "report", "errors", "dtypes", "checkpoint", "checkpoint", "engine"]
+    expected = [
+        "memory",
+        "__init__",
+        "__init__",
+        "sizes",
+        "report",
+        "errors",
+        "dtypes",
+        "checkpoint",
+        "checkpoint",
+        "engine",
+    ]
     assert sorted(found) == sorted(expected)
     assert list(imported_rooms("loader.py", ast.parse("from .engine import run\nfrom . import cli"))) == [
         "engine",

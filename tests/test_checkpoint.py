@@ -148,6 +148,11 @@ class TestAgreement:
         assert set(known) <= set(SAFETENSORS_DTYPES)
         assert len(known) >= 20
 
+    def test_tensors_come_in_file_order_whatever_the_order_of_the_header(self, tmp_path: Path) -> None:
+        table = {"late": f32(data_offsets=[4, 8]), "none": f32(shape=[0], data_offsets=[4, 4]), "early": f32()}
+        write(tmp_path / "x.safetensors", table, b"abcdefgh")
+        assert list(assert_equal_to_reader(tmp_path / "x.safetensors")) == ["early", "none", "late"]
+
     @pytest.mark.parametrize("name", ["F6_E2M3", "F6_E3M2"])
     def test_float6_can_be_inspected_though_torch_has_none(self, name: str, tmp_path: Path) -> None:
         table = {"a": {"dtype": name, "shape": [2, 4], "data_offsets": [0, 6]}}

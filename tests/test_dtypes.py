@@ -80,8 +80,10 @@ def test_a_dtype_can_be_said_in_several_ways(value: object, name: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "float", "BF16", "int8", "fp8", "torch.", "float4_e2m1fn_x2", "float8_e8m0fnu", "float6_e2m3"]
-    + [None, 16, True, torch.int64, torch.bool, torch.complex64],
+    [
+        *("", "float", "BF16", "int8", "fp8", "torch.", "float4_e2m1fn_x2", "float8_e8m0fnu", "float6_e2m3"),
+        *(None, 16, True, torch.int64, torch.bool, torch.complex64),
+    ],
 )
 def test_anything_else_is_refused_and_the_option_named(value: object) -> None:
     with pytest.raises(OptionError, match=r"^--dtype: expected 'auto' or one of bfloat16, .*; found") as caught:

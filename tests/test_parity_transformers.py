@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 pytest.importorskip("transformers")
 
@@ -32,6 +31,8 @@ from tiny_models import (
 
 import lowmem
 from lowmem.errors import KeysError, LowmemError, ModelError, UnsupportedError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Folder = Callable[..., Path]
 ONE_FILE = "1GB"
@@ -551,7 +552,16 @@ def test_something_that_makes_no_module_is_refused(model: Any, saved: Folder) ->
 def test_planning_reads_no_weights_and_changes_no_module(own: Folder) -> None:
     """A plan needs the headers only: with the data cut off it is the same."""
     folder = own("llama", "float32", ONE_FILE)
-    model = nn.Module.__new__(nn.Module)
+    shard = folder / "model.safetensors"
+    whole = lowmem.plan(folder, dtype="bfloat16").placements
+    data = shard.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    # Same size, but a hole where the weights were.
+    with shard.open("r+b") as f:
+        f.truncate(header)
+        f.truncate(len(data))
+    hollow = lowmem.plan(folder, dtype="bfloat16").placements
+    assert [(p.target, p.nbytes, p.residency) for p in hollow] == [(p.target, p.nbytes, p.residency) for p in whole]
     model = transformers.LlamaForCausalLM(llama_config(folder))
     before = {name: id(t) for name, t in every_tensor(model).items()}
     plan = lowmem.plan(folder, model=model, dtype="bfloat16")

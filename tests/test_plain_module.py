@@ -19,6 +19,8 @@ import lowmem
 from lowmem.dtypes import CASTABLE
 from lowmem.errors import KeysError, ModelError, OptionError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLOATS = sorted(CASTABLE)
 OTHERS = ["int8", "uint8", "int16", "int32", "int64", "bool", "uint16", "uint32", "uint64", "complex64"]
 

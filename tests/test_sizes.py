@@ -45,8 +45,11 @@ def test_numbers_are_bytes(value: float, size: int) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "GiB", "-1", "-1GiB", "+1", "1e9", "1_000", "8 GiBs", "8G", "1..5", "٣GiB", "8GiB 1", "9" * 5000]
-    + ["9999999TiB", "inf", "nan", -1, -0.5, 2**63, 10**400, math.nan, math.inf, -math.inf, True, None, [1], b"8GiB"],
+    [
+        *("", "GiB", "-1", "-1GiB", "+1", "1e9", "1_000", "8 GiBs", "8G", "1..5", "٣GiB", "8GiB 1", "9" * 5000),
+        *("9999999TiB", "inf", "nan", -1, -0.5, 2**63, 10**400, math.nan, math.inf, -math.inf),
+        *(True, None, [1], b"8GiB"),
+    ],
 )
 def test_anything_else_is_refused_and_the_option_named(value: object) -> None:
     with pytest.raises(OptionError, match=r"^ram: expected .*found") as caught:

@@ -138,7 +138,9 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Bit for bit: dtype, shape, and every bit, NaNs included."""
     if (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
         return False
-    return torch.equal(a.detach().contiguous().reshape(-1).view(torch.uint8), b.detach().contiguous().reshape(-1).view(torch.uint8))
+    return torch.equal(
+        a.detach().contiguous().reshape(-1).view(torch.uint8), b.detach().contiguous().reshape(-1).view(torch.uint8)
+    )
 
 
 def ties_of(model: nn.Module) -> set[frozenset[str]]:

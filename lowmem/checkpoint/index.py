@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .._collector import paused_collector
 from ..errors import CheckpointError
 from .records import Checkpoint, Shard, TensorEntry
 from .safetensors import MAX_HEADER, decode_json, read_shard, short
@@ -29,6 +30,11 @@ def inspect(source: str | os.PathLike[str]) -> Checkpoint:
         UnsupportedError: the weights are of a kind that lowmem does not read.
     """
     found = resolve(source)
+    with paused_collector():
+        return _read(found)
+
+
+def _read(found: Source) -> Checkpoint:
     if found.index is None:
         shards, entries = _read_all(found.shards)
         return _checkpoint(found, shards, entries, found.warnings)

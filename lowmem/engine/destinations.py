@@ -72,10 +72,8 @@ class FileDestination:
         self._write(_memory_of(buffer[:size]), self._offset + move.region.offset * self._dtype.itemsize)
 
     def _write(self, view: memoryview, offset: int) -> None:
-        done = 0
         try:
-            while done < len(view):
-                done += _pwrite(self._fd, view[done:], offset + done)
+            write_at(self._fd, view, offset)
         except OSError as error:
             raise OffloadError(f"{self._path}: writing failed: {error.strerror or error}") from error
 
@@ -84,6 +82,13 @@ def _memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a uint8 tensor on the CPU, writable."""
     array: Any = tensor.numpy()
     return memoryview(array)
+
+
+def write_at(fd: int, view: memoryview, offset: int) -> None:
+    """All of `view` into the file, however often the kernel takes only a part."""
+    done = 0
+    while done < len(view):
+        done += _pwrite(fd, view[done:], offset + done)
 
 
 def _pwrite(fd: int, view: memoryview, offset: int) -> int:

@@ -17,7 +17,7 @@ class Installer:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._before: list[tuple[dict[str, Any], str, Any]] = []
+        self._before: list[tuple[dict[str, Any], str, Any, dict[str, Any]]] = []
 
     def install(self, placement: Placement, tensor: torch.Tensor) -> None:
         """Set `tensor` under every name of the placement; tied names share one parameter."""
@@ -41,8 +41,11 @@ class Installer:
     def undo(self) -> None:
         """Restore everything, the last change first."""
         while self._before:
-            table, leaf, value = self._before.pop()
+            table, leaf, value, attributes = self._before[-1]
             table[leaf] = value
+            vars(value).update(attributes)
+            # Last, so that a Ctrl-C in between loses nothing.
+            self._before.pop()
 
     def commit(self) -> None:
         """Let go of what the model held before."""
@@ -51,5 +54,6 @@ class Installer:
     def _remember(self, name: str) -> tuple[nn.Module, str]:
         owner, leaf = owner_of(self._model, name)
         table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-        self._before.append((table, leaf, table[leaf]))
+        # With its attributes: accelerate takes one of them off the tensor that it replaces.
+        self._before.append((table, leaf, table[leaf], dict(vars(table[leaf]))))
         return owner, leaf

@@ -30,9 +30,12 @@ def map_shard(shard: Shard) -> torch.Tensor:
     fd = open_shard(shard)
     try:
         if hasattr(mmap, "MAP_PRIVATE"):
-            pages = mmap.mmap(
-                fd, shard.size, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-            )
+            flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            if sys.version_info >= (3, 13):
+                # The mapping needs no open file, and a checkpoint may have more shards than a process may open.
+                pages = mmap.mmap(fd, shard.size, flags=flags, prot=access, trackfd=False)
+            else:
+                pages = mmap.mmap(fd, shard.size, flags=flags, prot=access)
         else:
             pages = mmap.mmap(fd, shard.size, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:

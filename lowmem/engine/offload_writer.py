@@ -5,31 +5,67 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 from ..errors import OffloadError
 from ..planner.offload import INDEX, index_of, is_finished
 from ..planner.records import OffloadPlan, Placement
 from ..sizes import format_size
-from .destinations import FileDestination
+from .destinations import FileDestination, write_at
+from .locks import alone_in, hold, is_abandoned
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}-\d+-[0-9a-f]{8}\.tmp")
 
 
 class OffloadWriter:
-    """The folder while it is written; `finish` gives it its name, `abandon` removes it."""
+    """The folder while it is written; `finish` gives it its name, `abandon` removes it.
+
+    While it has its temporary name it is locked, so that another load can tell whether its writer still lives.
+    """
 
     def __init__(self, plan: OffloadPlan, source: str) -> None:
         self._plan = plan
         self._source = source
         self._fds: dict[str, int] = {}
-        self._folder = _make_folder(plan)
+        self._lock: int | None = None
+        self._root = plan.folder.parent
+        self._folder = self._root / f".{plan.folder.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+    def open(self) -> None:
+        """Make the folder and its files, at their final sizes.
+
+        Raises:
+            OffloadError: the disk is full, or the folder cannot be written.
+        """
+        self._make_folder()
+        for file in self._plan.files:
+            path = self._folder / file.name
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
+                self._fds[file.name] = fd
+                _reserve(fd, file.size)
+                write_at(fd, memoryview(file.head), 0)
+            except OSError as error:
+                raise OffloadError(
+                    f"{path}: cannot reserve {format_size(file.size)}: {error.strerror or error}; "
+                    "give offload_folder on another disk"
+                ) from error
+
+    def _make_folder(self) -> None:
         try:
-            for file in plan.files:
-                self._fds[file.name] = _create(self._folder / file.name, file.head, file.size)
-        except BaseException:
-            self.abandon()
-            raise
+            self._root.mkdir(parents=True, exist_ok=True)
+            with alone_in(self._root):
+                _sweep(self._root)
+                _check_free(self._root, self._plan.nbytes)
+                self._folder.mkdir()
+                self._lock = hold(self._folder)
+        except OSError as error:
+            raise OffloadError(
+                f"{self._root}: cannot be written: {error.strerror or error}; give another offload_folder"
+            ) from error
 
     def destination(self, placement: Placement) -> FileDestination:
         """The range of the file that belongs to `placement`."""
@@ -43,7 +79,6 @@ class OffloadWriter:
         Raises:
             OffloadError: the disk failed at the last moment.
         """
-        final = self._plan.folder
         try:
             for fd in self._fds.values():
                 # Otherwise a power cut could leave a finished name over unwritten bytes.
@@ -51,65 +86,55 @@ class OffloadWriter:
             self._close()
             text = json.dumps(index_of(self._plan, self._source), indent=1)
             (self._folder / INDEX).write_text(text, encoding="utf-8")
-            if final.exists() and not is_finished(self._plan):
-                shutil.rmtree(final)
-            try:
-                self._folder.rename(final)
-            except OSError:
-                # Another process finished the same folder first: its files are ours, byte for byte.
-                if not is_finished(self._plan):
-                    raise
-                self.abandon()
+            with alone_in(self._root):
+                self._publish()
         except OSError as error:
-            self.abandon()
-            raise OffloadError(f"{final}: cannot be finished: {error.strerror or error}") from error
+            raise OffloadError(f"{self._plan.folder}: cannot be finished: {error.strerror or error}") from error
+        # Now there is nothing left but what another process's folder made needless.
+        self.abandon()
+
+    def _publish(self) -> None:
+        final = self._plan.folder
+        if is_finished(self._plan):
+            # Another process was first: its files are ours, byte for byte, and may be in use.
+            return
+        if final.is_symlink() or final.is_file():
+            final.unlink()
+        elif final.exists():
+            shutil.rmtree(final)
+        self._folder.rename(final)
 
     def abandon(self) -> None:
         """Remove everything; a second call does nothing."""
         self._close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock is not None:
+            lock, self._lock = self._lock, None
+            os.close(lock)
 
     def _close(self) -> None:
         while self._fds:
             os.close(self._fds.popitem()[1])
 
 
-def _make_folder(plan: OffloadPlan) -> Path:
-    root = plan.folder.parent
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(root).free
-        if free < plan.nbytes:
-            raise OffloadError(
-                f"{root}: the offloaded weights need {format_size(plan.nbytes)}, the disk has {format_size(free)} "
-                "free; give offload_folder on another disk, or a smaller dtype"
-            )
-        return Path(tempfile.mkdtemp(prefix=f".{plan.folder.name}-", suffix=".tmp", dir=root))
-    except OSError as error:
-        raise OffloadError(
-            f"{root}: cannot be written: {error.strerror or error}; give another offload_folder"
-        ) from error
+def _sweep(root: Path) -> None:
+    """Remove what killed writers left; the lock of a live one protects its folder."""
+    for folder in root.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(folder.name) and is_abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _create(path: Path, head: bytes, size: int) -> int:
-    """A file of its final size whose blocks are reserved, so that a full disk shows now and not in the middle."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
-        try:
-            _reserve(fd, size)
-            os.write(fd, head)
-        except BaseException:
-            os.close(fd)
-            raise
-    except OSError as error:
+def _check_free(root: Path, size: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < size:
         raise OffloadError(
-            f"{path}: cannot reserve {format_size(size)}: {error.strerror or error}; "
-            "give offload_folder on another disk"
-        ) from error
-    return fd
+            f"{root}: the offloaded weights need {format_size(size)}, the disk has {format_size(free)} "
+            "free; give offload_folder on another disk, or a smaller dtype"
+        )
 
 
 def _reserve(fd: int, size: int) -> None:
+    """Its final size and, where the file system can, its blocks: a full disk shows now and not in the middle."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)

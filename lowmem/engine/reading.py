@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from ..checkpoint import Shard, TensorEntry
@@ -47,6 +48,11 @@ class ShardReader:
         view[: len(data)] = data
         return len(data)
 
+    def is_unchanged(self) -> bool:
+        """Whether the open file is still as it was planned: size and time."""
+        info = os.fstat(self._fd)
+        return (info.st_size, info.st_mtime_ns) == (self.shard.size, self.shard.mtime_ns)
+
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         fd, self._fd = self._fd, -1
@@ -87,17 +93,14 @@ def same_bytes(a: TensorEntry, b: TensorEntry, shards: dict[Path, Shard]) -> boo
     """Whether two entries hold the same values, compared piece by piece."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    readers = ShardReader(shards[a.file]), ShardReader(shards[b.file])
-    buffers = bytearray(min(_COMPARE, a.nbytes)), bytearray(min(_COMPARE, a.nbytes))
-    try:
+    with ExitStack() as opened:
+        first, second = (opened.enter_context(closing(ShardReader(shards[entry.file]))) for entry in (a, b))
+        buffers = bytearray(min(_COMPARE, a.nbytes)), bytearray(min(_COMPARE, a.nbytes))
         for at in range(0, a.nbytes, _COMPARE):
             size = min(_COMPARE, a.nbytes - at)
             views = [memoryview(buffer)[:size] for buffer in buffers]
-            readers[0].read_into(views[0], a.offset + at)
-            readers[1].read_into(views[1], b.offset + at)
+            first.read_into(views[0], a.offset + at)
+            second.read_into(views[1], b.offset + at)
             if views[0] != views[1]:
                 return False
-    finally:
-        for reader in readers:
-            reader.close()
     return True

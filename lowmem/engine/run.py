@@ -6,13 +6,16 @@ import mmap
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ..checkpoint import Shard
+from ..errors import BudgetError, CheckpointError
 from ..planner import LoadPlan, Move, Placement, Progress, ProgressCallback
+from .cleanup import undisturbed
 from .destinations import Destination, MemoryDestination, allocate
 from .install import Installer
 from .mapping import map_shard, view_of
@@ -49,6 +52,7 @@ class _Feed:
         self._reader: ShardReader | None = None
         self._open: dict[ShardReader, int] = {}
         self._destinations: dict[Placement, Destination] = {}
+        self._changed: list[Path] = []
         self.pending: dict[Placement, int] = {}
         self.stopped = False
 
@@ -92,12 +96,28 @@ class _Feed:
             return self._destinations.pop(placement)
 
     def _drop(self, reader: ShardReader) -> None:
-        del self._open[reader]
+        if not reader.is_unchanged():
+            self._changed.append(reader.shard.file)
         reader.close()
+        del self._open[reader]
+
+    def finish(self) -> None:
+        """After the last move.
+
+        Raises:
+            CheckpointError: a file was written to while it was read, so what was read may be of two minds.
+        """
+        for reader in list(self._open):
+            self._drop(reader)
+        if self._changed:
+            raise CheckpointError(
+                f"{self._changed[0]}: changed during the load; wait until nothing writes to it and load again"
+            )
 
     def close(self) -> None:
         for reader in list(self._open):
-            self._drop(reader)
+            reader.close()
+            del self._open[reader]
         self._destinations.clear()
 
 
@@ -107,6 +127,19 @@ def _buffer(size: int) -> torch.Tensor:
         # Private: the default is shared memory, which no measure of anonymous memory would show.
         return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+
+
+def _end(feed: _Feed, threads: list[threading.Thread]) -> None:
+    feed.stopped = True
+    for thread in threads:
+        # After a Ctrl-C inside start() a thread may be about to begin, and join() would refuse it.
+        for _ in range(1000):
+            if thread.is_alive() or thread not in threading.enumerate():
+                break
+            time.sleep(0.001)
+        if thread.ident is not None:
+            thread.join()
+    feed.close()
 
 
 class _Run:
@@ -122,51 +155,67 @@ class _Run:
 
     def run(self) -> None:
         offload = self._plan.offload
-        writer = None
-        if offload is not None and not offload.reused:
-            writer = OffloadWriter(offload, self._plan.checkpoint.source)
+        if offload is None or offload.reused:
+            self._run(None)
+            return
+        writer = OffloadWriter(offload, self._plan.checkpoint.source)
         try:
+            writer.open()
             self._run(writer)
-            if writer is not None:
-                writer.finish()
+            writer.finish()
         except BaseException:
-            if writer is not None:
-                writer.abandon()
+            undisturbed(writer.abandon)
             raise
 
     def _run(self, writer: OffloadWriter | None) -> None:
         feed = _Feed(self._plan, writer)
-        threads = [
-            threading.Thread(target=self._work, args=(feed,), name=f"lowmem-{i}", daemon=True)
-            for i in range(self._plan.staging.workers if self._total else 0)
-        ]
+        threads: list[threading.Thread] = []
         try:
-            for thread in threads:
-                thread.start()
+            self._start(feed, threads)
             self._settle_unmoved()
             self._drain(feed, len(threads))
+            feed.finish()
         finally:
-            feed.stopped = True
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-            feed.close()
+            undisturbed(lambda: _end(feed, threads))
+
+    def _start(self, feed: _Feed, threads: list[threading.Thread]) -> None:
+        for i in range(self._plan.staging.workers if self._total else 0):
+            thread = threading.Thread(target=self._work, args=(feed,), name=f"lowmem-{i}", daemon=True)
+            # Before it runs: a Ctrl-C inside start() must not lose it.
+            threads.append(thread)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                threads.pop()
+                if threads:
+                    # Fewer readers are slower, not wrong.
+                    return
+                raise BudgetError(
+                    f"the system refused a thread ({error}); a limit on memory or processes may be the reason "
+                    "(ulimit -d, -v, -u): raise it",
+                    required=self._plan.host.peak,
+                    limit=0,
+                ) from error
 
     def _work(self, feed: _Feed) -> None:
-        """A reader thread: its buffer lives as long as it does."""
-        staging = self._plan.staging
+        """A reader thread."""
         try:
-            buffer = _buffer(staging.each) if staging.each else torch.empty(0, dtype=torch.uint8)
-            while (job := feed.take()) is not None:
-                move, reader, destination = job
-                try:
-                    destination.take(move, reader, buffer)
-                finally:
-                    feed.give_back(reader)
-                self._events.put(move)
+            self._move_all(feed)
             self._events.put(None)
         except BaseException as error:  # handed to the caller's thread, which raises it
             self._events.put(error)
+
+    def _move_all(self, feed: _Feed) -> None:
+        """Move after move, through a buffer that ends with this call."""
+        staging = self._plan.staging
+        buffer = _buffer(staging.each) if staging.each else torch.empty(0, dtype=torch.uint8)
+        while (job := feed.take()) is not None:
+            move, reader, destination = job
+            try:
+                destination.take(move, reader, buffer)
+            finally:
+                feed.give_back(reader)
+            self._events.put(move)
 
     def _settle_unmoved(self) -> None:
         """What needs no byte: mapped, referred to, empty, and what the model will initialise."""
@@ -190,6 +239,8 @@ class _Run:
                 workers -= 1
                 continue
             if isinstance(event, BaseException):
+                # Whoever keeps the error keeps its frames, and those hold the buffer and a tensor.
+                traceback.clear_frames(event.__traceback__)
                 raise event
             destination = feed.finished(event.placement, event.nbytes)
             if isinstance(destination, MemoryDestination):

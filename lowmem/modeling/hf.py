@@ -20,7 +20,7 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..errors import ModelError, UnsupportedError
 from .rules import Rules
-from .targets import Target, owner_of
+from .targets import Target, owner_of, tensor_of
 
 
 def _transformers() -> Any:
@@ -254,11 +254,11 @@ class TransformersRules(Rules):
         try:
             for path, module in self.model.named_modules(remove_duplicate=False):
                 prefix = f"{path}." if path else ""
-                module._is_hf_initialized = False  # type: ignore[assignment]
+                module._is_hf_initialized = False
                 for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
                     if tensor is not None:
                         ready = prefix + leaf not in wanted or prefix + leaf in followers
-                        tensor._is_hf_initialized = ready  # type: ignore[attr-defined]
+                        tensor._is_hf_initialized = ready
             self._hf.initialize_weights()
         finally:
             for name, tensor in followers.items():
@@ -279,12 +279,23 @@ class TransformersRules(Rules):
     def finish(self, missing: Collection[str], folder: Path | None) -> None:
         """Rotary and other transient buffers, ties, generation config, eval mode."""
         self._fill_meta_buffers()
-        if self.declared_ties():
-            self._hf.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+        self._tie(missing)
         self._hf._weight_conversions = [c for c in self._conversions if c.was_used()]
         if folder is not None:
             self._read_generation_config(folder)
         super().finish(missing, folder)
+
+    def _tie(self, missing: Collection[str]) -> None:
+        """`tie_weights`, but for tensors that lie on different devices: each keeps its copy."""
+        ties: dict[str, str] | None = getattr(self._hf, "all_tied_weights_keys", None)
+        if not ties:
+            return
+        at = {name: tensor_of(self.model, name).device for pair in ties.items() for name in pair}
+        apart = {name: source for name, source in ties.items() if at[name] != at[source]}
+        for name in apart:
+            del ties[name]
+        self._hf.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+        ties.update(apart)
 
     def _fill_meta_buffers(self) -> None:
         """Buffers that no checkpoint holds are filled by `_init_weights`, as `from_pretrained` does."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,7 @@ def read_targets(model: nn.Module, tied: Mapping[str, str] | None = None) -> dic
     first: dict[int, str] = {}
     declared = dict(tied or {})
     # Shared modules count under each of their names, as in the state dict.
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
+    for prefix, module in _modules(model):
         transient = module._non_persistent_buffers_set
         for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
             for leaf, tensor in table.items():
@@ -54,13 +54,28 @@ def read_targets(model: nn.Module, tied: Mapping[str, str] | None = None) -> dic
                 targets[name] = Target(
                     name=name,
                     shape=tuple(tensor.shape),
-                    dtype=str(tensor.dtype).removeprefix("torch."),
+                    dtype=dtype_name(tensor.dtype),
                     kind=kind,
                     persistent=kind == "parameter" or leaf not in transient,
                     tie=first.setdefault(id(tensor), name),
                     real=not tensor.is_meta,
                 )
     return _join_declared(targets, declared)
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(prefix, module) in the order of `named_modules`, whose nested generators cost more than all the rest here."""
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        prefix, module = stack.pop()
+        yield prefix, module
+        stack += [(f"{prefix}{leaf}.", m) for leaf, m in reversed(module._modules.items()) if m is not None]
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """`"bfloat16"` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _join_declared(targets: dict[str, Target], declared: dict[str, str]) -> dict[str, Target]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 
 from ..errors import BudgetError
 from ..sizes import KIB, MIB, format_size
@@ -12,6 +14,8 @@ MIN_STAGING = MIB
 MAX_WORKERS = 4
 # A buffer below this spends more time on the calls than on the bytes.
 _MIN_BUFFER = 512 * KIB
+# What glibc gives a thread when RLIMIT_STACK says nothing.
+_DEFAULT_STACK = 2 * MIB
 
 
 def workers_here() -> int:
@@ -26,7 +30,7 @@ def fit_staging(room: int, wanted: int | None, need: int) -> Staging:
 
     Args:
         room: bytes that the limit leaves for buffers.
-        wanted: the user's bound in bytes, or None.
+        wanted: the user's bound in bytes, or None; less is taken when less fits.
         need: bytes of one worker's buffer at full size; 0 when every byte is read straight into its place.
     """
     workers = workers_here()
@@ -36,6 +40,16 @@ def fit_staging(room: int, wanted: int | None, need: int) -> Staging:
     workers = max(1, min(workers, total // min(need, _MIN_BUFFER)))
     each = min(need, total // workers)
     return Staging(workers, each - each % ALIGNMENT)
+
+
+def thread_stacks(count: int) -> int:
+    """Bytes of address space that the stacks of `count` threads take, touched or not; 0 where there are no rlimits."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    return count * (threading.stack_size() or (_DEFAULT_STACK if soft == resource.RLIM_INFINITY else soft))
 
 
 def refuse(required: int, limit: int, bound_by: str, remedies: list[str]) -> None:

@@ -15,6 +15,7 @@ from ..mapping import KeyMapping
 from ..modeling.skeleton import Skeleton
 from ..sizes import parse_size
 
+OFFLOADED = ("cpu", "disk")
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -82,6 +83,9 @@ def infer(
 
     Every tensor's dtype is given as a special one: accelerate alone would take the smaller of the model's and the
     requested size, and knows no keep-list.
+
+    Raises:
+        PlacementError: accelerate found no map.
     """
     import torch
     from accelerate.utils import get_balanced_memory, infer_auto_device_map
@@ -97,9 +101,16 @@ def infer(
                 special_dtypes=special,
                 low_zero=strategy == "balanced_low_0",
             )
-        inferred = infer_auto_device_map(
-            skeleton.model, max_memory=memory, no_split_module_classes=list(no_split), special_dtypes=special
-        )
+        try:
+            inferred = infer_auto_device_map(
+                skeleton.model, max_memory=memory, no_split_module_classes=list(no_split), special_dtypes=special
+            )
+        except (IndexError, KeyError) as error:
+            # accelerate 1.15 does so for tied weights when one of their modules is already placed.
+            raise PlacementError(
+                f"device_map={strategy!r}: accelerate finds no map within max_memory "
+                f"({type(error).__name__}: {error}); give it more memory, or a mapping of module to device"
+            ) from error
     return {module: device_name(device) for module, device in inferred.items()}
 
 
@@ -127,22 +138,35 @@ def default_max_memory(host_available: int) -> dict[str, int]:
 
 
 class DeviceMap:
-    """Looks up the device of a name: the nearest enclosing module that the map names wins."""
+    """Looks up the device of a name: the nearest enclosing module that the map names wins.
+
+    Attributes:
+        table: module or tensor → device.
+        main_device: where offloaded layers compute: the first accelerator, else the CPU. An inferred map keeps room
+            for the largest layer there, and need not name it first.
+    """
 
     def __init__(self, table: Mapping[str, str]) -> None:
         self.table = dict(table)
-        # Where offloaded layers compute: the first device that is neither host nor disk, else the CPU.
-        self.main_device = next((d for d in self.table.values() if d not in ("cpu", "disk")), "cpu")
+        self._known: dict[str, str | None] = {}
+        self.main_device = min((d for d in self.table.values() if d not in OFFLOADED), key=_order, default="cpu")
 
     def of(self, name: str) -> str | None:
         """The device of a tensor or module, None when no enclosing module is in the map."""
-        at = name
-        while True:
-            if at in self.table:
-                return self.table[at]
-            if not at:
-                return None
-            at = at.rpartition(".")[0]
+        if name in self.table:
+            return self.table[name]
+        if not name:
+            return None
+        # Siblings share their parent's answer.
+        parent = name.rpartition(".")[0]
+        if parent not in self._known:
+            self._known[parent] = self.of(parent)
+        return self._known[parent]
+
+
+def _order(device: str) -> tuple[str, int]:
+    kind, _, index = device.partition(":")
+    return kind, int(index or 0)
 
 
 def check_complete(table: Mapping[str, str], skeleton: Skeleton, mapping: KeyMapping) -> list[str]:
@@ -158,19 +182,23 @@ def check_complete(table: Mapping[str, str], skeleton: Skeleton, mapping: KeyMap
             f"device_map: no device for {lost[0]!r} ({len(lost)} such tensors); "
             f"add {lost[0].rpartition('.')[0]!r} or '' to the map"
         )
-    modules = {name for name, _ in skeleton.model.named_modules(remove_duplicate=False)}
-    return [
-        f"device_map: {key!r} names no module or tensor of the model"
-        for key in table
-        if key not in modules and key not in skeleton.targets
-    ]
+    odd = [key for key in table if key and key not in skeleton.targets and not _is_module(skeleton.model, key)]
+    return [f"device_map: {key!r} names no module or tensor of the model" for key in odd]
+
+
+def _is_module(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def disjoint(table: Mapping[str, str], skeleton: Skeleton) -> dict[str, str]:
     """The same map without a module inside another, which is all that accelerate's hooks understand.
 
     A module that encloses a more special entry is replaced by its children and its own tensors. Such a tensor has no
-    module of its own to hang a hook on, so it lies where its module computes: on the main device.
+    module of its own to hang a hook on, so it cannot wait elsewhere: it lies on the main device.
     """
     parents = {name[:at] for name in table for at, c in enumerate(name) if c == "."}
     if "" in table and len(table) > 1:
@@ -188,8 +216,9 @@ def disjoint(table: Mapping[str, str], skeleton: Skeleton) -> dict[str, str]:
             return
         prefix = f"{path}." if path else ""
         for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and devices.of(prefix + leaf) is not None:
-                flat[prefix + leaf] = devices.main_device
+            device = devices.of(prefix + leaf)
+            if tensor is not None and device is not None:
+                flat[prefix + leaf] = devices.main_device if device in OFFLOADED else device
         for leaf, child in module.named_children():
             visit(prefix + leaf, child)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.safetensors import layout
+from ..mapping import Link
 from .records import OffloadFile, OffloadPlan, Placement
 
 FORMAT = "lowmem-offload/1"
 INDEX = "lowmem-offload.json"
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def plan_offload(checkpoint: Checkpoint, placements: Sequence[Placement], root: Path) -> OffloadPlan | None:
@@ -46,12 +49,14 @@ def _fingerprint(checkpoint: Checkpoint, written: Sequence[Placement]) -> str:
         "shards": [
             [str(s.file.resolve()), s.size, s.mtime_ns, s.data_offset] for s in checkpoint.shards if s.file in used
         ],
-        "tensors": [
-            [p.target, p.dtype, p.shape, [[k.entry.key, k.entry.dtype, k.entry.offset] for k in p.links]]
-            for p in written
-        ],
+        "tensors": [[p.target, p.dtype, p.shape, [_link_row(link) for link in p.links]] for p in written],
     }
     return hashlib.sha256(json.dumps(table, separators=(",", ":")).encode()).hexdigest()
+
+
+def _link_row(link: Link) -> list[Any]:
+    entry, region = link.entry, link.region
+    return [entry.key, entry.dtype, entry.offset, region.offset, region.shape, region.strides]
 
 
 def index_of(plan: OffloadPlan, source: str) -> dict[str, Any]:
@@ -81,3 +86,22 @@ def is_finished(plan: OffloadPlan) -> bool:
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
     return True
+
+
+def memory_file_system(folder: Path, mounts: Path = _MOUNTS) -> str | None:
+    """The type of the file system below `folder` when its files are memory (tmpfs, ramfs), else None.
+
+    Linux says so in `mountinfo`, proc(5); `folder` need not exist yet.
+    """
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    path, best, kind = folder.resolve(), Path(), ""
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        point = Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), before.split(" ")[4]))
+        # The deepest mount, and of several at one point the last, is the one that is seen.
+        if path.is_relative_to(point) and len(point.parts) >= len(best.parts):
+            best, kind = point, after.split(" ", 1)[0]
+    return kind if kind in ("tmpfs", "ramfs") else None

@@ -1,0 +1,59 @@
+"""Locks on folders: they leave no file behind, and the kernel takes them back from a process that dies."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+
+def hold(folder: Path, wait: bool = False) -> int | None:
+    """A file descriptor that locks `folder` until it is closed; None where there are no such locks (Windows, some NFS).
+
+    Raises:
+        BlockingIOError: someone else holds it, and `wait` is false.
+        FileNotFoundError: it is gone.
+    """
+    if sys.platform == "win32":
+        return None
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(fd)
+        raise
+    except OSError:
+        os.close(fd)
+        return None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other load is in such a block for `folder`."""
+    fd = hold(folder, wait=True)
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether whoever locked `folder` is gone; false when that cannot be told."""
+    try:
+        fd = hold(folder)
+    except OSError:
+        return False
+    if fd is None:
+        return False
+    os.close(fd)
+    return True

@@ -1,0 +1,119 @@
+"""The kernel confirms the plan: loads live under a limit that it enforces."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fresh import JobError, big_checkpoint, server
+from test_budget import CAST, COPY, PREDICTED, with_folder
+
+import lowmem
+from bench.kernel_limits import cgroup_kind
+from lowmem.planner import budget
+from lowmem.sizes import MIB
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux's limits")
+KIND = cgroup_kind()
+needs_cgroup = pytest.mark.skipif(KIND is None, reason="this process may make no memory cgroup")
+KINDS = [
+    pytest.param(KIND, marks=[pytest.mark.cgroup, needs_cgroup], id="cgroup"),
+    pytest.param("RLIMIT_DATA", id="RLIMIT_DATA"),
+]
+
+_LOAD = """
+import lowmem
+loaded = lowmem.load(args["source"], **args["options"])
+result = [loaded.plan.host.peak, loaded.report.peak]
+"""
+_ALLOCATE = """
+import torch
+result = torch.ones(args["size"], dtype=torch.uint8).numel()
+"""
+_WHOLE = """
+from pathlib import Path
+from safetensors.torch import load_file
+state = {}
+for file in sorted(Path(args["source"]).glob("*.safetensors")):
+    state.update({k: v.float() for k, v in load_file(file).items()})
+result = len(state)
+"""
+_HOST = """
+import lowmem.memory
+memory = lowmem.memory.host_memory()
+result = [memory.available, memory.bound_by, dict(memory.limits)]
+"""
+_REFUSED = """
+import lowmem
+try:
+    lowmem.load(args["source"], **args["options"])
+except lowmem.BudgetError as error:
+    result = [str(error), error.required, error.limit]
+"""
+
+
+def counted(plan: lowmem.LoadPlan) -> int:
+    """What RLIMIT_DATA counts besides: mapped files, and stacks of threads and their helpers."""
+    mapped = {p.links[0].entry.file for p in plan.placements if p.residency == "map"}
+    files = sum(shard.size for shard in plan.checkpoint.shards if shard.file in mapped)
+    import torch
+
+    return files + budget.thread_stacks(budget.workers_here() * torch.get_num_threads())
+
+
+def groups() -> set[str]:
+    roots = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
+    return {str(p) for root in roots if root.is_dir() for p in root.glob("lowmem-*")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", PREDICTED)
+def test_a_load_lives_within_its_prediction(kind: str, case: str, tmp_path: Path) -> None:
+    source = str(big_checkpoint())
+    options = with_folder(PREDICTED[case], tmp_path)
+    plan = lowmem.plan(source, **options)
+    before = groups()
+    predicted, _ = server().run(
+        _LOAD, limit=(kind, int(plan.host.peak * 1.05), counted(plan)), source=source, options=options
+    )
+    assert predicted <= plan.host.peak
+    assert groups() <= before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("job", [_ALLOCATE, _WHOLE], ids=["allocate", "load whole"])
+def test_the_limit_bites(kind: str, job: str) -> None:
+    """Or the test above would show nothing."""
+    plan = lowmem.plan(big_checkpoint(), device_map="disk", dtype="float32", offload_folder="/nowhere")
+    source, before = str(big_checkpoint()), groups()
+    with pytest.raises(JobError):
+        # More than the interpreter itself, which a cgroup's limit allows on top.
+        size = plan.host.peak * 2 + 64 * MIB + 320 * MIB
+        server().run(job, limit=(kind, int(plan.host.peak * 1.05), 0), source=source, size=size)
+    assert groups() <= before
+
+
+@pytest.mark.cgroup
+@needs_cgroup
+def test_host_memory_reports_the_cgroup_around_it() -> None:
+    available, bound_by, limits = server().run(_HOST, limit=(KIND, 64 * MIB, 0))
+    assert bound_by.startswith("cgroup /")
+    assert "lowmem-" in bound_by
+    assert available == min(limits.values())
+    assert available < 1024 * MIB
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [CAST, COPY, {}], ids=["cast", "copied", "mapped"])
+def test_a_load_that_would_not_fit_is_refused_and_not_killed(kind: str, options: dict[str, Any]) -> None:
+    if kind != "RLIMIT_DATA" and not options:
+        pytest.skip("a cgroup lets go of mapped pages")
+    source = str(big_checkpoint())
+    size = 16 * MIB if kind == "RLIMIT_DATA" else 0
+    text, required, limit = server().run(
+        _REFUSED, limit=(kind, size, 0), source=source, options={**options, "ram": "64GiB"}
+    )
+    assert ("RLIMIT_DATA allows" if kind == "RLIMIT_DATA" else "lowmem-") in text
+    assert required > limit
