@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .memory import Measurement
 from .sizes import format_size
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from .checkpoint import Checkpoint
+    from .memory import Measurement
     from .planner import LoadPlan
 
 

@@ -88,9 +88,9 @@ def test_the_limit_bites(kind: str, job: str) -> None:
     """Or the test above would show nothing."""
     plan = lowmem.plan(big_checkpoint(), device_map="disk", dtype="float32", offload_folder="/nowhere")
     source, before = str(big_checkpoint()), groups()
+    # The last of these is more than the interpreter itself, which a cgroup's limit allows on top.
+    size = plan.host.peak * 2 + (64 + 320) * MIB
     with pytest.raises(JobError):
-        # More than the interpreter itself, which a cgroup's limit allows on top.
-        size = plan.host.peak * 2 + 64 * MIB + 320 * MIB
         server().run(job, limit=(kind, int(plan.host.peak * 1.05), 0), source=source, size=size)
     assert groups() <= before
 

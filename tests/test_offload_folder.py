@@ -139,7 +139,20 @@ def spoil_header(folder: Path) -> None:
 
 
 def spoil_index(text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / INDEX).write_text(text) and None
+    def spoil(folder: Path) -> None:
+        (folder / INDEX).write_text(text)
+
+    return spoil
+
+
+def put_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("?")
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
@@ -151,8 +164,8 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "index of another kind": spoil_index("[1]"),
     "index too deep": spoil_index("[" * 100_000),
     "other fingerprint": spoil_index('{"format": "lowmem-offload/1", "fingerprint": "0"}'),
-    "a file in its place": lambda folder: (shutil.rmtree(folder), folder.write_text("?")) and None,
-    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()) and None,
+    "a file in its place": put_a_file,
+    "empty": empty,
 }
 
 
@@ -175,7 +188,7 @@ def test_a_disk_too_small_is_refused_before_any_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(offload_writer.shutil, "disk_usage", lambda _: usage(1 << 20, 0, 1 << 19))
     reads: list[int] = []
     monkeypatch.setattr(os, "preadv", lambda *_: reads.append(1) or 0)
@@ -232,7 +245,7 @@ def test_short_writes_are_continued(net_copy: Path, tmp_path: Path, monkeypatch:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 1 MiB; the load needs 1.5 MiB... of which the free space says nothing when asked too early."""
+    """A tmpfs of 1 MiB."""
     point = tmp_path / "small"
     point.mkdir()
     done = subprocess.run(

@@ -69,13 +69,13 @@ def _read_all(files: Iterable[Path]) -> tuple[list[Shard], dict[str, TensorEntry
     for file in files:
         shard, held = read_shard(file)
         shards.append(shard)
-        for entry in held:
-            if entry.key in entries:
-                raise CheckpointError(
-                    f"{file}: tensor {entry.key!r}: expected in one shard, found also in "
-                    f"{entries[entry.key].file.name}; remove the shard that does not belong, or download both again"
-                )
-            entries[entry.key] = entry
+        found = {entry.key: entry for entry in held}
+        for key in entries.keys() & found.keys():
+            raise CheckpointError(
+                f"{file}: tensor {key!r}: expected in one shard, found also in {entries[key].file.name}; "
+                "remove the shard that does not belong, or download both again"
+            )
+        entries.update(found)
     return shards, entries
 
 
@@ -160,7 +160,7 @@ def _check_keys(
             raise CheckpointError(
                 f"{index}: tensor {key!r}: expected in {name}, found in {entry.file.name}; bring the matching index"
             )
-    return [key for key in entries if key not in weight_map]
+    return [] if len(entries) == len(weight_map) else [key for key in entries if key not in weight_map]
 
 
 def _oddities(
