@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -15,11 +14,11 @@ from torch import nn
 from ._collector import paused_collector
 from .checkpoint import Checkpoint, inspect
 from .dtypes import parse_dtype
-from .engine import Installer, run, same_bytes
+from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
 from .limits import device_memory
 from .mapping import KeyMapping, match, refuse
-from .memory import measure
+from .memory import anonymous_memory, measure
 from .modeling.rules import Rules
 from .modeling.skeleton import ModelSource, Origin, Skeleton, find_origin, make_skeleton
 from .offload import dispatch
@@ -101,7 +100,10 @@ def load(
         staging=staging,
         no_split=no_split,
     )
+    held = anonymous_memory()
     checkpoint = inspect(source)
+    held = max(0, anonymous_memory() - held)
+    # Imports happen here: they are the program's, not the load's.
     origin = find_origin(checkpoint, model, trust_remote_code)
     started = time.perf_counter()
     with measure() as memory:
@@ -109,6 +111,8 @@ def load(
         _check_present(plan)
         prepared = time.perf_counter()
         _execute(skeleton, plan, progress)
+    # The headers were read before the imports, and are the load's.
+    memory.baseline -= held
     report = LoadReport(plan, time.perf_counter() - started, prepared - started, memory)
     return LoadResult(skeleton.model, plan, report)
 
@@ -228,11 +232,10 @@ def _check_present(plan: LoadPlan) -> None:
 
 
 def _execute(skeleton: Skeleton, plan: LoadPlan, progress: ProgressCallback | None) -> None:
-    """Run the plan; on any error the model is as it was before."""
-    installer = Installer(skeleton.model)
-    state = _State(skeleton.model)
+    """Run the plan; on any error a borrowed model is as it was before."""
+    before = Snapshot(skeleton.model) if skeleton.borrowed else None
     try:
-        run(plan, installer, progress)
+        run(plan, Installer(skeleton.model), progress)
         fresh = [name for p in plan.placements if p.residency == "init" for name in p.names]
         if fresh:
             skeleton.rules.initialise(fresh)
@@ -241,28 +244,15 @@ def _execute(skeleton: Skeleton, plan: LoadPlan, progress: ProgressCallback | No
         skeleton.model.eval()
         dispatch(skeleton.model, plan, skeleton.rules)
     except BaseException:
-        installer.undo()
-        state.restore()
-        gc.collect()
+        if before is not None:
+            undisturbed(before.restore)
         raise
-    installer.commit()
 
 
 def _unfed(plan: LoadPlan) -> set[str]:
     """State-dict names that no key of the checkpoint fed directly."""
     mapping = plan.mapping
     return {*mapping.missing, *mapping.excused, *mapping.tied, *(m.target for m in mapping.mismatched)}
-
-
-class _State:
-    """Training flags of a module, to be put back when a load fails."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modes = [(module, module.training) for module in model.modules()]
-
-    def restore(self) -> None:
-        for module, training in self._modes:
-            module.training = training
 
 
 __all__ = ["LoadResult", "load", "make_request", "plan"]

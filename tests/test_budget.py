@@ -173,7 +173,7 @@ def test_max_memory_bounds_explicit_maps_too(stack: Path) -> None:
         lowmem.plan(stack, model=Stack, device_map="cpu", max_memory={"cpu": 12 * MIB - 1})
     assert (refused.value.required, refused.value.limit) == (12 * MIB, 12 * MIB - 1)
     with pytest.raises(BudgetError, match="device cuda:0"):
-        lowmem.plan(stack, model=Stack, device_map="cuda:0", max_memory={0: 12 * MIB})
+        lowmem.plan(stack, model=Stack, device_map="cuda:0", max_memory={0: 12 * MIB - 1})
 
 
 # -- what the machine leaves

@@ -1,7 +1,8 @@
 """Run a plan: the only part that reads tensor bytes."""
 
-from .install import Installer
+from .cleanup import undisturbed
+from .install import Installer, Snapshot
 from .reading import same_bytes
 from .run import run
 
-__all__ = ["Installer", "run", "same_bytes"]
+__all__ = ["Installer", "Snapshot", "run", "same_bytes", "undisturbed"]

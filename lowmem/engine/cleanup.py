@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 
 def undisturbed(step: Callable[[], None]) -> None:
@@ -19,3 +21,10 @@ def undisturbed(step: Callable[[], None]) -> None:
             interrupt = error
     if interrupt is not None:
         raise interrupt
+
+
+def open_into(fds: list[int], path: Path, flags: int, mode: int = 0o777) -> None:
+    """Open a file and append its descriptor, as one step: with `fd = os.open(...)` a Ctrl-C that arrives during the
+    call is raised before the assignment, and nobody knows the open file any more.
+    """
+    fds.extend(map(os.open, (path,), (flags,), (mode,)))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .cleanup import open_into
+
 if sys.platform != "win32":
     import fcntl
 
@@ -21,19 +23,17 @@ def hold(folder: Path, wait: bool = False) -> int | None:
     """
     if sys.platform == "win32":
         return None
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    fds: list[int] = []
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(fd)
+        open_into(fds, folder, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(fds[0], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException as error:
+        for fd in fds:
+            os.close(fd)
+        if fds and isinstance(error, OSError) and not isinstance(error, BlockingIOError):
+            return None
         raise
-    except OSError:
-        os.close(fd)
-        return None
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    return fds[0]
 
 
 @contextmanager

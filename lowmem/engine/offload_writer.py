@@ -14,9 +14,11 @@ from ..errors import OffloadError
 from ..planner.offload import INDEX, index_of, is_finished
 from ..planner.records import OffloadPlan, Placement
 from ..sizes import format_size
+from .cleanup import open_into
 from .destinations import FileDestination, write_at
 from .locks import alone_in, hold, is_abandoned
 
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}-\d+-[0-9a-f]{8}\.tmp")
 
 
@@ -29,7 +31,8 @@ class OffloadWriter:
     def __init__(self, plan: OffloadPlan, source: str) -> None:
         self._plan = plan
         self._source = source
-        self._fds: dict[str, int] = {}
+        # In the order of the plan's files.
+        self._fds: list[int] = []
         self._lock: int | None = None
         self._root = plan.folder.parent
         self._folder = self._root / f".{plan.folder.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
@@ -44,10 +47,9 @@ class OffloadWriter:
         for file in self._plan.files:
             path = self._folder / file.name
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
-                self._fds[file.name] = fd
-                _reserve(fd, file.size)
-                write_at(fd, memoryview(file.head), 0)
+                open_into(self._fds, path, _NEW, 0o644)
+                _reserve(self._fds[-1], file.size)
+                write_at(self._fds[-1], memoryview(file.head), 0)
             except OSError as error:
                 raise OffloadError(
                     f"{path}: cannot reserve {format_size(file.size)}: {error.strerror or error}; "
@@ -69,9 +71,10 @@ class OffloadWriter:
 
     def destination(self, placement: Placement) -> FileDestination:
         """The range of the file that belongs to `placement`."""
-        file = next(f for f in self._plan.files if placement.target in f.spans)
+        held = zip(self._fds, self._plan.files, strict=True)
+        fd, file = next((fd, file) for fd, file in held if placement.target in file.spans)
         path = os.fspath(self._folder / file.name)
-        return FileDestination(placement, self._fds[file.name], file.spans[placement.target][0], path)
+        return FileDestination(placement, fd, file.spans[placement.target][0], path)
 
     def finish(self) -> None:
         """Everything is written: sync, write the index, rename.
@@ -80,7 +83,7 @@ class OffloadWriter:
             OffloadError: the disk failed at the last moment.
         """
         try:
-            for fd in self._fds.values():
+            for fd in self._fds:
                 # Otherwise a power cut could leave a finished name over unwritten bytes.
                 os.fsync(fd)
             self._close()
@@ -114,7 +117,7 @@ class OffloadWriter:
 
     def _close(self) -> None:
         while self._fds:
-            os.close(self._fds.popitem()[1])
+            os.close(self._fds.pop())
 
 
 def _sweep(root: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..checkpoint import Shard, TensorEntry
 from ..errors import CheckpointError
+from .cleanup import open_into
 
 _COMPARE = 4 * 1024 * 1024
 
@@ -75,18 +76,22 @@ def open_shard(shard: Shard) -> int:
     Raises:
         CheckpointError: gone, or not the file that was planned (size or time differ).
     """
+    fds: list[int] = []
     try:
-        fd = os.open(shard.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise CheckpointError(f"{shard.file}: cannot be opened: {error.strerror or error}") from error
-    info = os.fstat(fd)
-    if (info.st_size, info.st_mtime_ns) != (shard.size, shard.mtime_ns):
-        os.close(fd)
-        raise CheckpointError(
-            f"{shard.file}: changed since it was planned (expected {shard.size} bytes, found {info.st_size}); "
-            "plan and load again"
-        )
-    return fd
+        open_into(fds, shard.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        info = os.fstat(fds[0])
+        if (info.st_size, info.st_mtime_ns) != (shard.size, shard.mtime_ns):
+            raise CheckpointError(
+                f"{shard.file}: changed since it was planned (expected {shard.size} bytes, found {info.st_size}); "
+                "plan and load again"
+            )
+    except BaseException as error:
+        for fd in fds:
+            os.close(fd)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{shard.file}: cannot be opened: {error.strerror or error}") from error
+        raise
+    return fds[0]
 
 
 def same_bytes(a: TensorEntry, b: TensorEntry, shards: dict[Path, Shard]) -> bool:

@@ -175,6 +175,9 @@ class _Run:
             self._settle_unmoved()
             self._drain(feed, len(threads))
             feed.finish()
+            if self._progress is not None and not self._total:
+                # Nothing had to be read; whoever draws a bar still learns that it is done.
+                self._progress(Progress(0, 0, 0.0, 0.0, ""))
         finally:
             undisturbed(lambda: _end(feed, threads))
 

@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+_here = threading.local()
+_lock = threading.Lock()
+_users = 0
+_register: Callable[..., None] = nn.Module.register_parameter
+
 
 @contextmanager
 def empty_parameters() -> Iterator[None]:
-    """Every parameter that is registered inside goes to the meta device; buffers keep their values.
+    """Every parameter that this thread registers inside goes to the meta device; buffers keep their values.
 
     accelerate's `init_empty_weights` does the same, but makes a new object at each registration, which loses ties
-    (`head.weight = embed.weight`). Here a parameter that is on meta already stays the object that it is. Buffers
-    stay real because no checkpoint holds the non-persistent ones (rotary `inv_freq`).
+    (`head.weight = embed.weight`), and acts on every thread. Here a parameter that is on meta already stays the
+    object that it is. Buffers stay real because no checkpoint holds the non-persistent ones (rotary `inv_freq`).
     """
-    register: Callable[..., None] = nn.Module.register_parameter
-
-    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, param)
-        if param is None or param.is_meta:
-            return
-        attributes: dict[str, Any] = dict(param.__dict__)
-        kind: Any = type(param)
-        if kind is nn.Parameter:
-            moved = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-            moved.__dict__.update(attributes)
-        else:
-            moved = kind(param.detach().to("meta"), requires_grad=param.requires_grad, **attributes)
-        module._parameters[name] = moved
-
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    global _users, _register
+    with _lock:
+        if not _users:
+            _register = nn.Module.register_parameter
+            nn.Module.register_parameter = _register_here  # type: ignore[method-assign, assignment]
+        _users += 1
+    outer = getattr(_here, "empty", False)
+    _here.empty = True
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _here.empty = outer
+        with _lock:
+            _users -= 1
+            if not _users:
+                nn.Module.register_parameter = _register  # type: ignore[method-assign]
+
+
+def _register_here(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    _register(module, name, param)
+    if param is None or param.is_meta or not getattr(_here, "empty", False):
+        return
+    attributes: dict[str, Any] = dict(param.__dict__)
+    kind: Any = type(param)
+    if kind is nn.Parameter:
+        moved = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        moved.__dict__.update(attributes)
+    else:
+        moved = kind(param.detach().to("meta"), requires_grad=param.requires_grad, **attributes)
+    module._parameters[name] = moved
