@@ -21,12 +21,12 @@ from .final_dtypes import final_dtypes, nbytes_of
 from .offload import memory_file_system, plan_offload
 from .records import ALIGNMENT, DevicePlan, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Placement, Residency, Staging
 
-# Measured with 5,000 and 20,000 small tensors: Python objects, in all and for each of these.
+# Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
 _OVERHEAD = 4 * MIB
 _PER_ENTRY = KIB
 _PER_TARGET = KIB
 # lowmem builds the model, so its modules and empty parameters are the load's.
-_PER_TARGET_BUILT = 4 * KIB
+_PER_TARGET_BUILT = 3 * KIB
 _PER_COPY = KIB
 # Halvings of the CPU's share until an inferred map fits the budget; the step is then below 0.1 %.
 _TRIALS = 10
