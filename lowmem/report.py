@@ -43,6 +43,26 @@ class LoadReport:
         return self.memory.peak
 
     @property
+    def bytes_read(self) -> int:
+        """Tensor bytes that were read; mapped and referred ones were not."""
+        return self.plan.bytes_read
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes that were written into the offload folder."""
+        return self.plan.bytes_written
+
+    @property
+    def initialised(self) -> tuple[str, ...]:
+        """Names that no key fed, so the model's own rule gave them their values."""
+        return tuple(name for p in self.plan.placements if p.residency == "init" for name in p.names)
+
+    @property
+    def unexpected(self) -> tuple[str, ...]:
+        """Keys of the checkpoint that fed nothing."""
+        return self.plan.mapping.unexpected
+
+    @property
     def rate(self) -> float:
         """Tensor bytes read per second of moving."""
         return self.plan.bytes_read / max(self.seconds - self.prepared, 1e-9)
@@ -66,6 +86,7 @@ class LoadReport:
             "seconds": self.seconds,
             "seconds_prepared": self.prepared,
             "bytes_per_second": self.rate,
+            "initialised": list(self.initialised),
             "predicted": {"host": {"peak": self.predicted_peak}, "devices": predicted},
             "measured": {
                 "host": {"peak": self.peak, "rss": self.memory.peak_rss, "cgroup": self.memory.cgroup_peak},

@@ -479,3 +479,14 @@ def test_any_module_gets_exactly_its_checkpoint(
         cast = dtype != "auto" and leaves(tree)[name][0] in FLOATS
         assert same(found[name], tensor.to(getattr(torch, dtype)) if cast else tensor), name
     assert result.plan.bytes_read == sum(move.nbytes for move in result.plan.moves())
+
+
+def test_a_dtype_that_torch_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    header = b'{"weight":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(4))
+    assert lowmem.inspect(path)["weight"].dtype == "float6_e2m3"
+    with pytest.raises(UnsupportedError, match="tensor 'weight': torch .* has no dtype float6_e2m3"):
+        lowmem.plan(path, model=module)

@@ -7,7 +7,9 @@ import functools
 import re
 from collections import defaultdict
 
-from ..dtypes import NOT_IN_TORCH, is_floating, itemsize
+import torch
+
+from ..dtypes import is_floating, itemsize
 from ..errors import UnsupportedError
 from ..mapping import KeyMapping
 from ..modeling.skeleton import Skeleton
@@ -85,8 +87,12 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _check_cast(name: str, source: str, final: str) -> None:
-    if source in NOT_IN_TORCH:
-        raise UnsupportedError(f"tensor {name!r}: torch has no dtype for {source}; lowmem can only inspect it")
+    for dtype in (source, final):
+        if not hasattr(torch, dtype):
+            raise UnsupportedError(
+                f"tensor {name!r}: torch {torch.__version__} has no dtype {dtype}; a later torch may, "
+                "until then lowmem can only inspect it"
+            )
     if source == final or (is_floating(source) and is_floating(final)):
         return
     if "float4" in source or "e8m0" in source:
