@@ -17,7 +17,7 @@ from torch import nn
 
 import lowmem
 from lowmem.dtypes import CASTABLE
-from lowmem.errors import KeysError, ModelError, OptionError
+from lowmem.errors import KeysError, ModelError, OptionError, UnsupportedError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
