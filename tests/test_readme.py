@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bench.peaks import as_markdown
 from lowmem.cli import build_parser
 from lowmem.sizes import MIB
 from lowmem.synthetic import llama_recipe, write_checkpoint
@@ -57,6 +59,12 @@ def test_the_shell_reference_of_the_readme_is_the_parsers(monkeypatch: pytest.Mo
         pytest.skip("argparse lays help out differently in other versions; README shows Python 3.11's")
     shown = README.read_text(encoding="utf-8").split("<!-- reference -->")[1].split("<!-- /reference -->")[0]
     assert shown.strip() == reference().strip()
+
+
+def test_the_table_of_the_readme_is_the_benchs() -> None:
+    rows = json.loads((README.parent / "bench/peaks.json").read_text(encoding="utf-8"))["rows"]
+    shown = README.read_text(encoding="utf-8").split("<!-- peaks -->")[1].split("<!-- /peaks -->")[0]
+    assert shown.strip() == as_markdown(rows)
 
 
 if __name__ == "__main__":
