@@ -488,5 +488,5 @@ def test_a_dtype_that_torch_lacks_is_refused_by_name(tmp_path: Path) -> None:
     module = nn.Module()
     module.weight = nn.Parameter(torch.zeros(4))
     assert lowmem.inspect(path)["weight"].dtype == "float6_e2m3"
-    with pytest.raises(UnsupportedError, match="tensor 'weight': torch .* has no dtype float6_e2m3"):
+    with pytest.raises(UnsupportedError, match=r"tensor 'weight': torch .* has no dtype float6_e2m3"):
         lowmem.plan(path, model=module)
