@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePath
 from typing import Any
 
 from .._collector import paused_collector
@@ -39,6 +40,12 @@ def _read(found: Source) -> Checkpoint:
         shards, entries = _read_all(found.shards)
         return _checkpoint(found, shards, entries, found.warnings)
     weight_map, total_size = _read_index(found.index)
+    whole = found.folder / "model.safetensors"
+    if whole.is_file() and not all((found.folder / name).exists() for name in set(weight_map.values())):
+        # save_pretrained into a folder of shards removes them and leaves their index behind.
+        odd = f"{found.index.name} names shards that are gone: {whole.name} beside it was believed"
+        return _read(replace(found, index=None, shards=(whole,), warnings=(*found.warnings, odd)))
+    weight_map = {key: str(PurePath(name)) if name else name for key, name in weight_map.items()}
     first: dict[str, str] = {}
     for key, name in weight_map.items():
         first.setdefault(name, key)

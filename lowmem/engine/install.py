@@ -40,11 +40,15 @@ class Installer:
         """Set `tensor` under every name of the placement; tied names share one parameter."""
         owner, leaf = owner_of(self._model, placement.names[0])
         old = owner._parameters.get(leaf)
+        attributes = {} if old is None else dict(vars(old))
         if old is not None and old.requires_grad and not (tensor.is_floating_point() or tensor.is_complex()):
             # Integers cannot require a gradient; the helper would copy the flag of the old parameter.
             owner._parameters[leaf] = nn.Parameter(old.detach(), requires_grad=False)
         set_module_tensor_to_device(owner, leaf, tensor.device, value=tensor, dtype=tensor.dtype, clear_cache=False)
         shared = owner._parameters.get(leaf) if leaf in owner._parameters else owner._buffers[leaf]
+        if attributes:
+            # What the model's author hung on the parameter (`no_decay`, say) is the model's, not the weights'.
+            vars(shared).update(attributes)
         for name in placement.names[1:]:
             other, other_leaf = owner_of(self._model, name)
             table: dict[str, Any] = other._parameters if other_leaf in other._parameters else other._buffers

@@ -18,8 +18,8 @@ _COMMON = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64"
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if _COMMON else 0)
 
 
-def map_shard(shard: Shard) -> torch.Tensor:
-    """The whole file as a uint8 tensor over a private mapping: a write to it copies the page, not the file.
+def map_shard(shard: Shard) -> mmap.mmap:
+    """The whole file, mapped privately: a write copies the page and not the file.
 
     One mapping serves all tensors of a shard and ends with the last of them. NORESERVE, or the kernel would refuse
     a private mapping larger than its memory although no page of it is memory.
@@ -45,12 +45,18 @@ def map_shard(shard: Shard) -> torch.Tensor:
         ) from error
     finally:
         os.close(fd)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return pages
 
 
-def view_of(pages: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
-    """The tensor of `entry` inside its mapped shard."""
+def view_of(pages: mmap.mmap, entry: TensorEntry) -> torch.Tensor:
+    """The tensor of `entry` inside its mapped shard, with a storage of its own, so that saving or copying it takes
+    its own bytes and not the shard's.
+    """
     dtype: torch.dtype = getattr(torch, entry.dtype)
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
-    return pages[entry.offset : entry.end].view(dtype).view(entry.shape)
+    return (
+        torch.frombuffer(pages, dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
+        .view(dtype)
+        .view(entry.shape)
+    )

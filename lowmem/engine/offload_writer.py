@@ -87,7 +87,7 @@ class OffloadWriter:
                 # Otherwise a power cut could leave a finished name over unwritten bytes.
                 os.fsync(fd)
             self._close()
-            text = json.dumps(index_of(self._plan, self._source), indent=1)
+            text = json.dumps(index_of(self._plan, self._source, self._folder), indent=1)
             (self._folder / INDEX).write_text(text, encoding="utf-8")
             with alone_in(self._root):
                 self._publish()

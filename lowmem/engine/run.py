@@ -223,7 +223,7 @@ class _Run:
     def _settle_unmoved(self) -> None:
         """What needs no byte: mapped, referred to, empty, and what the model will initialise."""
         shards = {shard.file: shard for shard in self._plan.checkpoint.shards}
-        pages: dict[Path, torch.Tensor] = {}
+        pages: dict[Path, mmap.mmap] = {}
         for placement in self._plan.placements:
             if placement.device == "disk":
                 self._installer.leave_on_disk(placement)

@@ -194,6 +194,33 @@ def _is_module(model: nn.Module, path: str) -> bool:
     return True
 
 
+def pinned(table: Mapping[str, str], skeleton: Skeleton) -> dict[str, str]:
+    """Tensors that the map offloads and accelerate's hooks could not bring back in time → the main device.
+
+    The hooks act when a module's `forward` is called. Some weights are used without that: by a `forward_pre_hook`
+    (the old `weight_norm`), from a ParameterList or ParameterDict, and the output projection of torch's attention.
+    """
+    devices = DeviceMap(table)
+    away = {"disk"} if devices.main_device == "cpu" else {"disk", "cpu"}
+    if not away & set(table.values()):
+        return {}
+    stay: dict[str, str] = {}
+    for path, module in skeleton.model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for name in _used_unasked(module):
+            if devices.of(prefix + name) in away:
+                stay[prefix + name] = devices.main_device
+    return stay
+
+
+def _used_unasked(module: nn.Module) -> list[str]:
+    if isinstance(module, nn.MultiheadAttention):
+        return [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    if module._forward_pre_hooks or type(module).forward is nn.Module.forward:
+        return [name for name, parameter in module._parameters.items() if parameter is not None]
+    return []
+
+
 def disjoint(table: Mapping[str, str], skeleton: Skeleton) -> dict[str, str]:
     """The same map without a module inside another, which is all that accelerate's hooks understand.
 

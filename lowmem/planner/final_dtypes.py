@@ -40,6 +40,11 @@ def final_dtypes(
     warnings = _keep(skeleton, final, dtype, keep_fp32)
     for name, entry in entries.items():
         _check_cast(name, entry.dtype, final[name])
+        own = skeleton.targets[name].dtype
+        if is_floating(own) != is_floating(entry.dtype) and not skeleton.rules.owns_dtypes:
+            warnings.append(
+                f"{name!r} is {own} in the model and {entry.dtype} in the checkpoint: it becomes {final[name]}"
+            )
     for name, leader in mapping.tied.items():
         final[name] = final[leader]
     return final, warnings

@@ -59,13 +59,14 @@ def _link_row(link: Link) -> list[Any]:
     return [entry.key, entry.dtype, entry.offset, region.offset, region.shape, region.strides]
 
 
-def index_of(plan: OffloadPlan, source: str) -> dict[str, Any]:
-    """The index that makes a folder a finished one; written last."""
+def index_of(plan: OffloadPlan, source: str, folder: Path) -> dict[str, Any]:
+    """The index that makes a folder a finished one; written last, when the files in `folder` are whole."""
     return {
         "format": FORMAT,
         "source": source,
         "fingerprint": plan.fingerprint,
         "files": {file.name: file.size for file in plan.files},
+        "mtimes": {file.name: (folder / file.name).stat().st_mtime_ns for file in plan.files},
         "tensors": {target: file.name for file in plan.files for target in file.spans},
     }
 
@@ -78,12 +79,13 @@ def is_finished(plan: OffloadPlan) -> bool:
             return False
         for file in plan.files:
             path = plan.folder / file.name
-            if path.stat().st_size != file.size:
+            info = path.stat()
+            if (info.st_size, info.st_mtime_ns) != (file.size, index["mtimes"].get(file.name)):
                 return False
             with path.open("rb") as f:
                 if f.read(len(file.head)) != file.head:
                     return False
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return False
     return True
 

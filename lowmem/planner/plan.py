@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ..mapping import KeyMapping
 from ..modeling.skeleton import Skeleton
 from ..sizes import KIB, MIB, format_size
 from . import budget
-from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, disjoint, infer
+from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, disjoint, infer, pinned
 from .final_dtypes import final_dtypes, nbytes_of
 from .offload import memory_file_system, plan_offload
 from .records import ALIGNMENT, DevicePlan, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Placement, Residency, Staging
@@ -79,7 +80,8 @@ def _to_initialise(skeleton: Skeleton, mapping: KeyMapping) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for name in (*mapping.missing, *mapping.excused, *(m.target for m in mapping.mismatched)):
         target = skeleton.targets[name]
-        if not target.real:
+        # A key of another shape under a tied name leaves the tie as it is.
+        if not target.real and name not in mapping.tied:
             groups.setdefault(target.tie, []).append(name)
     return list(groups.values())
 
@@ -131,10 +133,15 @@ def _inferred(draft: _Draft, strategy: str) -> LoadPlan:
 
 def _checked(draft: _Draft, table: Mapping[str, str]) -> LoadPlan:
     warnings = check_complete(table, draft.skeleton, draft.mapping)
-    table = disjoint(table, draft.skeleton)
+    stay = pinned(table, draft.skeleton)
+    if stay:
+        first = next(iter(stay))
+        warnings.append(f"{len(stay)} tensors ({first!r}, …) stay on {stay[first]}: their modules cannot fetch them")
+    table = disjoint({**table, **stay}, draft.skeleton)
     devices = DeviceMap(table)
     placements, split = _place(draft, devices)
     warnings += split
+    _check_reachable(placements)
     offload = _plan_files(draft, placements)
     warnings += _offload_warnings(offload)
     bound = min(_bounds(draft, placements), key=lambda b: b.room)
@@ -203,6 +210,21 @@ def _device_of(draft: _Draft, devices: DeviceMap, name: str) -> str:
     if waits and (name in devices.table or draft.skeleton.targets[name].kind == "buffer"):
         return devices.main_device
     return device
+
+
+def _check_reachable(placements: Sequence[Placement]) -> None:
+    """accelerate opens weights on disk by safetensors, which takes only names in UTF-8.
+
+    Raises:
+        PlacementError: a shard's path that it could not open at run time.
+    """
+    for file in {link.entry.file for p in placements if p.residency == "refer" for link in p.links}:
+        try:
+            os.fspath(file).encode("utf-8")
+        except UnicodeEncodeError:
+            raise PlacementError(
+                f"{os.fsencode(file)!r}: weights that stay on disk need a path in UTF-8; rename the folder"
+            ) from None
 
 
 def _residency(draft: _Draft, device: str, final: str, source: str, offset: int) -> Residency:
