@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -72,12 +75,10 @@ class _ProcTree:
         if now >= self._search_at:
             self._search()
             self._search_at = now + (time.monotonic() - now) / _SEARCH_SHARE
-        lines = {pid: self._line(pid) for pid in list(self._members)}
         # Between vfork and exec a child shows its parent's memory as its own. Counted twice, that would be a peak.
-        parents = {pid: parent for pid, (_, parent) in self._members.items()}
-        sizes = [
-            parse_statm(line) for pid, line in lines.items() if line is not None and lines.get(parents[pid]) != line
-        ]
+        # Asked before statm is read: what execs in between then shows its own.
+        own = [pid for pid, (_, parent) in self._members.items() if not parent or not _share_memory(pid, parent)]
+        sizes = [parse_statm(line) for pid in own if (line := self._line(pid)) is not None]
         return sum(anonymous for anonymous, _ in sizes), sum(rss for _, rss in sizes)
 
     def close(self) -> None:
@@ -109,6 +110,23 @@ class _ProcTree:
         except (FileNotFoundError, ProcessLookupError):
             return False
         return True
+
+
+@functools.cache
+def _kcmp() -> Callable[[int, int], int] | None:
+    """kcmp(2) for KCMP_VM: 0 when two processes run in one address space. None where the call is unknown."""
+    number = {"x86_64": 312, "aarch64": 272}.get(platform.machine())
+    if number is None:
+        return None
+    import ctypes
+
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
+    return lambda one, other: int(syscall(number, one, other, 1, 0, 0))
+
+
+def _share_memory(pid: int, parent: int) -> bool:
+    kcmp = _kcmp()
+    return kcmp is not None and kcmp(pid, parent) == 0
 
 
 class _PortableTree:

@@ -7,20 +7,25 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .errors import LowmemError, OptionError
+from .sizes import shown
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
     from rich.console import Console
 
     from .planner import Progress, ProgressCallback
 
 FINE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+_NO_WIDTH = 4096
+_MOST_OF_A_MAP = 16 * 1024**2
 
 _EPILOG = """exit codes: 0 fine, 1 the load or plan failed, 2 wrong usage; measure gives the command's own.
 Sizes: 8GiB, 512MiB (powers of 1024), 8GB, 500MB (powers of 1000), or bytes."""
@@ -28,12 +33,9 @@ Sizes: 8GiB, 512MiB (powers of 1024), 8GB, 500MB (powers of 1000), or bytes."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. Errors of lowmem become one message on stderr."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    _mend_streams()
     try:
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
-        return code
+        return _run(argv)
     except OptionError as error:
         _say(f"lowmem: {error}")
         return MISUSED
@@ -45,13 +47,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (head, less) went away: nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up(sys.stdout)
         return FAILED
+    except MemoryError:
+        _say("lowmem: out of memory: the system gave no more to this process; free some, or raise its limit")
+        return FAILED
+    except OSError as error:
+        _say(f"lowmem: {error}")
+        return FAILED
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = build_parser().parse_args(argv)
+    code: int = arguments.run(arguments)
+    with _output():
+        return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Does not repeat what is too long to be read."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_shortened(message))
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        # argparse would say nothing when help cannot be written.
+        if file is sys.stdout:
+            with _output():
+                print(message, end="")
+        else:
+            _say(message.rstrip("\n"))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; README's reference is made from it."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lowmem",
         description="Load large PyTorch checkpoints within a memory budget.",
         epilog=_EPILOG,
@@ -101,6 +131,8 @@ def _add_measure(verbs: Any) -> None:
     parser.add_argument(
         "--interval", type=float, default=0.001, metavar="SECONDS", help="between looks (default 0.001)"
     )
+    # argparse would show "..." for the command.
+    parser.usage = "lowmem measure [-h] [--json] [--interval SECONDS] -- CMD ..."
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the command, after --")
 
 
@@ -171,14 +203,29 @@ def _split(values: Sequence[str]) -> list[str]:
 def _read_device_map(text: str | None) -> Any:
     if text is None or not (text.endswith(".json") or os.sep in text):
         return text
+    twice: list[str] = []
+
+    def as_table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        twice.extend(key for key in table if len(table) < len(pairs) and sum(key == k for k, _ in pairs) > 1)
+        return table
+
     try:
-        table = json.loads(Path(text).read_text(encoding="utf-8"))
+        with Path(text).open(encoding="utf-8") as file:
+            content = file.read(_MOST_OF_A_MAP + 1)
+        if len(content) > _MOST_OF_A_MAP:
+            raise OptionError(f"--device-map: {text}: too long to be a device map")
+        table = json.loads(content, object_pairs_hook=as_table)
     except OSError as error:
         raise OptionError(f"--device-map: {text}: cannot be read: {error.strerror or error}") from error
+    except OptionError:
+        raise
     except (ValueError, RecursionError) as error:
         raise OptionError(f"--device-map: {text}: not valid JSON: {error}") from error
     if not isinstance(table, dict):
         raise OptionError(f"--device-map: {text}: expected a JSON object of module to device")
+    if twice:
+        raise OptionError(f"--device-map: {text}: {shown(twice[0])} stands there twice; name each module once")
     return table
 
 
@@ -189,7 +236,11 @@ def _read_max_memory(text: str | None) -> dict[str, str] | None:
     for part in text.split(","):
         device, equals, size = part.partition("=")
         if not equals or not device.strip():
-            raise OptionError(f"--max-memory: expected DEVICE=SIZE,... such as cpu=6GiB,cuda:0=20GiB; found {part!r}")
+            raise OptionError(
+                f"--max-memory: expected DEVICE=SIZE,... such as cpu=6GiB,cuda:0=20GiB; found {shown(part)}"
+            )
+        if device.strip() in table:
+            raise OptionError(f"--max-memory: {shown(device.strip())} is given twice; give each device once")
         table[device.strip()] = size.strip()
     return table
 
@@ -197,21 +248,36 @@ def _read_max_memory(text: str | None) -> dict[str, str] | None:
 def _import_callable(text: str) -> Callable[..., Any]:
     module_name, colon, name = text.partition(":")
     if not colon or not module_name or not name:
-        raise OptionError(f"--model: expected MODULE:CALLABLE, found {text!r}")
-    # As `python -m` does: a file in the current folder can be named.
-    sys.path.insert(0, str(Path.cwd()))
+        raise OptionError(f"--model: expected MODULE:CALLABLE, found {shown(text)}")
+    try:
+        # As `python -m` does: a file in the current folder can be named.
+        here = str(Path.cwd())
+    except OSError as error:
+        raise OptionError(f"--model: the current folder is gone ({error.strerror}); change to another") from error
+    sys.path.insert(0, here)
     try:
         value: Any = importlib.import_module(module_name)
         for part in name.split("."):
             value = getattr(value, part)
-    except (ImportError, AttributeError) as error:
-        raise OptionError(f"--model: {text!r} cannot be imported: {error}") from error
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        # The module's code may raise anything, and may call sys.exit.
+        raise OptionError(f"--model: {shown(text)} cannot be imported: {_reason(error)}") from error
     finally:
-        sys.path.pop(0)
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
     if not callable(value):
-        raise OptionError(f"--model: {text!r} is not callable")
+        raise OptionError(f"--model: {shown(text)} is not callable")
     function: Callable[..., Any] = value
     return function
+
+
+def _reason(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -224,11 +290,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return FINE
     from .report import checkpoint_tables, tensor_table
 
-    console = _console()
-    for table in checkpoint_tables(checkpoint):
-        console.print(table)
+    _show(*checkpoint_tables(checkpoint))
     if arguments.tensors:
-        console.print(tensor_table(checkpoint))
+        _show(tensor_table(checkpoint))
     return FINE
 
 
@@ -242,9 +306,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         return FINE
     from .report import plan_tables
 
-    console = _console()
-    for table in plan_tables(decided):
-        console.print(table)
+    _show(*plan_tables(decided))
     return FINE
 
 
@@ -259,9 +321,7 @@ def _load(arguments: argparse.Namespace) -> int:
         return FINE
     from .report import plan_tables, report_table
 
-    console = _console()
-    for table in (*plan_tables(result.plan), report_table(result.report)):
-        console.print(table)
+    _show(*plan_tables(result.plan), report_table(result.report))
     return FINE
 
 
@@ -279,14 +339,14 @@ def _measure(arguments: argparse.Namespace) -> int:
     else:
         from .report import measurement_table
 
-        _console().print(measurement_table(memory))
+        _show(measurement_table(memory))
     return code
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from .demo import run_demo
 
-    say = _say if arguments.json else _console().print
+    say = _say if arguments.json else _show
     with _progress_bar() as progress:
         report = run_demo(
             size=arguments.size,
@@ -339,12 +399,67 @@ def _progress_bar() -> Iterator[ProgressCallback | None]:
 def _console() -> Console:
     from rich.console import Console
 
-    # A pipe or a file has no width: let long names stay whole there.
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=not sys.stdout.isatty())
+    # A pipe or a file has no width: long names stay whole there, and tables are as wide as what they hold.
+    width = None if sys.stdout.isatty() else _NO_WIDTH
+    return Console(width=width, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _show(*things: Any) -> None:
+    console = _console()
+    with _output():
+        for thing in things:
+            console.print(thing)
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2))
+    with _output():
+        print(json.dumps(value, indent=2))
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """Around what writes to stdout: when that cannot be written, it is a failure with a message.
+
+    Raises:
+        LowmemError: the disk is full, or stdout is closed.
+        BrokenPipeError: the reader went away.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _give_up(sys.stdout)
+        raise LowmemError(f"stdout: cannot be written: {error.strerror or error}") from error
+
+
+def _give_up(stream: IO[str]) -> None:
+    """Let what is still in the buffer go nowhere, else the interpreter tries once more at its end, and complains."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _mend_streams() -> None:
+    """Streams that take all text, also where the shell closed them or the locale is ASCII."""
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Else the next file that is opened gets this number, and is written into. Messages go nowhere; results
+            # have a stdout that refuses them, because they would be lost.
+            os.set_inheritable(os.open(os.devnull, mode), True)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - it is to last
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _warn(warnings: Sequence[str]) -> None:
@@ -355,4 +470,12 @@ def _warn(warnings: Sequence[str]) -> None:
 def _say(text: Any) -> None:
     """One message on stderr, with nothing in it that steers a terminal."""
     cleaned = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-    print(cleaned, file=sys.stderr)
+    try:
+        print(_shortened(cleaned), file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(sys.stderr)
+
+
+def _shortened(text: str) -> str:
+    """`text` with its endless words cut; paths are shorter."""
+    return re.sub(r"(\S{80})\S{1000,}", r"\1...", text)

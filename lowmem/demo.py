@@ -12,10 +12,11 @@ from typing import Any
 from .errors import ModelError, OptionError
 from .planner import ProgressCallback
 from .report import LoadReport
-from .sizes import GIB, MIB, format_size, parse_size
+from .sizes import GIB, MIB, format_size, parse_size, shown
 
 # The interpreter's own fluctuations would drown anything smaller.
 _LEAST = 16 * MIB
+_MOST_TOKENS = 10_000
 
 
 def run_demo(
@@ -46,18 +47,37 @@ def run_demo(
     """
     total = parse_size(size, "size")
     if total < _LEAST:
-        raise OptionError(f"size: expected at least {format_size(_LEAST)}, found {size!r}")
-    if tokens < 1:
-        raise OptionError(f"tokens: expected at least 1, found {tokens}")
+        raise OptionError(f"size: expected at least {format_size(_LEAST)}, found {shown(size)}")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= _MOST_TOKENS:
+        raise OptionError(f"tokens: expected a number from 1 to {_MOST_TOKENS}, found {shown(tokens)}")
     budget = total // 2 if ram is None else parse_size(ram, "ram")
     _need_transformers()
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="lowmem-demo-", dir=folder))
+    work = _make_folder(folder)
     try:
+        free = shutil.disk_usage(work).free
+        if total > free:
+            raise OptionError(
+                f"size: {format_size(total)} do not fit in {work.parent}, where {format_size(free)} are free; "
+                "give a smaller size, or another folder"
+            )
         return _run(work, total, budget, dtype, tokens, say, progress)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _make_folder(folder: str | None) -> Path:
+    """A new folder inside `folder`, or inside the system's temporary one."""
+    from .loader import parse_folder
+
+    inside = None if folder is None else parse_folder(folder, "folder")
+    try:
+        if inside is not None:
+            inside.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="lowmem-demo-", dir=inside))
+    except OSError as error:
+        where = "the temporary folder" if folder is None else shown(folder)
+        reason = error.strerror or error
+        raise OptionError(f"folder: {where} cannot be written: {reason}; give one that can") from error
 
 
 def _need_transformers() -> None:

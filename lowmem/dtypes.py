@@ -7,6 +7,7 @@ safetensors 0.8 (`safetensors/src/tensor.rs`, enum `Dtype`).
 from __future__ import annotations
 
 from .errors import OptionError, UnsupportedError
+from .sizes import shown
 
 # safetensors name -> (torch name, bits per element). float6 has no torch dtype: such a tensor can be inspected only.
 SAFETENSORS_DTYPES: dict[str, tuple[str, int]] = {
@@ -74,9 +75,12 @@ def parse_dtype(value: object, what: str = "dtype") -> str:
     Raises:
         OptionError: not a float dtype that weights can be cast to.
     """
-    name = str(value).removeprefix("torch.")
+    try:
+        name = str(value).removeprefix("torch.")
+    except Exception:
+        name = ""  # what has no text is no dtype
     name = _ALIASES.get(name, name)
     if name != "auto" and name not in CASTABLE:
         known = ", ".join(sorted(CASTABLE))
-        raise OptionError(f"{what}: expected 'auto' or one of {known}; found {value!r}")
+        raise OptionError(f"{what}: expected 'auto' or one of {known}; found {shown(value)}")
     return name

@@ -5,6 +5,7 @@
     ├── CheckpointError      a file of the checkpoint is damaged, missing or lies
     ├── UnsupportedError     readable, but of a kind that lowmem does not load
     ├── ModelError           the model cannot be built or cannot be loaded into
+    │   └── OutOfMemoryError the host has no memory left to build it
     ├── KeysError            the keys or shapes of checkpoint and model differ
     ├── PlacementError       a device map that is incomplete, unknown or impossible
     ├── BudgetError          the plan needs more memory than it may use
@@ -37,6 +38,10 @@ class UnsupportedError(LowmemError):
 
 class ModelError(LowmemError):
     """The model cannot be built, or a loaded model cannot be completed."""
+
+
+class OutOfMemoryError(ModelError, MemoryError):
+    """The host has no memory left to build the model: caught as a `ModelError`, or as the `MemoryError` that it was."""
 
 
 class KeysError(LowmemError):

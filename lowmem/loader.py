@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ._collector import paused_collector
@@ -16,7 +18,6 @@ from .checkpoint import Checkpoint, inspect
 from .dtypes import parse_dtype
 from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
-from .limits import device_memory
 from .mapping import KeyMapping, match, refuse
 from .memory import anonymous_memory, measure
 from .modeling.rules import Rules
@@ -26,7 +27,7 @@ from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
 from .planner.budget import MIN_STAGING
 from .planner.devices import parse_device_map, parse_max_memory
 from .report import LoadReport
-from .sizes import parse_size
+from .sizes import parse_size, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ def load(
     max_memory: Mapping[Any, int | str] | None = None,
     ram: int | str | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
-    keep_fp32: Iterable[str] = (),
+    keep_fp32: Iterable[str] | None = (),
     residency: str = "map",
     strict: bool = True,
     staging: int | str | None = None,
@@ -100,6 +101,9 @@ def load(
         staging=staging,
         no_split=no_split,
     )
+    trust_remote_code = _flag(trust_remote_code, "trust_remote_code")
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
     held = anonymous_memory()
     checkpoint = inspect(source)
     held = max(0, anonymous_memory() - held)
@@ -130,6 +134,7 @@ def plan(
         LowmemError: whatever `load` would refuse before its first byte.
     """
     request = make_request(**options)
+    trust_remote_code = _flag(trust_remote_code, "trust_remote_code")
     checkpoint = inspect(source)
     origin = find_origin(checkpoint, model, trust_remote_code)
     return _prepare(checkpoint, origin, request, settle_ties=False)[1]
@@ -142,7 +147,7 @@ def make_request(
     max_memory: Mapping[Any, int | str] | None = None,
     ram: int | str | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
-    keep_fp32: Iterable[str] = (),
+    keep_fp32: Iterable[str] | None = (),
     residency: str = "map",
     strict: bool = True,
     staging: int | str | None = None,
@@ -153,31 +158,65 @@ def make_request(
     Raises:
         OptionError: a value that means nothing.
     """
-    if residency not in ("map", "copy"):
-        raise OptionError(f"residency: expected 'map' or 'copy', found {residency!r}")
+    if not isinstance(residency, str) or residency not in ("map", "copy"):
+        raise OptionError(f"residency: expected 'map' or 'copy', found {shown(residency)}")
     staged = None if staging is None else parse_size(staging, "staging")
     if staged is not None and staged < MIN_STAGING:
-        raise OptionError(f"staging: expected at least 1MiB, found {staging!r}")
+        raise OptionError(f"staging: expected at least 1MiB, found {shown(staging)}")
     return LoadRequest(
         dtype=parse_dtype(dtype),
         device_map=parse_device_map(device_map),
         max_memory=parse_max_memory(max_memory),
         ram=None if ram is None else parse_size(ram, "ram"),
         staging=staged,
-        offload_folder=None if offload_folder is None else Path(offload_folder),
-        keep_fp32=_names(keep_fp32, "keep_fp32"),
+        offload_folder=None if offload_folder is None else parse_folder(offload_folder, "offload_folder"),
+        keep_fp32=() if keep_fp32 is None else _names(keep_fp32, "keep_fp32"),
         residency="map" if residency == "map" else "copy",
-        strict=strict,
+        strict=_flag(strict, "strict"),
         no_split=None if no_split is None else _names(no_split, "no_split"),
     )
 
 
 def _names(value: Iterable[str], what: str) -> tuple[str, ...]:
+    # The text of bytes and the keys of a mapping would be taken for names.
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, bytearray, Mapping)):
+        raise OptionError(f"{what}: expected a name or a list of names, found {shown(value)}")
     names = (value,) if isinstance(value, str) else tuple(value)
     bad = [name for name in names if not isinstance(name, str) or not name]
     if bad:
-        raise OptionError(f"{what}: expected names, found {bad[0]!r}")
+        raise OptionError(f"{what}: expected names, found {shown(bad[0])}")
     return names
+
+
+def _flag(value: bool, what: str) -> bool:
+    """No truth of other things: 'no' would be true."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{what}: expected True or False, found {shown(value)}")
+    return value
+
+
+def parse_folder(value: str | os.PathLike[str], what: str) -> Path:
+    """The absolute path of a folder to write in, which need not exist; `~` is the home folder.
+
+    Raises:
+        OptionError: not a path, or one that no folder can have. `what` names the option in the message.
+    """
+    path = None
+    try:
+        text = os.fsdecode(value)
+        # accelerate opens what is written there by safetensors, which takes only names in UTF-8.
+        text.encode("utf-8")
+        if not text or "\0" in text:
+            raise ValueError("it is empty or holds a NUL")
+        path = Path(text).expanduser().absolute()
+        path.stat()
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise OptionError(f"{what}: expected the path of a folder, found {shown(value)} ({error})") from error
+    except OSError as error:
+        # Without a current folder there is no absolute path; what only cannot be written, the writer finds out.
+        if path is None or error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise OptionError(f"{what}: {shown(value)} cannot be followed: {error.strerror or error}") from error
+    return path
 
 
 def _prepare(
@@ -222,13 +261,27 @@ def _check_present(plan: LoadPlan) -> None:
     Raises:
         PlacementError: a device of the plan is not here.
     """
-    here = {"cpu", "disk", *device_memory()}
-    lost = [d for d in plan.devices if d not in here and not d.startswith(("mps", "xpu", "npu"))]
+    here = {"cpu", "disk"}
+    if here.issuperset(plan.devices):
+        return
+    here |= _accelerators()
+    lost = [d for d in plan.devices if d not in here]
     if lost:
         raise PlacementError(
             f"device_map: {lost[0]} is not on this machine (found: {', '.join(sorted(here))}); "
             "lowmem plan works without it, a load does not"
         )
+
+
+def _accelerators() -> set[str]:
+    """Every accelerator that torch can use here."""
+    found = {"mps"} if torch.backends.mps.is_available() else set()
+    for kind in ("cuda", "xpu", "npu"):
+        # torch.npu is there only after torch_npu was imported.
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            found.update(f"{kind}:{index}" for index in range(module.device_count()))
+    return found
 
 
 def _execute(skeleton: Skeleton, plan: LoadPlan, progress: ProgressCallback | None) -> None:
@@ -239,8 +292,7 @@ def _execute(skeleton: Skeleton, plan: LoadPlan, progress: ProgressCallback | No
         fresh = [name for p in plan.placements if p.residency == "init" for name in p.names]
         if fresh:
             skeleton.rules.initialise(fresh)
-        folder = plan.checkpoint.folder if plan.checkpoint.config is not None else None
-        skeleton.rules.finish(_unfed(plan), folder)
+        skeleton.rules.finish(_unfed(plan))
         skeleton.model.eval()
         dispatch(skeleton.model, plan, skeleton.rules)
     except BaseException:

@@ -17,10 +17,10 @@ How much memory there is, which is the other half of this subject, is in `limits
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
-import math
 import os
 import select
 import subprocess
@@ -38,7 +38,7 @@ from ._processes import has_statm, high_water, look, process_tree
 from ._sampler import Timeline
 from .errors import MeasureError, OptionError, PeakExceededError
 from .limits import HostMemory, device_memory, group_peak, host_memory
-from .sizes import format_size, parse_size
+from .sizes import format_size, parse_size, shown
 
 __all__ = [
     "HostMemory",
@@ -57,6 +57,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 # Far above the 15 ms that the sampler needs to answer, for machines that are swapping.
 _ANSWER_SECONDS = 60.0
+_LONGEST_INTERVAL = 3600.0
 
 
 def anonymous_memory(pid: int | None = None) -> int:
@@ -280,15 +281,17 @@ def measure_command(command: Sequence[str], interval: float = 0.001) -> tuple[in
         MeasureError: the command cannot be started.
         OptionError: `command` is not a list of words, or `interval` is not a time.
     """
-    if isinstance(command, str) or not command:
-        raise OptionError(f"command: expected a program and its arguments as a list, found {command!r}")
+    words = list(command) if isinstance(command, Sequence) and not isinstance(command, (str, bytes)) else []
+    if not words or not all(isinstance(word, (str, bytes, os.PathLike)) for word in words):
+        raise OptionError(f"command: expected a program and its arguments as a list, found {shown(command)}")
     interval = _checked_interval(interval)
     highest_before = group_peak()
     try:
-        process = subprocess.Popen(list(command))
+        process = subprocess.Popen(words)
     except (OSError, ValueError) as error:
         raise MeasureError(
-            f"{command[0]}: cannot be started ({error}); check that it is spelled right, executable and on PATH"
+            f"{words[0] or shown(words[0])}: cannot be started ({error}); "
+            "check that it is spelled right, executable and on PATH"
         ) from error
     measurement = Measurement(baseline=0, method="process")
     timeline = _watch_to_the_end(process, interval)
@@ -313,7 +316,9 @@ def _watch_to_the_end(process: subprocess.Popen[bytes], interval: float) -> Time
                 timeline.add(time.monotonic(), *tree.look())
                 if process.poll() is not None:
                     return timeline
-                time.sleep(interval)
+                # Not a sleep: the end of the program ends it too.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(interval)
             except KeyboardInterrupt:
                 continue  # the program got it too, and decides
     except BaseException:
@@ -326,9 +331,12 @@ def _watch_to_the_end(process: subprocess.Popen[bytes], interval: float) -> Time
 
 def _checked_interval(interval: float) -> float:
     if isinstance(interval, bool) or not isinstance(interval, (int, float)):
-        raise OptionError(f"interval: expected seconds, found {interval!r}")
-    if not math.isfinite(interval) or interval <= 0:
-        raise OptionError(f"interval: expected seconds above 0, found {interval!r}")
+        raise OptionError(f"interval: expected seconds, found {shown(interval)}")
+    # Written so that NaN fails too.
+    if not 0 < interval <= _LONGEST_INTERVAL:
+        raise OptionError(
+            f"interval: expected seconds above 0 and at most {_LONGEST_INTERVAL:.0f}, found {shown(interval)}"
+        )
     return float(interval)
 
 

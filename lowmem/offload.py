@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,9 +32,7 @@ def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
         return
     from accelerate import dispatch_model
 
-    with warnings.catch_warnings():
-        # The map names parameters beside modules where a module is split; that is meant.
-        warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules", UserWarning)
+    with _quiet():
         dispatch_model(
             model,
             device_map={module: _as_accelerate(device) for module, device in plan.device_map.items()},
@@ -40,6 +41,20 @@ def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
             offload_index=offload_index(plan),
             skip_keys=list(rules.skip_keys) or None,
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What accelerate warns of is what the plan says: weights on meta, and parameters named beside split modules."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    disabled = logger.disabled
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules", UserWarning)
+            yield
+    finally:
+        logger.disabled = disabled
 
 
 def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:

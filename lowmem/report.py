@@ -115,10 +115,10 @@ def checkpoint_tables(checkpoint: Checkpoint) -> Iterator[Table]:
 
 
 def tensor_table(checkpoint: Checkpoint) -> Table:
-    """Every tensor of a checkpoint."""
+    """Every tensor of a checkpoint; names are never cut."""
     table = _table(None)
     for title in ("tensor", "dtype", "shape", "size", "shard", "offset"):
-        table.add_column(title, justify="right" if title in ("size", "offset") else "left")
+        table.add_column(title, justify="right" if title in ("size", "offset") else "left", overflow="fold")
     for entry in checkpoint.values():
         shape = " x ".join(map(str, entry.shape)) or "scalar"
         table.add_row(
@@ -147,7 +147,8 @@ def plan_tables(plan: LoadPlan) -> Iterator[Table]:
         ("predicted peak (anonymous)", host.peak),
         ("allowed", host.limit),
         (f"available ({host.bound_by})", host.available),
-        ("to read", plan.bytes_read),
+        ("to read now", plan.bytes_read),
+        ("to map, read when first used", host.mapped),
         ("to write into the offload folder", plan.bytes_written),
     ):
         budget.add_row(name, format_size(size))
@@ -156,7 +157,8 @@ def plan_tables(plan: LoadPlan) -> Iterator[Table]:
 
 def report_table(report: LoadReport) -> Table:
     """Predicted beside measured."""
-    table = _table(f"loaded in {report.seconds:.2f} s, {format_size(int(report.rate))}/s moved")
+    moved = f", {format_size(int(report.rate))}/s moved" if report.bytes_read else ""
+    table = _table(f"loaded in {report.seconds:.2f} s{moved}")
     table.add_column("anonymous peak")
     table.add_column("predicted", justify="right")
     table.add_column("measured", justify="right")

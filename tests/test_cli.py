@@ -263,3 +263,181 @@ def test_progress_is_drawn_only_for_a_terminal(llama: Path) -> None:
     if drawn.returncode == 127:
         pytest.skip("script(1) is not here")
     assert "\x1b[" in drawn.stdout
+
+
+def shell(line: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash, in which `lowmem` is this one."""
+    line = line.replace("lowmem ", f"{sys.executable} -m lowmem ")
+    return subprocess.run(
+        ["bash", "-c", line],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **extra},
+    )
+
+
+@pytest.mark.parametrize(
+    "verb", ["inspect {}", "inspect --json {}", "plan {}", "load --json {}", "--help", "plan --help"]
+)
+@pytest.mark.parametrize("where", [">&-", "> /dev/full"])
+def test_results_that_cannot_be_written_are_a_failure_in_one_line(verb: str, where: str, llama: Path) -> None:
+    if "full" in where and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    done = shell(f"lowmem {verb.format(llama)} {where}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("lowmem: stdout: cannot be written: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["2>&-", "2> /dev/full", "<&- 2>&-"])
+def test_a_load_needs_no_stderr(where: str, llama: Path) -> None:
+    if "full" in where and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    done = shell(f"lowmem load --json {llama} {where}")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["seconds"] > 0
+    assert shell(f"lowmem inspect no/such {where}").returncode == 1
+    assert shell(f"lowmem fly {where}").returncode == 2
+    assert shell(f"lowmem measure --json -- true {where}").returncode == 0
+    assert shell(f"lowmem plan {where} >&-").returncode == 2
+
+
+@pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "LANG": "C"}])
+def test_names_that_the_locale_cannot_write_are_no_traceback(locale: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "naïve-模型"
+    folder.mkdir()
+    save_file({"café.重み": torch.ones(1)}, folder / "w.safetensors")
+    for options in ("--tensors", "--json"):
+        done = shell(f"lowmem inspect {options} {folder}", **locale)
+        assert (done.returncode, done.stderr) == (0, "")
+    done = shell(f"lowmem plan {folder}", **locale)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["plan", "LLAMA", "--ram", "9" * 5000],
+        ["plan", "LLAMA", "--device-map", "cuda:" + "9" * 5000],
+        ["plan", "LLAMA", "--max-memory", "cpu=" + "9" * 5000],
+        ["plan", "LLAMA", "--max-memory", "9" * 5000],
+        ["plan", "LLAMA", "--dtype", "f" * 5000],
+        ["plan", "LLAMA", "--model", "m" * 5000],
+        ["plan", "LLAMA", "--model", "a:" + "m" * 5000],
+        ["plan", "LLAMA", "--residency", "m" * 5000],
+        ["plan", "LLAMA", "--offload-folder", "m" * 5000],
+        ["demo", "--tokens", "9" * 4000],
+        ["demo", "--tokens", "9" * 5000],
+        ["measure", "--interval", "9" * 5000, "--", "true"],
+        ["plan", "LLAMA", "--no-such-option-" + "x" * 5000],
+    ],
+)
+def test_what_is_wrong_is_not_repeated_at_length(
+    argv: list[str], llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main([str(llama) if a == "LLAMA" else a for a in argv])
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    assert code == 2
+    err = capsys.readouterr().err
+    assert "lowmem" in err
+    assert len(err) < 2500
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ("def broken(:", "x"),
+        ("raise RuntimeError('no')", "x"),
+        ("class E(BaseException): pass\nraise E", "x"),
+        ("import sys; sys.exit(0)", "x"),
+        ("x = 3", "x"),
+        ("x = 3", "x.y.z"),
+        ("def __getattr__(name): raise ValueError(name)", "x"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_wrong_usage(
+    body: str,
+    name: str,
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "broken_for_cli.py").write_text(body)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_for_cli", raising=False)
+    before = list(sys.path)
+    code, _, err = run(capsys, "plan", llama, "--model", f"broken_for_cli:{name}")
+    sys.modules.pop("broken_for_cli", None)
+    assert code == 2
+    assert err.startswith("lowmem: --model: ")
+    assert sys.path == before
+
+
+@pytest.mark.parametrize("text", [".x:y", "..:y", ":y", "x:", "a..b:c", "a b:c", "\0:x"])
+def test_a_model_is_named_by_module_and_callable(text: str, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "plan", llama, "--model", text)
+    assert code == 2
+    assert err.startswith("lowmem: --model: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"": "cpu", "": "disk"}', "'' stands there twice"),
+        ('{"a": "cpu", "b": "cpu", "a": "cpu"}', "'a' stands there twice"),
+        ("[]", "expected a JSON object"),
+        ("{", "not valid JSON"),
+        ('{"": ' + "9" * 5000 + "}", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"": NaN}', "expected a device"),
+        ('{"": {"a": 1}}', "expected a device"),
+    ],
+)
+def test_a_device_map_file_is_checked(
+    content: str, said: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "map.json").write_text(content)
+    code, _, err = run(capsys, "plan", llama, "--device-map", tmp_path / "map.json")
+    assert code == 2
+    assert said in err
+
+
+def test_a_device_is_given_memory_once(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("cpu=1,cpu=1GiB", "cpu=1GiB,cpu:0=1GiB", "0=1GiB,cuda:0=1GiB"):
+        code, _, err = run(capsys, "plan", llama, "--max-memory", text)
+        assert code == 2
+        assert "give each device once" in err
+
+
+def test_out_of_memory_is_one_message(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("lowmem.loader.plan", full)
+    code, out, err = run(capsys, "plan", llama)
+    assert (code, out) == (1, "")
+    assert err.startswith("lowmem: out of memory")
+
+
+def test_tables_in_a_pipe_fit_eighty_columns_and_long_names_stay_whole(
+    tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in ("inspect", "plan", "load"):
+        rows = run(capsys, verb, llama)[1].splitlines()
+        assert all(len(row) <= 80 for row in rows if not row.startswith(str(llama)))
+    save_file({"layer." * 60: torch.ones(1)}, tmp_path / "w.safetensors")
+    assert "layer." * 60 in run(capsys, "inspect", "--tensors", tmp_path / "w.safetensors")[1]
+
+
+def test_measures_usage_shows_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["measure", "--help"])
+    assert "usage: lowmem measure [-h] [--json] [--interval SECONDS] -- CMD ..." in capsys.readouterr().out

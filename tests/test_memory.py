@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -48,6 +49,12 @@ class FakeCuda:
 
     def reset_peak_memory_stats(self, index: int) -> None:
         self.peak = self.now
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage() -> None:
+    """What an earlier test left to the collector must not be freed in the middle of a measurement."""
+    gc.collect()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from ..errors import SourceError, UnsupportedError
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})\.safetensors$")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -44,8 +45,9 @@ def resolve(source: str | os.PathLike[str]) -> Source:
     except (OSError, RuntimeError, ValueError) as error:
         raise SourceError(f"{text}: not a path that can be followed: {error}; check it and its permissions") from error
     if not there:
+        hub = f". For a model of the hub: hf download {text} --local-dir FOLDER" if _HUB_ID.fullmatch(text) else ""
         raise SourceError(
-            f"{text or repr(text)}: no such file or folder; give a folder, an index file or a .safetensors file"
+            f"{text or repr(text)}: no such file or folder; give a folder, an index file or a .safetensors file{hub}"
         )
     if path.is_dir():
         return _in_folder(text, path)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _here = threading.local()
 _lock = threading.Lock()
@@ -45,6 +47,8 @@ def _register_here(module: nn.Module, name: str, param: nn.Parameter | None) -> 
     _register(module, name, param)
     if param is None or param.is_meta or not getattr(_here, "empty", False):
         return
+    if is_lazy(param) or nn.Parameter not in type(param).__mro__:
+        return  # has no shape, or wraps a tensor subclass: refused by checks.py, with its name
     attributes: dict[str, Any] = dict(param.__dict__)
     kind: Any = type(param)
     if kind is nn.Parameter:
@@ -53,3 +57,16 @@ def _register_here(module: nn.Module, name: str, param: nn.Parameter | None) -> 
     else:
         moved = kind(param.detach().to("meta"), requires_grad=param.requires_grad, **attributes)
     module._parameters[name] = moved
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Tensors made inside without a device have values, also where the caller's default device is meta.
+
+    Another default device stays what it is.
+    """
+    if torch.empty(0).is_meta:
+        with torch.device("cpu"):
+            yield
+    else:
+        yield

@@ -19,8 +19,10 @@ from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..errors import ModelError, UnsupportedError
+from .empty import real_tensors
+from .failures import refusing
 from .rules import Rules
-from .targets import Target, owner_of, tensor_of
+from .targets import Target, dtype_name, owner_of, tensor_of
 
 
 def _transformers() -> Any:
@@ -60,16 +62,21 @@ def read_blueprint(checkpoint: Checkpoint, trust_remote_code: bool = False) -> B
         UnsupportedError: quantised weights, or code that the user did not allow.
     """
     assert checkpoint.config is not None
-    _refuse_quantised(checkpoint.config)
+    with refusing(f"{checkpoint.config}: cannot be read"):
+        table = _read_table(checkpoint.config)
+    _refuse_quantised(checkpoint.config, table)
+    for key in ("dtype", "torch_dtype"):
+        _parse_dtype(table.get(key), key, checkpoint.config)
     transformers = _transformers()
-    try:
+    # whatever a config class raises for whatever a file says
+    with refusing(f"{checkpoint.config}: transformers cannot read it"):
         config = transformers.AutoConfig.from_pretrained(
             str(checkpoint.folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # whatever a config class raises for whatever a file says
-        raise ModelError(f"{checkpoint.config}: transformers cannot read it: {error}") from error
-    config.name_or_path = str(checkpoint.folder)
-    return Blueprint(_model_class(transformers, config, checkpoint, trust_remote_code), config)
+        config.name_or_path = str(checkpoint.folder)
+    with refusing(f"{checkpoint.config}: the class that it names cannot be imported"):
+        cls = _model_class(transformers, config, checkpoint, trust_remote_code)
+    return Blueprint(cls, config)
 
 
 def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module:
@@ -89,11 +96,13 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
     from transformers import initialization
 
     safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
-    try:
-        with torch.device("meta"), safe():
-            model: nn.Module = blueprint.cls._from_config(config, dtype=resolved)
-    except Exception as error:  # whatever a model class raises for whatever a config says
-        raise ModelError(f"{checkpoint.config}: {blueprint.cls.__name__} cannot be built from it: {error}") from error
+    # whatever a model class raises for whatever a config says
+    with (
+        refusing(f"{checkpoint.config}: {blueprint.cls.__name__} cannot be built from it"),
+        torch.device("meta"),
+        safe(),
+    ):
+        model: nn.Module = blueprint.cls._from_config(config, dtype=resolved)
     if not hasattr(model, "all_tied_weights_keys"):
         raise ModelError(
             f"{checkpoint.config}: {blueprint.cls.__name__} is the base of models and no model (it never calls "
@@ -102,13 +111,17 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
     return model
 
 
-def _refuse_quantised(config: Path) -> None:
+def _read_table(config: Path) -> dict[str, Any]:
     try:
         table = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{config}: not valid JSON ({error}); bring the model's own config.json") from error
     if not isinstance(table, dict):
         raise ModelError(f"{config}: expected a JSON object; bring the model's own config.json")
+    return table
+
+
+def _refuse_quantised(config: Path, table: Mapping[str, Any]) -> None:
     quantisation = table.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
@@ -119,16 +132,34 @@ def _refuse_quantised(config: Path) -> None:
 
 
 def _model_class(transformers: Any, config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    architectures = getattr(config, "architectures", None) or []
-    for name in architectures:
+    architectures = getattr(config, "architectures", None)
+    auto_map = getattr(config, "auto_map", None)
+    if not isinstance(architectures, (list, tuple, type(None))):
+        raise ModelError(
+            f"{checkpoint.config}: 'architectures': expected a list of class names such as [\"LlamaForCausalLM\"], "
+            f"found {architectures!r}; correct it, or give model="
+        )
+    if not isinstance(auto_map, (dict, type(None))):
+        raise ModelError(
+            f'{checkpoint.config}: \'auto_map\': expected an object such as {{"AutoModel": "file.Class"}}, found '
+            f"{auto_map!r}; correct it, or give model="
+        )
+    for name in architectures or ():
         reference = next(
-            (ref for ref in (getattr(config, "auto_map", None) or {}).values() if str(ref).endswith(f".{name}")), None
+            (ref for ref in (auto_map or {}).values() if isinstance(ref, str) and ref.endswith(f".{name}")), None
         )
         if reference is not None and trust_remote_code:
             from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-            return get_class_from_dynamic_module(reference, str(checkpoint.folder))
-        cls = getattr(transformers, str(name), None)
+            with refusing(f"{checkpoint.config}: {name} cannot be imported from {reference!r}"):
+                cls: Any = get_class_from_dynamic_module(reference, str(checkpoint.folder), local_files_only=True)
+            if not isinstance(cls, type) or not hasattr(cls, "_from_config"):
+                raise ModelError(
+                    f"{checkpoint.config}: expected {reference!r} to be a PreTrainedModel, found {cls!r}; give model="
+                )
+            return cls
+        with refusing(f"{checkpoint.config}: transformers cannot import {name!r}"):
+            cls = getattr(transformers, str(name), None)
         if isinstance(cls, type) and hasattr(cls, "_from_config"):
             return cls
         if reference is not None:
@@ -152,10 +183,14 @@ def _model_class(transformers: Any, config: Any, checkpoint: Checkpoint, trust_r
 
 def _resolve_dtype(config: Any, checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """`"auto"` is the config's dtype, else that of the first float in the checkpoint."""
+    named = None
+    if dtype == "auto" and config.dtype is not None:
+        assert checkpoint.config is not None
+        named = _parse_dtype(config.dtype, "dtype", checkpoint.config)
     if dtype != "auto":
         resolved = dtype
-    elif config.dtype is not None:
-        resolved = str(config.dtype).removeprefix("torch.")
+    elif named is not None:
+        resolved = dtype_name(named)
     else:
         usable = ("float64", "float32", "float16", "bfloat16")
         resolved = next((e.dtype for e in checkpoint.values() if e.dtype in usable), "float32")
@@ -165,13 +200,65 @@ def _resolve_dtype(config: Any, checkpoint: Checkpoint, dtype: str) -> torch.dty
     return value
 
 
+def _parse_dtype(value: Any, key: str, config: Path) -> torch.dtype | None:
+    """A dtype as config.json may give it; one per sub-config counts by that of the whole, as `from_pretrained` has it.
+
+    Raises:
+        ModelError: it is no dtype.
+    """
+    found = value
+    if isinstance(value, dict):
+        found = value.get("", torch.get_default_dtype())
+    if isinstance(found, str):
+        found = getattr(torch, found, found)
+    if found is None or isinstance(found, torch.dtype):
+        return found
+    raise ModelError(
+        f'{config}: {key!r}: expected the name of a torch dtype, such as "bfloat16", or an object that gives one to '
+        f"each sub-config, found {value!r}; correct it, or remove it and pass dtype="
+    )
+
+
+def read_generation_config(model: nn.Module, folder: Path | None) -> Any:
+    """What `from_pretrained` would read as the model's generation config; None where it reads none.
+
+    As there, a generation_config.json that is no JSON counts as absent, and `config.json` stands in.
+
+    Args:
+        model: a transformers model.
+        folder: where the files are.
+
+    Raises:
+        ModelError: generation_config.json holds something else than generation options, or options that mean nothing.
+    """
+    hf: Any = model
+    if folder is None or not hf.can_generate():
+        return None
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if file.is_file():
+        with refusing(f"{file}: transformers cannot use it; correct it, or remove it"):
+            try:
+                return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+            except OSError:
+                pass
+    if not (folder / "config.json").is_file():
+        return None
+    with refusing(f"{folder / 'config.json'}: transformers cannot make a generation config of it"):
+        return GenerationConfig.from_pretrained(
+            str(folder), config_file_name="config.json", _from_model_config=True, local_files_only=True
+        )
+
+
 class TransformersRules(Rules):
     """The rules of a transformers model, read from the attributes that `from_pretrained` reads."""
 
     kind = "transformers"
 
-    def __init__(self, model: nn.Module, built: bool) -> None:
+    def __init__(self, model: nn.Module, built: bool, generation_config: Any = None) -> None:
         super().__init__(model)
+        self._generation_config = generation_config
         hf: Any = model
         self._hf = hf
         # A model that the caller built has whatever dtype it was built with; the request decides then.
@@ -259,7 +346,8 @@ class TransformersRules(Rules):
                     if tensor is not None:
                         ready = prefix + leaf not in wanted or prefix + leaf in followers
                         tensor._is_hf_initialized = ready
-            self._hf.initialize_weights()
+            with real_tensors():
+                self._hf.initialize_weights()
         finally:
             for name, tensor in followers.items():
                 owner, leaf = owner_of(self.model, name)
@@ -276,14 +364,15 @@ class TransformersRules(Rules):
                 owner._parameters[leaf] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         return followers
 
-    def finish(self, missing: Collection[str], folder: Path | None) -> None:
+    def finish(self, missing: Collection[str]) -> None:
         """Rotary and other transient buffers, ties, generation config, eval mode."""
-        self._fill_meta_buffers()
-        self._tie(missing)
+        with real_tensors():
+            self._fill_meta_buffers()
+            self._tie(missing)
         self._hf._weight_conversions = [c for c in self._conversions if c.was_used()]
-        if folder is not None:
-            self._read_generation_config(folder)
-        super().finish(missing, folder)
+        if self._generation_config is not None:
+            self._hf.generation_config = self._generation_config
+        super().finish(missing)
 
     def _tie(self, missing: Collection[str]) -> None:
         """`tie_weights`, but for tensors that lie on different devices: each keeps its copy."""
@@ -307,18 +396,6 @@ class TransformersRules(Rules):
             owner._buffers[leaf] = torch.empty_like(buffer, device="cpu")
         if lost:
             self.initialise(lost)
-
-    def _read_generation_config(self, folder: Path) -> None:
-        if not self._hf.can_generate():
-            return
-        from transformers import GenerationConfig
-
-        options: dict[str, Any] = {"local_files_only": True}
-        if not (folder / "generation_config.json").is_file():
-            if not (folder / "config.json").is_file():
-                return
-            options.update(config_file_name="config.json", _from_model_config=True)
-        self._hf.generation_config = GenerationConfig.from_pretrained(str(folder), **options)
 
 
 def _searched(patterns: Iterable[str] | None, names: Collection[str]) -> set[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..errors import ModelError
+from .empty import real_tensors
 from .targets import Target, owner_of
 
 
@@ -77,7 +77,7 @@ class Rules:
             leaves = {name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == path}
             _reset_only(module, leaves)
 
-    def finish(self, missing: Collection[str], folder: Path | None) -> None:
+    def finish(self, missing: Collection[str]) -> None:
         """After every tensor is in its place. `missing`: state-dict names that no key of the checkpoint fed."""
         lost = [name for name, target in self.model.named_buffers() if target.is_meta]
         if lost:
@@ -99,7 +99,7 @@ def _reset_only(module: nn.Module, leaves: Collection[str]) -> None:
             module._buffers[leaf] = buffer.to("meta")
         reset = module.reset_parameters
         assert callable(reset)
-        with torch.no_grad():
+        with torch.no_grad(), real_tensors():
             reset()
     finally:
         module._parameters.update(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,9 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..errors import ModelError
 from . import hf
-from .empty import empty_parameters
+from .checks import check_module
+from .empty import empty_parameters, real_tensors
+from .failures import refusing
 from .rules import Rules
 from .targets import Target, read_targets
 
@@ -64,7 +67,8 @@ def find_origin(checkpoint: Checkpoint, model: ModelSource, trust_remote_code: b
             f"{checkpoint.source}: no config.json beside the weights, so the model is unknown; "
             "give model= (a module or a callable that makes one)"
         )
-    return Origin(hf.read_blueprint(checkpoint, trust_remote_code))
+    with real_tensors():
+        return Origin(hf.read_blueprint(checkpoint, trust_remote_code))
 
 
 def make_skeleton(origin: Origin, checkpoint: Checkpoint, dtype: str) -> Skeleton:
@@ -76,23 +80,56 @@ def make_skeleton(origin: Origin, checkpoint: Checkpoint, dtype: str) -> Skeleto
         dtype: `"auto"` or a torch name.
 
     Raises:
-        ModelError: building failed.
+        ModelError: building failed, or the module is one that lowmem cannot fill (see `checks.check_module`).
     """
     source = origin.model
-    if isinstance(source, hf.Blueprint):
-        module = hf.build(source, checkpoint, dtype)
-    elif isinstance(source, nn.Module):
-        module = source
-    else:
-        module = _call(source)
-    built = isinstance(source, hf.Blueprint)
-    rules = hf.TransformersRules(module, built) if hf.is_transformers_model(module) else Rules(module)
+    with real_tensors():
+        if isinstance(source, hf.Blueprint):
+            module = hf.build(source, checkpoint, dtype)
+        elif isinstance(source, nn.Module):
+            module = source
+        else:
+            module = _call(source)
+        rules = _rules_of(module, isinstance(source, hf.Blueprint), checkpoint)
     return Skeleton(module, read_targets(module, rules.declared_ties()), rules, isinstance(source, nn.Module))
 
 
+def _rules_of(module: nn.Module, built: bool, checkpoint: Checkpoint) -> Rules:
+    transformers = hf.is_transformers_model(module)
+    check_module(module, transformers)
+    if not transformers:
+        return Rules(module)
+    folder = checkpoint.folder if checkpoint.config is not None else None
+    return hf.TransformersRules(module, built, hf.read_generation_config(module, folder))
+
+
 def _call(factory: Callable[[], nn.Module]) -> nn.Module:
-    with empty_parameters():
-        module = factory()
+    name = getattr(factory, "__qualname__", None) or repr(factory)
+    _check_callable(factory, name)
+    try:
+        with refusing(f"model: the callable {name} failed"), empty_parameters():
+            module = factory()
+    except ModelError as error:
+        if error.__cause__ is None or "meta" not in str(error.__cause__).lower():
+            raise
+        raise ModelError(
+            f"{error}; its parameters have no values here (meta tensors): build it yourself and pass the module"
+        ) from error.__cause__
     if not isinstance(module, nn.Module):
-        raise ModelError(f"model: the callable gave {type(module).__name__}; expected a torch.nn.Module")
+        raise ModelError(f"model: the callable gave {type(module).__name__} ({name}); expected a torch.nn.Module")
     return module
+
+
+def _check_callable(factory: Callable[[], nn.Module], name: str) -> None:
+    """Refuse a callable that needs arguments."""
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):
+        return  # not told, as for builtins: the call will show
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise ModelError(
+            f"model: expected a callable that needs no arguments, found {name}{signature} ({error}); give "
+            "functools.partial(...) with its arguments, or build it yourself and pass the module"
+        ) from error

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..errors import ModelError
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -44,7 +46,7 @@ def read_targets(model: nn.Module, tied: Mapping[str, str] | None = None) -> dic
     first: dict[int, str] = {}
     declared = dict(tied or {})
     # Shared modules count under each of their names, as in the state dict.
-    for prefix, module in _modules(model):
+    for prefix, module in walk(model):
         transient = module._non_persistent_buffers_set
         for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
             for leaf, tensor in table.items():
@@ -63,13 +65,33 @@ def read_targets(model: nn.Module, tied: Mapping[str, str] | None = None) -> dic
     return _join_declared(targets, declared)
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(prefix, module) in the order of `named_modules`, whose nested generators cost more than all the rest here."""
-    stack: list[tuple[str, nn.Module]] = [("", model)]
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(prefix, module) in the order of `named_modules`, whose nested generators cost more than all the rest here.
+
+    Raises:
+        ModelError: a module is inside itself.
+    """
+    # A module that has children stays an ancestor until its entry without a module comes up.
+    stack: list[tuple[str, nn.Module | None]] = [("", model)]
+    above: dict[int, str] = {}
+    path: list[int] = []
     while stack:
         prefix, module = stack.pop()
+        if module is None:
+            del above[path.pop()]
+            continue
+        if id(module) in above:
+            outer = repr(above[id(module)][:-1]) if above[id(module)] else "the model itself"
+            raise ModelError(
+                f"module {prefix[:-1]!r} is {outer}, which it is inside of: expected a tree of modules, found a "
+                "cycle; keep the reference outside of the module's children, for example in a list"
+            )
         yield prefix, module
-        stack += [(f"{prefix}{leaf}.", m) for leaf, m in reversed(module._modules.items()) if m is not None]
+        if module._modules:
+            above[id(module)] = prefix
+            path.append(id(module))
+            stack.append((prefix, None))
+            stack += [(f"{prefix}{leaf}.", m) for leaf, m in reversed(module._modules.items()) if m is not None]
 
 
 @functools.cache

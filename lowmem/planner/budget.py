@@ -61,7 +61,7 @@ def refuse(required: int, limit: int, bound_by: str, remedies: list[str]) -> Non
     advice = "; or ".join(remedies) if remedies else "free memory on this machine, or raise its limit"
     raise BudgetError(
         f"the load needs at least {format_size(required)} of host memory ({required} bytes), "
-        f"and {bound_by} allows {format_size(limit)}. It would fit with less: {advice}",
+        f"and {bound_by} allows {format_size(limit)}. What helps: {advice}",
         required=required,
         limit=limit,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +14,13 @@ from ..errors import OptionError, PlacementError
 from ..limits import device_memory
 from ..mapping import KeyMapping
 from ..modeling.skeleton import Skeleton
-from ..sizes import parse_size
+from ..sizes import parse_size, shown
 
 OFFLOADED = ("cpu", "disk")
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+_DEVICE = re.compile(r"(cpu|disk|mps)(?::0)?|(cuda|xpu|npu)(?::(\d{1,9}))?", re.ASCII)
+# torch keeps the number of a device in a signed byte.
+_MOST_DEVICES = 128
 
 
 def device_name(device: object, what: str = "device_map") -> str:
@@ -25,17 +29,16 @@ def device_name(device: object, what: str = "device_map") -> str:
     Raises:
         OptionError: no such kind of device.
     """
-    text = str(device).strip()
-    if isinstance(device, bool):
-        raise OptionError(f"{what}: expected a device such as 'cpu', 'cuda:0' or 'disk', found {device!r}")
-    if text.isdecimal():
-        text = f"cuda:{text}"
-    kind, _, index = text.partition(":")
-    if kind in ("cpu", "disk") and index in ("", "0"):
-        return kind
-    if kind in ("cuda", "xpu", "npu", "mps") and (index == "" or index.isdecimal()):
-        return f"{kind}:{int(index or 0)}" if kind != "mps" else "mps"
-    raise OptionError(f"{what}: expected a device such as 'cpu', 'cuda:0' or 'disk', found {device!r}")
+    try:
+        text = "" if isinstance(device, bool) else str(device).strip()
+    except Exception:
+        text = ""  # what has no text is no device
+    match = _DEVICE.fullmatch(f"cuda:{text}" if text.isdecimal() else text)
+    if match is not None and match[1]:
+        return match[1]
+    if match is not None and match[2] and int(match[3] or 0) < _MOST_DEVICES:
+        return f"{match[2]}:{int(match[3] or 0)}"
+    raise OptionError(f"{what}: expected a device such as 'cpu', 'cuda:0' or 'disk', found {shown(device)}")
 
 
 def parse_device_map(value: Any) -> str | dict[str, str] | None:
@@ -49,8 +52,8 @@ def parse_device_map(value: Any) -> str | dict[str, str] | None:
     if isinstance(value, Mapping):
         bad = [key for key in value if not isinstance(key, str)]
         if bad:
-            raise OptionError(f"device_map: expected module names as keys, found {bad[0]!r}")
-        return {key: device_name(device, f"device_map[{key!r}]") for key, device in value.items()}
+            raise OptionError(f"device_map: expected module names as keys, found {shown(bad[0])}")
+        return {key: device_name(device, f"device_map[{shown(key)}]") for key, device in value.items()}
     try:
         return {"": device_name(value)}
     except OptionError as error:
@@ -66,10 +69,16 @@ def parse_max_memory(value: Any) -> dict[str, int] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise OptionError(f"max_memory: expected a mapping such as {{'cpu': '6GiB', 0: '20GiB'}}, found {value!r}")
-    return {
-        device_name(device, "max_memory"): parse_size(size, f"max_memory[{device!r}]") for device, size in value.items()
-    }
+        raise OptionError(f"max_memory: expected a mapping such as {{'cpu': '6GiB', 0: '20GiB'}}, found {shown(value)}")
+    table: dict[str, int] = {}
+    for device, size in value.items():
+        name = device_name(device, "max_memory")
+        if name == "disk":
+            raise OptionError("max_memory: the disk takes what is left and has no bound here; leave 'disk' out")
+        if name in table:
+            raise OptionError(f"max_memory: {shown(device)} is {name}, which is there already; give each device once")
+        table[name] = parse_size(size, f"max_memory[{shown(device)}]")
+    return table
 
 
 def infer(
@@ -178,9 +187,10 @@ def check_complete(table: Mapping[str, str], skeleton: Skeleton, mapping: KeyMap
     devices = DeviceMap(table)
     lost = [name for name in skeleton.targets if devices.of(name) is None]
     if lost:
+        around = lost[0].rpartition(".")[0]
         raise PlacementError(
             f"device_map: no device for {lost[0]!r} ({len(lost)} such tensors); "
-            f"add {lost[0].rpartition('.')[0]!r} or '' to the map"
+            f"add {f'{around!r} or ' if around else ''}'' (the whole model) to the map"
         )
     odd = [key for key in table if key and key not in skeleton.targets and not _is_module(skeleton.model, key)]
     return [f"device_map: {key!r} names no module or tensor of the model" for key in odd]

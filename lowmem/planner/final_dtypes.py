@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import re
 from collections import defaultdict
@@ -87,8 +86,9 @@ def name_matches(name: str, pattern: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    # fnmatch anchors at both ends; a name is matched inside dots, so that components stay whole.
-    return re.compile(fnmatch.translate(f"*.{pattern}.*"))
+    # Between dots, so that components stay whole; only `*` is special.
+    wanted = ".*".join(re.escape(part) for part in pattern.split("*"))
+    return re.compile(rf".*\.{wanted}\..*", re.DOTALL)
 
 
 def _check_cast(name: str, source: str, final: str) -> None:

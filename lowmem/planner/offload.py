@@ -99,7 +99,11 @@ def memory_file_system(folder: Path, mounts: Path = _MOUNTS) -> str | None:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None
-    path, best, kind = folder.resolve(), Path(), ""
+    try:
+        path = folder.resolve()
+    except (OSError, RuntimeError, ValueError):
+        return None  # a loop of links, no current folder, or no path at all: whoever writes there will say so
+    best, kind = Path(), ""
     for line in lines:
         before, _, after = line.partition(" - ")
         point = Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), before.split(" ")[4]))

@@ -65,7 +65,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, r
         mapping,
         request,
         final,
-        (*checkpoint.warnings, *warnings, *_mapping_warnings(mapping, absent)),
+        (*checkpoint.warnings, *warnings, *_mapping_warnings(mapping, absent), *_unknown_classes(skeleton, request)),
         host_memory(),
         tuple(skeleton.rules.no_split) if request.no_split is None else request.no_split,
     )
@@ -99,6 +99,15 @@ def _mapping_warnings(mapping: KeyMapping, absent: Sequence[str]) -> list[str]:
         warnings.append(f"{name!r} and {leader!r} are tied and both in the checkpoint: compared when loaded, read once")
     warnings.extend(mapping.suggestions)
     return warnings
+
+
+def _unknown_classes(skeleton: Skeleton, request: LoadRequest) -> list[str]:
+    if not request.no_split:
+        return []
+    known = {type(module).__name__ for module in skeleton.model.modules()}
+    return [
+        f"no_split: {name!r} is the class of no module of this model" for name in request.no_split if name not in known
+    ]
 
 
 def _inferred(draft: _Draft, strategy: str) -> LoadPlan:
@@ -243,7 +252,7 @@ def _plan_files(draft: _Draft, placements: Sequence[Placement]) -> OffloadPlan |
         size = sum(p.nbytes for p in cast)
         raise PlacementError(
             f"{len(cast)} tensors on disk ({cast[0].target!r}, …; {format_size(size)}) change dtype, so they must be "
-            "written somewhere; give offload_folder="
+            "written somewhere; give offload_folder= (--offload-folder DIR)"
         )
     return plan_offload(draft.checkpoint, placements, draft.request.offload_folder)
 
@@ -357,13 +366,17 @@ def _remedies(draft: _Draft, placements: Sequence[Placement], bound: _Bound) -> 
     plain = sum(p.nbytes for p in on_cpu if p.residency == "copy") - cast
     remedies = []
     if cast:
-        remedies.append(f"map the checkpoint in its own dtype (dtype='auto', {format_size(cast)} less)")
+        remedies.append(f"map the checkpoint in its own dtype (dtype='auto', --dtype auto: {format_size(cast)} less)")
     if plain and draft.request.residency == "copy":
-        remedies.append(f"map instead of copying (residency='map', {format_size(plain)} less)")
+        remedies.append(f"map instead of copying (residency='map', --residency map: {format_size(plain)} less)")
     if on_cpu and draft.request.device_map not in STRATEGIES:
-        remedies.append("put layers on disk (device_map='auto' or {'': 'disk'}, with offload_folder=)")
+        remedies.append(
+            "put layers on disk (device_map='auto' with offload_folder=; --device-map auto --offload-folder DIR)"
+        )
     elif on_cpu and draft.request.offload_folder is None:
-        remedies.append("give offload_folder=, so that layers can be cast to disk")
+        remedies.append("give offload_folder= (--offload-folder DIR), so that layers can be cast to disk")
+    if bound.name == "ram":
+        remedies.append("raise ram (--ram)")
     if bound.extra:
         remedies.append(f"raise {bound.name}, which counts mapped files and the stacks of threads too (ulimit -d, -v)")
     return remedies

@@ -116,7 +116,7 @@ class DevicePlan:
     Attributes:
         weights: of all weights placed here.
         mapped: those of them that are file pages (CPU only).
-        resident: those that stay as memory when the load is done; on disk, as file.
+        resident: those that stay on the device as its own when the load is done: memory, or on disk bytes in files.
         staging: in flight there during the load.
         peak: the worst moment.
     """
@@ -284,7 +284,6 @@ class LoadPlan:
         return {
             "source": self.checkpoint.source,
             "shards": [{"file": os.fspath(shard.file.name), "size": shard.size} for shard in self.checkpoint.shards],
-            "tensors": [_placement_dict(p) for p in self.placements],
             "device_map": dict(self.device_map),
             "devices": {name: device.to_dict() for name, device in self.devices.items()},
             "host": self.host.to_dict(),
@@ -299,6 +298,7 @@ class LoadPlan:
             ],
             "suggestions": list(self.mapping.suggestions),
             "warnings": list(self.warnings),
+            "tensors": [_placement_dict(p) for p in self.placements],
         }
 
 
