@@ -127,7 +127,12 @@ def _add_load(verbs: Any) -> None:
 
 
 def _add_measure(verbs: Any) -> None:
-    parser = _verb(verbs, "measure", "run a command and report its peak memory, its children included", _measure)
+    parser = _verb(
+        verbs,
+        "measure",
+        "run a command and report its peak memory, its children included (--json sends its output to stderr)",
+        _measure,
+    )
     parser.add_argument(
         "--interval", type=float, default=0.001, metavar="SECONDS", help="between looks (default 0.001)"
     )
@@ -346,7 +351,7 @@ def _measure(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from .demo import run_demo
 
-    say = _say if arguments.json else _show
+    say = _say_text if arguments.json else _show
     with _progress_bar() as progress:
         report = run_demo(
             size=arguments.size,
@@ -460,6 +465,12 @@ def _mend_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _say_text(value: Any) -> None:
+    """With --json the tables' figures are in the JSON."""
+    if isinstance(value, str):
+        _say(value)
 
 
 def _warn(warnings: Sequence[str]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .dtypes import parse_dtype
 from .errors import ModelError, OptionError
 from .planner import ProgressCallback
 from .report import LoadReport
@@ -50,6 +50,7 @@ def run_demo(
         raise OptionError(f"size: expected at least {format_size(_LEAST)}, found {shown(size)}")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= _MOST_TOKENS:
         raise OptionError(f"tokens: expected a number from 1 to {_MOST_TOKENS}, found {shown(tokens)}")
+    dtype = parse_dtype(dtype)
     budget = total // 2 if ram is None else parse_size(ram, "ram")
     _need_transformers()
     work = _make_folder(folder)
@@ -85,8 +86,6 @@ def _need_transformers() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ModelError(f"the demo runs a transformers model: {error}; install lowmem[transformers]") from error
-    # It says that weights are on disk, which is the point here.
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
 
 def _run(

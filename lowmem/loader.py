@@ -128,7 +128,7 @@ def plan(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> LoadPlan:
-    """Decide a load without doing it: no tensor byte is read. Takes the options of `load`.
+    """Decide a load without doing it: no tensor byte is read. Takes the options of `load`, except `progress`.
 
     Raises:
         LowmemError: whatever `load` would refuse before its first byte.

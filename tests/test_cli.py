@@ -250,6 +250,7 @@ def test_demo_runs_within_its_budget_and_cleans_up(tmp_path: Path) -> None:
     assert shown["predicted"]["host"]["peak"] <= 32 * MIB
     assert shown["devices"]["disk"]["weights"] > 0
     assert "generated tokens" in done.stderr
+    assert "object at 0x" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -53,7 +53,7 @@ def reference() -> str:
 
 
 def test_the_shell_reference_of_the_readme_is_the_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mend with: COLUMNS=100 python tests/test_readme.py"""
+    """Mend with: COLUMNS=100 PYTHONPATH=. python tests/test_readme.py"""
     monkeypatch.setenv("COLUMNS", "100")
     if sys.version_info[:2] != (3, 11):
         pytest.skip("argparse lays help out differently in other versions; README shows Python 3.11's")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import re
 from collections import defaultdict
@@ -87,8 +88,8 @@ def name_matches(name: str, pattern: str) -> bool:
 @functools.lru_cache(maxsize=256)
 def _compiled(pattern: str) -> re.Pattern[str]:
     # Between dots, so that components stay whole; only `*` is special.
-    wanted = ".*".join(re.escape(part) for part in pattern.split("*"))
-    return re.compile(rf".*\.{wanted}\..*", re.DOTALL)
+    literal = pattern.replace("[", "[[]").replace("?", "[?]")
+    return re.compile(fnmatch.translate(f"*.{literal}.*"))
 
 
 def _check_cast(name: str, source: str, final: str) -> None:
