@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -53,8 +54,11 @@ class FakeCuda:
 
 @pytest.fixture(autouse=True)
 def _no_garbage() -> None:
-    """What an earlier test left to the collector must not be freed in the middle of a measurement."""
+    """What earlier tests left must not be freed in the middle of a measurement, nor be used again as fresh memory."""
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @pytest.fixture

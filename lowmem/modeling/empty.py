@@ -65,7 +65,7 @@ def real_tensors() -> Iterator[None]:
 
     Another default device stays what it is.
     """
-    if torch.empty(0).is_meta:
+    if torch.tensor([]).is_meta:
         with torch.device("cpu"):
             yield
     else:
