@@ -158,10 +158,14 @@ class DeviceMap:
     def __init__(self, table: Mapping[str, str]) -> None:
         self.table = dict(table)
         self._known: dict[str, str | None] = {}
+        # One device for everything is the common map, and needs no looking up.
+        self.only = self.table.get("") if len(self.table) == 1 else None
         self.main_device = min((d for d in self.table.values() if d not in OFFLOADED), key=_order, default="cpu")
 
     def of(self, name: str) -> str | None:
         """The device of a tensor or module, None when no enclosing module is in the map."""
+        if self.only is not None:
+            return self.only
         if name in self.table:
             return self.table[name]
         if not name:

@@ -185,8 +185,8 @@ def _place(draft: _Draft, devices: DeviceMap) -> tuple[list[Placement], list[str
     placements: list[Placement] = []
     warnings: list[str] = []
     for link in draft.mapping.links:
-        by_device: dict[str, list[str]] = {}
-        for name in (link.target, *followers.get(link.target, ())):
+        by_device = {_device_of(draft, devices, link.target): [link.target]}
+        for name in followers.get(link.target, ()):
             by_device.setdefault(_device_of(draft, devices, name), []).append(name)
         if len(by_device) > 1:
             warnings.append(f"{link.target!r} is tied across {', '.join(by_device)}: one copy on each")
@@ -215,6 +215,8 @@ def _device_of(draft: _Draft, devices: DeviceMap, name: str) -> str:
     """
     device = devices.of(name)
     assert device is not None
+    if devices.only == "cpu":
+        return device
     waits = device == "disk" or (device == "cpu" and devices.main_device != "cpu")
     if waits and (name in devices.table or draft.skeleton.targets[name].kind == "buffer"):
         return devices.main_device
