@@ -24,12 +24,14 @@ class LoadReport:
         plan: what was decided.
         phases: seconds of each part: `inspect` (headers), `build` (the model without weights), `plan`, `weights` (every
             byte moved and installed). Imports are in none.
-        memory: the measured peaks.
+        memory: the measured peaks, with a mark where each shard was opened.
+        read: bytes by the way they were read: `buffered` (through the page cache), `direct` (past it), `mmap`.
     """
 
     plan: LoadPlan = field(repr=False)
     phases: Mapping[str, float]
     memory: Measurement = field(repr=False)
+    read: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -90,6 +92,7 @@ class LoadReport:
             "seconds": self.seconds,
             "phases": dict(self.phases),
             "bytes_per_second": self.rate,
+            "bytes_by_way": dict(self.read),
             "initialised": list(self.initialised),
             "predicted": {"host": {"peak": self.predicted_peak}, "devices": predicted},
             "measured": {

@@ -23,6 +23,7 @@ ORDER = [
     "sizes",
     "dtypes",
     "_collector",
+    "_mounts",
     "limits",
     "_sampler",
     "_processes",
