@@ -37,6 +37,7 @@ ORDER = [
     "loader",
     "synthetic",
     "demo",
+    "_terminal",
     "cli",
 ]
 ALL = {*ORDER, "__init__"}
@@ -44,7 +45,7 @@ ALL = {*ORDER, "__init__"}
 ONLY = {"synthetic": {"errors", "sizes", "dtypes", "checkpoint"}, "_sampler": set(), "cli": ALL}
 # Types of records from below, named for the reader and never imported at run time.
 TYPES_ONLY = {"report.py", "__init__.py"}
-MAY_PRINT = {"cli.py", "_sampler.py"}
+MAY_PRINT = {"cli.py", "_terminal.py", "_sampler.py"}
 HEAVY = ["torch", "numpy", "transformers", "rich", "accelerate", "safetensors", "psutil"]
 
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
