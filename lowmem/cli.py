@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from .sizes import shown
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
+
+    from .loader import LoadResult
 
 FINE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 _MOST_OF_A_MAP = 16 * 1024**2
@@ -132,6 +135,7 @@ def _add_plan(verbs: Any) -> None:
 def _add_load(verbs: Any) -> None:
     parser = _verb(verbs, "load", "load a checkpoint and report predicted beside measured memory", _load)
     _add_load_options(parser)
+    _add_plot(parser)
 
 
 def _add_measure(verbs: Any) -> None:
@@ -144,8 +148,9 @@ def _add_measure(verbs: Any) -> None:
     parser.add_argument(
         "--interval", type=float, default=0.001, metavar="SECONDS", help="between looks (default 0.001)"
     )
+    _add_plot(parser)
     # argparse would show "..." for the command.
-    parser.usage = "lowmem measure [-h] [--json] [--interval SECONDS] -- CMD ..."
+    parser.usage = "lowmem measure [-h] [--json] [--interval SECONDS] [--plot FILE] -- CMD ..."
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the command, after --")
 
 
@@ -158,6 +163,12 @@ def _add_demo(verbs: Any) -> None:
     parser.add_argument("--dtype", default="float32", help="dtype to load at (default float32, twice the checkpoint)")
     parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
     parser.add_argument("--tokens", type=int, default=4, help="tokens to generate (default 4)")
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw memory over time: .png, .svg or .pdf (pip install 'lowmem[plot]')"
+    )
 
 
 def _add_load_options(parser: argparse.ArgumentParser) -> None:
@@ -326,16 +337,25 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _load(arguments: argparse.Namespace) -> int:
     from .loader import load
 
+    picture = _picture(arguments)
     with progress_bar() as progress:
         result = load(arguments.source, progress=progress, **_options(arguments))
     warn(result.plan.warnings)
-    if arguments.json:
+    try:
+        if picture is not None:
+            result.report.plot(picture)
+    finally:
+        _show_load(result, arguments.json)
+    return FINE
+
+
+def _show_load(result: LoadResult, as_json: bool) -> None:
+    if as_json:
         print_json(result.report.to_dict())
-        return FINE
+        return
     from .report import plan_tables, report_table
 
     show(*plan_tables(result.plan), report_table(result.report))
-    return FINE
 
 
 def _measure(arguments: argparse.Namespace) -> int:
@@ -344,16 +364,30 @@ def _measure(arguments: argparse.Namespace) -> int:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         raise OptionError("measure: expected a command after --, for instance: lowmem measure -- python train.py")
+    picture = _picture(arguments)
     # With --json, stdout is for the JSON alone; the command's own output goes to stderr.
     with stdout_to_stderr() if arguments.json else contextlib.nullcontext():
         code, memory = measure_command(command, arguments.interval)
-    if arguments.json:
-        print_json({"command": command, "exit_code": code, **memory.to_dict()})
-    else:
-        from .report import measurement_table
+    try:
+        if picture is not None:
+            memory.plot(picture, title=f"{shlex.join(command)}: {memory.seconds:.2f} s")
+    finally:
+        if arguments.json:
+            print_json({"command": command, "exit_code": code, **memory.to_dict()})
+        else:
+            from .report import measurement_table
 
-        show(measurement_table(memory))
+            show(measurement_table(memory))
     return code
+
+
+def _picture(arguments: argparse.Namespace) -> Path | None:
+    """Where to draw; what stands in the way of that is known before the work."""
+    if arguments.plot is None:
+        return None
+    from .plots import parse_target
+
+    return parse_target(arguments.plot)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
