@@ -88,7 +88,10 @@ def parse_target(path: str | os.PathLike[str]) -> Path:
         PlotError: matplotlib is not here.
     """
     try:
-        named = Path(os.fsdecode(path)).expanduser()
+        text = os.fsdecode(path)
+        if "\0" in text:
+            raise ValueError("it holds a NUL")
+        named = Path(text).expanduser()
         # In the folder that links lead to; a link of the file's own name is replaced.
         target = named.parent.resolve() / named.name
     except (TypeError, ValueError, RuntimeError, OSError) as error:
