@@ -68,7 +68,7 @@ def run_demo(
 
 def _make_folder(folder: str | None) -> Path:
     """A new folder inside `folder`, or inside the system's temporary one."""
-    from .loader import parse_folder
+    from .planner.request import parse_folder
 
     inside = None if folder is None else parse_folder(folder, "folder")
     try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from torch import nn
 
 from ._collector import paused_collector
 from .checkpoint import Checkpoint, inspect
-from .dtypes import parse_dtype
 from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
 from .mapping import KeyMapping, match, refuse
@@ -24,10 +21,9 @@ from .modeling.rules import Rules
 from .modeling.skeleton import ModelSource, Origin, Skeleton, find_origin, make_skeleton
 from .offload import dispatch
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
-from .planner.budget import MIN_STAGING
-from .planner.devices import parse_device_map, parse_max_memory
+from .planner.request import flag, make_request
 from .report import LoadReport
-from .sizes import parse_size, shown
+from .sizes import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,24 +97,26 @@ def load(
         staging=staging,
         no_split=no_split,
     )
-    trust_remote_code = _flag(trust_remote_code, "trust_remote_code")
+    trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     if progress is not None and not callable(progress):
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
+    clock = _Phases()
     held = anonymous_memory()
     checkpoint = inspect(source)
     held = max(0, anonymous_memory() - held)
+    clock.end("inspect")
     # Imports happen here: they are the program's, not the load's.
     origin = find_origin(checkpoint, model, trust_remote_code)
-    started = time.perf_counter()
     with measure() as memory:
-        skeleton, plan = _prepare(checkpoint, origin, request, settle_ties=True)
+        clock.begin()
+        skeleton, plan = _prepare(checkpoint, origin, request, settle_ties=True, clock=clock)
         _check_present(plan)
-        prepared = time.perf_counter()
+        clock.end("plan")
         _execute(skeleton, plan, progress)
+        clock.end("weights")
     # The headers were read before the imports, and are the load's.
     memory.baseline -= held
-    report = LoadReport(plan, time.perf_counter() - started, prepared - started, memory)
-    return LoadResult(skeleton.model, plan, report)
+    return LoadResult(skeleton.model, plan, LoadReport(plan, clock.seconds, memory))
 
 
 def plan(
@@ -134,97 +132,37 @@ def plan(
         LowmemError: whatever `load` would refuse before its first byte.
     """
     request = make_request(**options)
-    trust_remote_code = _flag(trust_remote_code, "trust_remote_code")
+    trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     checkpoint = inspect(source)
     origin = find_origin(checkpoint, model, trust_remote_code)
-    return _prepare(checkpoint, origin, request, settle_ties=False)[1]
+    return _prepare(checkpoint, origin, request, settle_ties=False, clock=_Phases())[1]
 
 
-def make_request(
-    *,
-    dtype: Any = "auto",
-    device_map: Any = None,
-    max_memory: Mapping[Any, int | str] | None = None,
-    ram: int | str | None = None,
-    offload_folder: str | os.PathLike[str] | None = None,
-    keep_fp32: Iterable[str] | None = (),
-    residency: str = "map",
-    strict: bool = True,
-    staging: int | str | None = None,
-    no_split: Iterable[str] | None = None,
-) -> LoadRequest:
-    """Parse the options of `load`.
+class _Phases:
+    """Seconds of each phase of a load."""
 
-    Raises:
-        OptionError: a value that means nothing.
-    """
-    if not isinstance(residency, str) or residency not in ("map", "copy"):
-        raise OptionError(f"residency: expected 'map' or 'copy', found {shown(residency)}")
-    staged = None if staging is None else parse_size(staging, "staging")
-    if staged is not None and staged < MIN_STAGING:
-        raise OptionError(f"staging: expected at least 1MiB, found {shown(staging)}")
-    return LoadRequest(
-        dtype=parse_dtype(dtype),
-        device_map=parse_device_map(device_map),
-        max_memory=parse_max_memory(max_memory),
-        ram=None if ram is None else parse_size(ram, "ram"),
-        staging=staged,
-        offload_folder=None if offload_folder is None else parse_folder(offload_folder, "offload_folder"),
-        keep_fp32=() if keep_fp32 is None else _names(keep_fp32, "keep_fp32"),
-        residency="map" if residency == "map" else "copy",
-        strict=_flag(strict, "strict"),
-        no_split=None if no_split is None else _names(no_split, "no_split"),
-    )
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.begin()
 
+    def begin(self) -> None:
+        """What was before belongs to no phase."""
+        self._last = time.perf_counter()
 
-def _names(value: Iterable[str], what: str) -> tuple[str, ...]:
-    # The text of bytes and the keys of a mapping would be taken for names.
-    if not isinstance(value, Iterable) or isinstance(value, (bytes, bytearray, Mapping)):
-        raise OptionError(f"{what}: expected a name or a list of names, found {shown(value)}")
-    names = (value,) if isinstance(value, str) else tuple(value)
-    bad = [name for name in names if not isinstance(name, str) or not name]
-    if bad:
-        raise OptionError(f"{what}: expected names, found {shown(bad[0])}")
-    return names
-
-
-def _flag(value: bool, what: str) -> bool:
-    """No truth of other things: 'no' would be true."""
-    if not isinstance(value, bool):
-        raise OptionError(f"{what}: expected True or False, found {shown(value)}")
-    return value
-
-
-def parse_folder(value: str | os.PathLike[str], what: str) -> Path:
-    """The absolute path of a folder to write in, which need not exist; `~` is the home folder.
-
-    Raises:
-        OptionError: not a path, or one that no folder can have. `what` names the option in the message.
-    """
-    path = None
-    try:
-        text = os.fsdecode(value)
-        # accelerate opens what is written there by safetensors, which takes only names in UTF-8.
-        text.encode("utf-8")
-        if not text or "\0" in text:
-            raise ValueError("it is empty or holds a NUL")
-        path = Path(text).expanduser().absolute()
-        path.stat()
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise OptionError(f"{what}: expected the path of a folder, found {shown(value)} ({error})") from error
-    except OSError as error:
-        # Without a current folder there is no absolute path; what only cannot be written, the writer finds out.
-        if path is None or error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-            raise OptionError(f"{what}: {shown(value)} cannot be followed: {error.strerror or error}") from error
-    return path
+    def end(self, phase: str) -> None:
+        """What was since the last call belongs to `phase`."""
+        now = time.perf_counter()
+        self.seconds[phase] = now - self._last
+        self._last = now
 
 
 def _prepare(
-    checkpoint: Checkpoint, origin: Origin, request: LoadRequest, settle_ties: bool
+    checkpoint: Checkpoint, origin: Origin, request: LoadRequest, settle_ties: bool, clock: _Phases
 ) -> tuple[Skeleton, LoadPlan]:
     """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
     with paused_collector():
         skeleton = make_skeleton(origin, checkpoint, request.dtype)
+        clock.end("build")
         mapping = match(checkpoint, skeleton)
         if settle_ties and mapping.doubled:
             mapping = match(checkpoint, skeleton, _differing(checkpoint, skeleton, mapping))
@@ -307,4 +245,4 @@ def _unfed(plan: LoadPlan) -> set[str]:
     return {*mapping.missing, *mapping.excused, *mapping.tied, *(m.target for m in mapping.mismatched)}
 
 
-__all__ = ["LoadResult", "load", "make_request", "plan"]
+__all__ = ["LoadResult", "load", "plan"]
