@@ -132,6 +132,9 @@ def save(figure: Figure, target: Path) -> None:
         raise PlotError(
             f"plot: {shown(str(target))}: cannot be written: {error.strerror or error}; name another folder"
         ) from error
+    except RuntimeError as error:
+        # Such as LaTeX, where the user's settings ask for it and it is not there.
+        raise PlotError(f"plot: {shown(str(target))}: cannot be drawn: {error}; mend matplotlib's settings") from error
 
 
 def draw(memory: Measurement, *, title: str, levels: Sequence[Level] = ()) -> Figure:
@@ -286,7 +289,8 @@ def _matplotlib() -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
+    except Exception as error:
+        # Not only ImportError: matplotlib reads the user's settings when it is imported, and refuses bad ones.
         raise PlotError(
             f"plot: drawing needs matplotlib, which cannot be imported ({error}); pip install 'lowmem[plot]'"
         ) from error

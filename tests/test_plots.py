@@ -285,6 +285,36 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bad_settings_of_matplotlib_are_one_message(tmp_path, monkeypatch):
+    line = [
+        sys.executable,
+        "-m",
+        "lowmem",
+        "measure",
+        "--plot",
+        tmp_path / "memory.png",
+        "--",
+        sys.executable,
+        "-c",
+        "",
+    ]
+    repository = Path(__file__).parents[1]
+    done = subprocess.run(
+        line, capture_output=True, text=True, check=False, cwd=repository, env={**os.environ, "MPLBACKEND": "nonsense"}
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("lowmem: plot: drawing needs matplotlib")
+    assert "nonsense" in done.stderr
+
+    def no_latex(*_: object, **__: object) -> None:
+        raise RuntimeError("latex could not be found")
+
+    monkeypatch.setattr(Figure, "savefig", no_latex)
+    with pytest.raises(PlotError, match="latex could not be found"):
+        measurement().plot(tmp_path / "memory.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unfinished_measurement_has_no_picture(tmp_path):
     with pytest.raises(MeasureError, match="not measured yet"):
         Measurement(baseline=1, method="process").plot(tmp_path / "memory.png")
