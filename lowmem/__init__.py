@@ -23,6 +23,7 @@ from .errors import (
     OutOfMemoryError,
     PeakExceededError,
     PlacementError,
+    PlotError,
     SourceError,
     UnsupportedError,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "OutOfMemoryError",
     "PeakExceededError",
     "PlacementError",
+    "PlotError",
     "Progress",
     "SourceError",
     "TensorEntry",
