@@ -198,6 +198,11 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
         help="same dtype on the CPU: map the file (default) or copy",
     )
     add("--staging", metavar="SIZE", help="bound on the readers' buffers, at least 1MiB")
+    add(
+        "--io", choices=("auto", "buffered", "direct", "mmap"), default="auto", help="how files are read (default auto)"
+    )
+    add("--prefetch", action="store_true", help="let the kernel read mapped weights ahead")
+    add("--keep-cache", action="store_true", help="leave in the page cache what the load read")
     add("--no-split", metavar="CLASSES", action="append", help="module classes that stay on one device, A,B,...")
     add("--no-strict", dest="strict", action="store_false", help="initialise what is missing or mismatched")
     add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run")
@@ -215,6 +220,9 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "residency": arguments.residency,
         "strict": arguments.strict,
         "staging": arguments.staging,
+        "io": arguments.io,
+        "prefetch": arguments.prefetch,
+        "keep_cache": arguments.keep_cache,
         "no_split": None if arguments.no_split is None else _split(arguments.no_split),
         "trust_remote_code": arguments.trust_remote_code,
     }

@@ -121,7 +121,7 @@ def load(
     with measure() as memory:
         clock.begin()
         skeleton, plan = _prepare(checkpoint, origin, request, settle_ties=True, clock=clock)
-        _check_present(plan)
+        check_present(plan)
         clock.end("plan")
         read = _execute(skeleton, plan, progress, lambda file: memory.mark(file.name))
         clock.end("weights")
@@ -204,7 +204,7 @@ def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping) 
     return differing
 
 
-def _check_present(plan: LoadPlan) -> None:
+def check_present(plan: LoadPlan) -> None:
     """A plan may name devices of another machine; a load may not.
 
     Raises:
@@ -259,4 +259,4 @@ def _unfed(plan: LoadPlan) -> set[str]:
     return {*mapping.missing, *mapping.excused, *mapping.tied, *(m.target for m in mapping.mismatched)}
 
 
-__all__ = ["LoadResult", "load", "plan"]
+__all__ = ["LoadResult", "check_present", "load", "plan"]

@@ -38,6 +38,7 @@ ORDER = [
     "offload",
     "report",
     "loader",
+    "streaming",
     "synthetic",
     "demo",
     "_terminal",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import queue
 import threading
 import time
@@ -14,7 +13,7 @@ import torch
 from ..errors import BudgetError
 from ..planner import LoadPlan, Placement
 from ..planner.records import Read
-from .destinations import Destination, memory_of
+from .destinations import Destination, anonymous_map, memory_of
 from .feed import Feed, Job
 
 
@@ -136,7 +135,4 @@ def _buffer(size: int) -> torch.Tensor:
     """A buffer of its own mapping: the kernel gets every page back at once, where a heap might keep them."""
     if not size:
         return torch.empty(0, dtype=torch.uint8)
-    if hasattr(mmap, "MAP_ANONYMOUS"):
-        # Private: the default is shared memory, which no measure of anonymous memory would show.
-        return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    return torch.frombuffer(anonymous_map(size), dtype=torch.uint8)

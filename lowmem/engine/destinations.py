@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import sys
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from ..sizes import format_size
 
 _HUGE = 2 * 1024 * 1024
 _MADV_HUGEPAGE = 14
+_LEAST_APART = 1024 * 1024
 
 
 class Destination(Protocol):
@@ -36,8 +38,8 @@ class Destination(Protocol):
 class MemoryDestination:
     """A tensor, allocated once at its final dtype on its final device."""
 
-    def __init__(self, placement: Placement) -> None:
-        self.tensor = allocate(placement)
+    def __init__(self, placement: Placement, apart: bool = False) -> None:
+        self.tensor = allocate(placement, apart)
         self._dtype = self.tensor.dtype
         # Bytes of the destination, for reads that need no cast; another device's memory cannot be read into.
         self._bytes = memory_of(self.tensor) if placement.device == "cpu" and self.tensor.numel() else None
@@ -121,24 +123,51 @@ def _pwrite(fd: int, view: memoryview, offset: int) -> int:
     return os.write(fd, view)
 
 
-def allocate(placement: Placement) -> torch.Tensor:
+def allocate(placement: Placement, apart: bool = False) -> torch.Tensor:
     """An uninitialised tensor for `placement`.
+
+    Args:
+        placement: shape, dtype and device.
+        apart: in a mapping of its own when it is large, so that the kernel has every byte back when the tensor ends;
+            the heap would keep some. Its storage cannot be resized then, as that of `torch.from_numpy`.
 
     Raises:
         BudgetError: the device or the host refuses the memory.
     """
+    on_cpu = placement.device == "cpu"
     try:
-        tensor = torch.empty(placement.shape, dtype=getattr(torch, placement.dtype), device=placement.device)
-    except (MemoryError, RuntimeError) as error:
+        if apart and on_cpu and placement.nbytes >= _LEAST_APART:
+            tensor = _map_apart(placement)
+        else:
+            tensor = torch.empty(placement.shape, dtype=getattr(torch, placement.dtype), device=placement.device)
+    except (MemoryError, RuntimeError, OSError) as error:
         raise BudgetError(
             f"tensor {placement.target!r}: {placement.device} refused {format_size(placement.nbytes)}: {error}; "
             "others took memory since the plan was made; lower ram or max_memory, or free memory",
             required=placement.nbytes,
             limit=0,
         ) from error
-    if placement.device == "cpu" and placement.nbytes >= _HUGE:
+    if on_cpu and placement.nbytes >= _HUGE:
         _advise_huge(tensor.data_ptr(), placement.nbytes)
     return tensor
+
+
+def _map_apart(placement: Placement) -> torch.Tensor:
+    """Begins as far behind a block as the tensor does in its file, so that direct I/O reads it into place."""
+    dtype: torch.dtype = getattr(torch, placement.dtype)
+    offset = placement.links[0].entry.offset
+    phase = offset % BLOCK if offset % dtype.itemsize == 0 else 0
+    memory = anonymous_map(placement.nbytes + phase)
+    count = placement.nbytes // dtype.itemsize
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=phase).view(placement.shape)
+
+
+def anonymous_map(size: int) -> mmap.mmap:
+    """Fresh memory that no heap keeps."""
+    if hasattr(mmap, "MAP_ANONYMOUS"):
+        # Private: the default is shared memory, which no measure of anonymous memory would show.
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)
 
 
 def _advise_huge(address: int, size: int) -> None:

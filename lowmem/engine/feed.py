@@ -16,6 +16,8 @@ from .offload_writer import OffloadWriter
 from .reading import ShardReader
 from .ways import Ways
 
+_LEAST_RUN = 64 * 1024
+
 ShardCallback = Callable[[Path], None]
 
 
@@ -47,7 +49,8 @@ class Feed:
         on_shard: ShardCallback | None = None,
     ) -> None:
         self._plan = plan
-        self._reads: Iterator[Read] = plan.reads()
+        # A run of small tensors is begun at once, and must not fill the window alone.
+        self._reads: Iterator[Read] = plan.reads(None if window is None else max(_LEAST_RUN, window // 8))
         self._next: Read | None = None
         self._shards: dict[Path, Shard] = {shard.file: shard for shard in plan.checkpoint.shards}
         self._writer = writer
@@ -72,7 +75,7 @@ class Feed:
                 if self._stopped or self._next is None:
                     return None
                 fresh = self._fresh(self._next)
-                if not self._begun or self._window is None or self._begun + fresh <= self._window:
+                if not fresh or not self._begun or self._window is None or self._begun + fresh <= self._window:
                     break
                 self._changed.wait()
             read, self._next = self._next, None
@@ -108,7 +111,8 @@ class Feed:
                 assert self._writer is not None
                 found = self._writer.destination(placement)
             else:
-                found = MemoryDestination(placement)
+                # What is handed over soon ends soon.
+                found = MemoryDestination(placement, apart=self._window is not None)
             self._destinations[placement] = found
             self._pending[placement] = placement.source_bytes
         return found

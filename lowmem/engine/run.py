@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -50,8 +50,8 @@ def run(
     return _Run(plan, installer, progress, on_shard).run()
 
 
-def iterate(plan: LoadPlan, window: int) -> Iterator[tuple[Placement, torch.Tensor]]:
-    """Each placement with its tensor, in the plan's order, read ahead by at most `window` bytes.
+def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], None, None]:
+    """The name and the tensor of each placement, in the plan's order, read ahead by at most `window` bytes.
 
     The placements must lie in file order, each fed from one place. A tensor that was given out is the caller's; the
     threads end with the iterator, however it ends.
@@ -67,13 +67,13 @@ def iterate(plan: LoadPlan, window: int) -> Iterator[tuple[Placement, torch.Tens
         crew.start()
         for placement in plan.placements:
             if not placement.source_bytes:
-                yield placement, allocate(placement)
+                yield placement.target, allocate(placement)
                 continue
             while placement not in whole:
                 _collect(crew.next(), whole)
             feed.hand_over(placement)
             # Not by a name here, which would keep it.
-            yield placement, whole.pop(placement)
+            yield placement.target, whole.pop(placement)
         feed.finish()
     finally:
         undisturbed(crew.end)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Sequence
 
 from ..errors import BudgetError
 from ..sizes import KIB, MIB, format_size
-from .records import ALIGNMENT, BLOCK, Staging
+from .records import ALIGNMENT, BLOCK, IO, Placement, Staging, may_read_directly
 
 MIN_STAGING = MIB
 MAX_STAGING = 64 * MIB
 MAX_WORKERS = 8
 # A buffer below this spends more time on the calls than on the bytes.
 _MIN_BUFFER = 512 * KIB
+# A buffer that small tensors share.
+_RUN = MIB
 # Direct reads gain nothing from a larger one, and little from one below the least.
 _BOUNCE = 2 * MIB
 _LEAST_BOUNCE = 64 * KIB
@@ -48,6 +51,16 @@ def fit_staging(room: int, wanted: int | None, need: int, direct: bool = False) 
     each -= each % ALIGNMENT
     bounce = min(_BOUNCE, total // workers - each) // BLOCK * BLOCK if direct else 0
     return Staging(workers, each, bounce if bounce >= _LEAST_BOUNCE else 0)
+
+
+def buffers_for(moved: Sequence[Placement], io: IO) -> tuple[int, bool]:
+    """(bytes of one reader's buffer at full size, whether direct reads may happen) for what will be moved."""
+    moved = [p for p in moved if p.source_bytes]
+    sizes = [p.buffer_size() + 2 * ALIGNMENT for p in moved if p.is_staged]
+    # Small ones share a buffer, so that their neighbours are read with them.
+    need = max(max(sizes) + BLOCK, min(_RUN, sum(sizes))) if sizes else 0
+    folders = {link.entry.file.parent for p in moved for link in p.links}
+    return need, any(may_read_directly(io, folder) for folder in folders)
 
 
 def thread_stacks(count: int) -> int:

@@ -22,8 +22,6 @@ from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, 
 from .final_dtypes import final_dtypes, nbytes_of
 from .offload import plan_offload
 from .records import (
-    ALIGNMENT,
-    BLOCK,
     DevicePlan,
     HostPlan,
     LoadPlan,
@@ -33,7 +31,6 @@ from .records import (
     Reading,
     Residency,
     Staging,
-    may_read_directly,
 )
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
@@ -43,8 +40,6 @@ _PER_TARGET = KIB
 # lowmem builds the model, so its modules and empty parameters are the load's.
 _PER_TARGET_BUILT = 3 * KIB
 _PER_COPY = KIB
-# A buffer that small tensors share.
-_RUN = MIB
 # Halvings of the CPU's share until an inferred map fits the budget; the step is then below 0.1 %.
 _TRIALS = 10
 
@@ -313,15 +308,9 @@ def _bounds(draft: _Draft, placements: Sequence[Placement]) -> list[_Bound]:
 def _stage(draft: _Draft, placements: Sequence[Placement], offload: OffloadPlan | None, room: int) -> Staging:
     """Buffers as large as the budget leaves; none when every byte is read straight into its place."""
     written = offload is not None and not offload.reused
-    moved = [
-        p for p in placements if p.source_bytes and (p.residency == "copy" or (p.residency == "write" and written))
-    ]
-    sizes = [p.buffer_size() + 2 * ALIGNMENT for p in moved if p.is_staged]
-    # Small ones share a buffer, so that their neighbours are read with them.
-    need = max(max(sizes) + BLOCK, min(_RUN, sum(sizes))) if sizes else 0
+    moving = ("copy", "write") if written else ("copy",)
+    need, direct = budget.buffers_for([p for p in placements if p.residency in moving], draft.request.io)
     bare = _host(draft, placements, Staging(1, 0))
-    folders = {link.entry.file.parent for p in moved for link in p.links}
-    direct = any(may_read_directly(draft.request.io, folder) for folder in folders)
     return budget.fit_staging(room - bare.peak, draft.request.staging, need, direct)
 
 

@@ -48,6 +48,18 @@ class LoadRequest:
     keep_cache: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class StreamRequest:
+    """What the user asked of a stream, parsed. `only`: names, a test of keys, or None for every tensor."""
+
+    only: tuple[str, ...] | Callable[[str], bool] | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    staging: int | None = None
+    io: IO = "auto"
+    keep_cache: bool = False
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
     """Where one tensor of the model ends up. Compared by identity: each is one destination.
@@ -354,20 +366,29 @@ class LoadPlan:
                     scratch=scratch_size(count * element, count * size) if staged else 0,
                 )
 
-    def reads(self) -> Iterator[Read]:
-        """The same moves, neighbours in one file together as long as they are no more than a chunk."""
+    def reads(self, most: int | None = None) -> Iterator[Read]:
+        """The same moves, neighbours in one file together as long as they are no more than a chunk, or `most` bytes.
+
+        A part of a tensor is read alone: who waits for the tensor must not wait for room for its neighbours.
+        """
+        together = CHUNK if most is None else min(CHUNK, most)
         run: list[Move] = []
         end = size = scratch = 0
         for move in self.moves():
+            part = move.nbytes < move.placement.source_bytes
             if run and (
-                move.offset != end
+                part
+                or move.offset != end
                 or move.file != run[0].file
-                or size + move.nbytes > CHUNK
+                or size + move.nbytes > together
                 or scratch + move.scratch > self.staging.each
                 or len(run) == _MOST_MOVES
             ):
                 yield Read(run[0].file, run[0].offset, size, tuple(run))
                 run, size, scratch = [], 0, 0
+            if part:
+                yield Read(move.file, move.offset, move.nbytes, (move,))
+                continue
             run.append(move)
             end = move.offset + move.nbytes
             size += move.nbytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,8 +12,8 @@ from ..dtypes import parse_dtype
 from ..errors import OptionError
 from ..sizes import parse_size, shown
 from .budget import MIN_STAGING
-from .devices import parse_device_map, parse_max_memory
-from .records import IO, LoadRequest
+from .devices import device_name, parse_device_map, parse_max_memory
+from .records import IO, LoadRequest, StreamRequest
 
 
 def make_request(
@@ -52,6 +52,35 @@ def make_request(
         no_split=None if no_split is None else names_of(no_split, "no_split"),
         io=parse_io(io),
         prefetch=flag(prefetch, "prefetch"),
+        keep_cache=flag(keep_cache, "keep_cache"),
+    )
+
+
+def make_stream_request(
+    *,
+    only: str | Iterable[str] | Callable[[str], bool] | None = None,
+    dtype: Any = "auto",
+    device: Any = "cpu",
+    staging: int | str | None = None,
+    io: str = "auto",
+    keep_cache: bool = False,
+) -> StreamRequest:
+    """Parse the options of `stream`.
+
+    Raises:
+        OptionError: a value that means nothing.
+    """
+    name = device_name(device, "device")
+    if name == "disk":
+        raise OptionError(
+            "device: a stream gives tensors in memory: expected 'cpu', 'cuda:0' or the like, found 'disk'"
+        )
+    return StreamRequest(
+        only=only if only is None or callable(only) else names_of(only, "only"),
+        dtype=parse_dtype(dtype),
+        device=name,
+        staging=parse_staging(staging),
+        io=parse_io(io),
         keep_cache=flag(keep_cache, "keep_cache"),
     )
 
