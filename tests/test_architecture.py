@@ -23,6 +23,7 @@ ORDER = [
     "sizes",
     "dtypes",
     "_collector",
+    "_records",
     "limits",
     "_sampler",
     "_processes",

@@ -130,13 +130,13 @@ def test_a_hook_that_may_rename_keys_is_refused_and_those_of_torch_are_not(tmp_p
 def test_transformers_models_with_hooks_and_loaders_of_their_own_are_not_refused() -> None:
     """`from_pretrained` never runs them."""
     transformers = pytest.importorskip("transformers")
-    from lowmem.modeling.checks import check_module
+    from lowmem.modeling.checks import checked_modules
 
     config = transformers.MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=2)
     model = transformers.MambaModel(config)
     assert model._load_state_dict_pre_hooks
-    check_module(model, transformers=True)
-    check_module(nn.Sequential(model), transformers=False)
+    assert len(list(checked_modules(model, transformers=True))) == len(list(model.modules()))
+    assert len(list(checked_modules(nn.Sequential(model), transformers=False))) == len(list(model.modules())) + 1
 
 
 # ---- a module that has no state dict to speak of ----

@@ -37,7 +37,7 @@ class Rules:
 
     def rename(self, checkpoint: Checkpoint, targets: Mapping[str, Target]) -> dict[str, str]:
         """Checkpoint key → target name. A name that is no target makes the key an unexpected one."""
-        return {key: key for key in checkpoint}
+        return {key: key for key in checkpoint.entries}
 
     def keep_fp32(self, dtype: str, names: Iterable[str]) -> set[str]:
         """Targets that the model itself wants in fp32 when the rest is `dtype`."""

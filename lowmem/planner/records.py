@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .._records import cheap_init
 from ..checkpoint import Checkpoint
 from ..dtypes import itemsize
 from ..mapping import KeyMapping, Link, Region
@@ -37,6 +38,7 @@ class LoadRequest:
     no_split: tuple[str, ...] | None = None
 
 
+@cheap_init
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
     """Where one tensor of the model ends up. Compared by identity: each is one destination.
