@@ -56,4 +56,5 @@ def view_of(pages: mmap.mmap, entry: TensorEntry) -> torch.Tensor:
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
     count = entry.nbytes // dtype.itemsize
-    return torch.frombuffer(pages, dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
+    # Resized in place: the same elements under another shape, for less than a view, and without a base to keep.
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=entry.offset).resize_(entry.shape)

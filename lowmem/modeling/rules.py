@@ -10,7 +10,7 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..errors import ModelError
 from .empty import real_tensors
-from .targets import Target, owner_of
+from .targets import Target, owner_of, walk
 
 
 class Rules:
@@ -79,10 +79,14 @@ class Rules:
 
     def finish(self, missing: Collection[str]) -> None:
         """After every tensor is in its place. `missing`: state-dict names that no key of the checkpoint fed."""
-        lost = [name for name, target in self.model.named_buffers() if target.is_meta]
+        lost: dict[int, str] = {}
+        for prefix, module in walk(self.model):
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    lost.setdefault(id(buffer), prefix + leaf)
         if lost:
             raise ModelError(
-                f"buffer {lost[0]!r} is on the meta device and not in the checkpoint ({len(lost)} such); give lowmem a "
+                f"buffer {next(iter(lost.values()))!r} is on the meta device and not in the checkpoint ({len(lost)} such); give lowmem a "
                 "callable that builds the model, so that buffers keep their values"
             )
 
