@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .._collector import paused_collector
 from ..checkpoint import Shard
 from ..errors import BudgetError, CheckpointError
 from ..planner import LoadPlan, Move, Placement, Progress, ProgressCallback
@@ -172,7 +173,9 @@ class _Run:
         threads: list[threading.Thread] = []
         try:
             self._start(feed, threads)
-            self._settle_unmoved()
+            # Two objects a tensor and no cycles; nobody else's code runs meanwhile.
+            with paused_collector():
+                self._settle_unmoved()
             self._drain(feed, len(threads))
             feed.finish()
             if self._progress is not None and not self._total:
