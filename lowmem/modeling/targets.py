@@ -64,27 +64,30 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Raises:
         ModelError: a module is inside itself.
     """
-    # A module that has children stays an ancestor until its entry without a module comes up.
-    stack: list[tuple[str, nn.Module | None]] = [("", model)]
-    above: dict[int, str] = {}
-    path: list[int] = []
-    while stack:
-        prefix, module = stack.pop()
-        if module is None:
-            del above[path.pop()]
-            continue
-        if id(module) in above:
-            outer = repr(above[id(module)][:-1]) if above[id(module)] else "the model itself"
-            raise ModelError(
-                f"module {prefix[:-1]!r} is {outer}, which it is inside of: expected a tree of modules, found a "
-                "cycle; keep the reference outside of the module's children, for example in a list"
-            )
-        yield prefix, module
-        if module._modules:
-            above[id(module)] = prefix
-            path.append(id(module))
-            stack.append((prefix, None))
-            stack += [(f"{prefix}{leaf}.", m) for leaf, m in reversed(module._modules.items()) if m is not None]
+    yield "", model
+    # Iterators instead of lists of children: a collector's pass costs more than the walk, and lists would call for it.
+    above: dict[int, str] = {id(model): ""}
+    path = [("", id(model), iter(model._modules.items()))]
+    while path:
+        prefix, parent, children = path[-1]
+        for leaf, module in children:
+            if module is None:
+                continue
+            inner = f"{prefix}{leaf}."
+            if id(module) in above:
+                outer = repr(above[id(module)][:-1]) if above[id(module)] else "the model itself"
+                raise ModelError(
+                    f"module {inner[:-1]!r} is {outer}, which it is inside of: expected a tree of modules, found a "
+                    "cycle; keep the reference outside of the module's children, for example in a list"
+                )
+            yield inner, module
+            if module._modules:
+                above[id(module)] = inner
+                path.append((inner, id(module), iter(module._modules.items())))
+                break
+        else:
+            del above[parent]
+            path.pop()
 
 
 @functools.cache
