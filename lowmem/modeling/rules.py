@@ -86,8 +86,8 @@ class Rules:
                     lost.setdefault(id(buffer), prefix + leaf)
         if lost:
             raise ModelError(
-                f"buffer {next(iter(lost.values()))!r} is on the meta device and not in the checkpoint ({len(lost)} such); give lowmem a "
-                "callable that builds the model, so that buffers keep their values"
+                f"buffer {next(iter(lost.values()))!r} is on the meta device and not in the checkpoint ({len(lost)} such); "
+                "give lowmem a callable that builds the model, so that buffers keep their values"
             )
 
 
