@@ -90,10 +90,15 @@ def _may_require_grad(tensor: torch.Tensor) -> bool:
 def _replace_by_accelerate(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
     old = owner._parameters.get(leaf)
     attributes = {} if old is None else dict(vars(old))
-    if old is not None and old.requires_grad and not _may_require_grad(tensor):
-        # The helper would copy the flag of the old parameter.
-        owner._parameters[leaf] = nn.Parameter(old.detach(), requires_grad=False)
-    set_module_tensor_to_device(owner, leaf, tensor.device, value=tensor, dtype=tensor.dtype, clear_cache=False)
+    lent = old if old is not None and old.requires_grad and not _may_require_grad(tensor) else None
+    try:
+        if lent is not None:
+            # The helper copies the flag of the old parameter.
+            lent.requires_grad_(False)
+        set_module_tensor_to_device(owner, leaf, tensor.device, value=tensor, dtype=tensor.dtype, clear_cache=False)
+    finally:
+        if lent is not None:
+            lent.requires_grad_(True)
     shared = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
     assert shared is not None
     if attributes:

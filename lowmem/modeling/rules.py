@@ -85,9 +85,10 @@ class Rules:
                 if buffer is not None and buffer.is_meta:
                     lost.setdefault(id(buffer), prefix + leaf)
         if lost:
+            first = next(iter(lost.values()))
             raise ModelError(
-                f"buffer {next(iter(lost.values()))!r} is on the meta device and not in the checkpoint ({len(lost)} such); "
-                "give lowmem a callable that builds the model, so that buffers keep their values"
+                f"buffer {first!r} is on the meta device and not in the checkpoint ({len(lost)} such); give lowmem a "
+                "callable that builds the model, so that buffers keep their values"
             )
 
 
