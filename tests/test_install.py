@@ -1,4 +1,4 @@
-"""Installing directly gives what accelerate's `set_module_tensor_to_device` gives, and costs a tenth."""
+"""Installing directly gives what accelerate's `set_module_tensor_to_device` gives."""
 
 from __future__ import annotations
 

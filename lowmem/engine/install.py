@@ -64,7 +64,7 @@ def replace_tensor(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> torch.T
     """Put `tensor` in the place of the parameter or buffer `leaf` of `owner`; returns what lies there afterwards.
 
     The outcome is that of accelerate's `set_module_tensor_to_device`, with the old parameter's attributes kept and
-    without a gradient for integers. Buffers and plain parameters, which are nearly all, are set here at a quarter of
+    without a gradient for integers. Buffers and plain parameters, which are nearly all, are set here at a part of
     its cost; it sets those with a class of their own, and refuses what does not fit.
     """
     old = owner._parameters.get(leaf)
