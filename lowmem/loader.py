@@ -144,9 +144,10 @@ def plan(
     """
     request = make_request(**options)
     trust_remote_code = flag(trust_remote_code, "trust_remote_code")
-    checkpoint = inspect(source)
-    origin = find_origin(checkpoint, model, trust_remote_code)
-    return _prepare(checkpoint, origin, request, settle_ties=False, clock=_Phases())[1]
+    with paused_collector():
+        checkpoint = inspect(source)
+        origin = find_origin(checkpoint, model, trust_remote_code)
+        return _prepare(checkpoint, origin, request, settle_ties=False, clock=_Phases())[1]
 
 
 class _Phases:

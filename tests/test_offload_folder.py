@@ -24,6 +24,7 @@ from lowmem._mounts import memory_file_system
 from lowmem.engine import offload_writer
 from lowmem.engine.locks import hold
 from lowmem.errors import LowmemError, OffloadError
+from lowmem.planner import offload
 from lowmem.planner.offload import INDEX
 
 DISK: dict[str, Any] = {"device_map": "disk", "dtype": "bfloat16"}
@@ -214,10 +215,59 @@ def test_a_disk_that_is_full_leaves_nothing(
     (tmp_path / "off").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(os, function, full)
+        # As on a network's, whose files are synced at once.
+        patch.setattr(offload_writer, "is_on_local_disk", lambda path: False)
         with pytest.raises(OffloadError, match="No space left"):
             load(net_copy, tmp_path / "off")
     check_nothing_is_left(tmp_path)
     assert folders(tmp_path / "off") == []
+
+
+def on_this_machines_disk(patch: pytest.MonkeyPatch, boot: str) -> None:
+    patch.setattr(offload_writer, "is_on_local_disk", lambda path: True)
+    for module in (offload_writer, offload):
+        patch.setattr(module, "boot_id", lambda: boot)
+
+
+def test_what_may_not_have_reached_the_disk_is_not_believed_after_the_next_start(
+    net_copy: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    off = tmp_path / "off"
+    on_this_machines_disk(monkeypatch, "first")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    assert not load(net_copy, off).plan.offload.reused
+    assert load(net_copy, off).plan.offload.reused
+    assert synced == []
+    on_this_machines_disk(monkeypatch, "second")
+    assert not load(net_copy, off).plan.offload.reused
+    assert load(net_copy, off).plan.offload.reused
+    (folder,) = folders(off)
+    check_folder(folder, net_copy)
+
+
+def test_a_folder_that_is_used_again_later_is_believed_for_good(
+    net_copy: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    off = tmp_path / "off"
+    on_this_machines_disk(monkeypatch, "first")
+    load(net_copy, off)
+    (folder,) = folders(off)
+    before = {name: at for name, at in times(folder).items() if name != INDEX}
+    index = json.loads((folder / INDEX).read_text())
+    assert index["boot"] == "first"
+    # Written long ago.
+    os.utime(folder / INDEX, ns=(1, 1))
+    load(net_copy, off)
+    assert json.loads((folder / INDEX).read_text()) == {**index, "boot": None}
+    on_this_machines_disk(monkeypatch, "second")
+    assert load(net_copy, off).plan.offload.reused
+    assert {name: at for name, at in times(folder).items() if name != INDEX} == before
+    assert {p.name for p in folder.iterdir()} == {*before, INDEX}
 
 
 @linux

@@ -8,10 +8,12 @@ import os
 import re
 import secrets
 import shutil
+import time
 from pathlib import Path
 
+from .._mounts import is_on_local_disk
 from ..errors import OffloadError
-from ..planner.offload import INDEX, index_of, is_finished
+from ..planner.offload import INDEX, boot_id, index_of, is_finished
 from ..planner.records import OffloadPlan, Placement
 from ..sizes import format_size
 from .cleanup import open_into
@@ -19,6 +21,8 @@ from .destinations import FileDestination, write_at
 from .locks import alone_in, hold, is_abandoned
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+# The kernel writes by itself what is older than 30 seconds (vm.dirty_expire_centisecs), looking every five.
+_WRITTEN_BACK = 60.0
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}-\d+-[0-9a-f]{8}\.tmp")
 
 
@@ -77,17 +81,21 @@ class OffloadWriter:
         return FileDestination(placement, fd, file.spans[placement.target][0], path)
 
     def finish(self) -> None:
-        """Everything is written: sync, write the index, rename.
+        """Everything is written: write the index, rename.
+
+        A power cut could leave a finished name over unwritten bytes. On a disk of this machine the index says in which
+        start of the machine it was written, so that nobody believes it after the next; elsewhere the files are synced.
 
         Raises:
             OffloadError: the disk failed at the last moment.
         """
+        boot = boot_id() if is_on_local_disk(self._root) else None
         try:
-            for fd in self._fds:
-                # Otherwise a power cut could leave a finished name over unwritten bytes.
-                os.fsync(fd)
+            if boot is None:
+                for fd in self._fds:
+                    os.fsync(fd)
             self._close()
-            text = json.dumps(index_of(self._plan, self._source, self._folder), indent=1)
+            text = json.dumps(index_of(self._plan, self._source, self._folder, boot), indent=1)
             (self._folder / INDEX).write_text(text, encoding="utf-8")
             with alone_in(self._root):
                 self._publish()
@@ -118,6 +126,43 @@ class OffloadWriter:
     def _close(self) -> None:
         while self._fds:
             os.close(self._fds.pop())
+
+
+def settle(plan: OffloadPlan) -> None:
+    """A folder that is used again: once its bytes are on the disk, let its index say so, for after the next start.
+
+    Only when the kernel had the time to write them by itself, so that nobody waits; and only where we may write.
+
+    Raises:
+        OffloadError: the disk lost some of them.
+    """
+    index = plan.folder / INDEX
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))
+        if table["boot"] is None or time.time() - index.stat().st_mtime < _WRITTEN_BACK:
+            return
+        for file in plan.files:
+            _sync(plan.folder / file.name)
+        mended = plan.folder / f".{INDEX}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            mended.write_text(json.dumps({**table, "boot": None}, indent=1), encoding="utf-8")
+            _sync(mended)
+            mended.replace(index)
+        finally:
+            mended.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise OffloadError(f"{plan.folder}: the disk lost some of it ({error.strerror}); remove it") from error
+
+
+def _sync(path: Path) -> None:
+    fds: list[int] = []
+    try:
+        open_into(fds, path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        os.fsync(fds[0])
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def _sweep(root: Path) -> None:

@@ -17,7 +17,7 @@ from .destinations import MemoryDestination, allocate
 from .feed import Feed, ShardCallback
 from .install import Installer
 from .mapping import map_shard, view_of
-from .offload_writer import OffloadWriter
+from .offload_writer import OffloadWriter, settle
 from .page_cache import ask_for
 
 _PROGRESS_EVERY = 0.05
@@ -103,6 +103,8 @@ class _Run:
     def run(self) -> dict[str, int]:
         offload = self._plan.offload
         if offload is None or offload.reused:
+            if offload is not None:
+                settle(offload)
             return self._run(None)
         writer = OffloadWriter(offload, self._plan.checkpoint.source)
         try:

@@ -13,8 +13,9 @@ from ..checkpoint.safetensors import layout
 from ..mapping import Link
 from .records import OffloadFile, OffloadPlan, Placement
 
-FORMAT = "lowmem-offload/1"
+FORMAT = "lowmem-offload/2"
 INDEX = "lowmem-offload.json"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def plan_offload(checkpoint: Checkpoint, placements: Sequence[Placement], root: Path) -> OffloadPlan | None:
@@ -57,10 +58,23 @@ def _link_row(link: Link) -> list[Any]:
     return [entry.key, entry.dtype, entry.offset, region.offset, region.shape, region.strides]
 
 
-def index_of(plan: OffloadPlan, source: str, folder: Path) -> dict[str, Any]:
-    """The index that makes a folder a finished one; written last, when the files in `folder` are whole."""
+def boot_id() -> str | None:
+    """What names the time since the machine started; None where that is not told."""
+    try:
+        return _BOOT.read_text(encoding="ascii").strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def index_of(plan: OffloadPlan, source: str, folder: Path, boot: str | None) -> dict[str, Any]:
+    """The index that makes a folder a finished one; written last, when the files in `folder` are whole.
+
+    `boot` is the `boot_id` of a folder whose bytes may still be on their way to the disk: after the machine has
+    started anew they may be lost, so the folder then counts as unfinished. None when they are on the disk.
+    """
     return {
         "format": FORMAT,
+        "boot": boot,
         "source": source,
         "fingerprint": plan.fingerprint,
         "files": {file.name: file.size for file in plan.files},
@@ -74,6 +88,8 @@ def is_finished(plan: OffloadPlan) -> bool:
     try:
         index = json.loads((plan.folder / INDEX).read_text(encoding="utf-8"))
         if index.get("format") != FORMAT or index.get("fingerprint") != plan.fingerprint:
+            return False
+        if index["boot"] is not None and index["boot"] != boot_id():
             return False
         for file in plan.files:
             path = plan.folder / file.name
