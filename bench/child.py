@@ -1,0 +1,197 @@
+"""One process for one loader and one case: `python -m bench.child JSON` prints one line of JSON.
+
+The order job says what to do: `time` (repeat the load, check it, measure its peak), `convert` (write the loader's own
+format) or `least` (find the smallest kernel limit). The peak is measured in a fork that was made after the imports
+and waited until the timed loads were done, so that it is a first load in a fresh heap and disturbs no time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.loaders import Job, Loader, Model
+
+
+def main() -> int:
+    order = json.loads(sys.argv[1])
+    # What libraries print must not mix with the answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        answer = _obey(order)
+    except BaseException as error:
+        traceback.print_exc()
+        answer = {"status": "cannot", "reason": f"{type(error).__name__}: {_first_line(error)}"}
+    answers.write(json.dumps(answer) + "\n")
+    answers.close()
+    # Without a long tear-down of what the loaders left.
+    os._exit(0)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else ""
+
+
+def _obey(order: dict[str, Any]) -> dict[str, Any]:
+    started = time.perf_counter()
+    # The order of these imports does not matter, and what they take is the loader's: it needs torch in any case.
+    from bench.cases import Case
+    from bench.loaders import LOADERS, Job
+    from bench.models import shapes_of
+
+    case = Case(**order["case"])
+    loader = LOADERS[order["loader"]]
+    source = Path(order["source"])
+    converted = None if order["converted"] is None else Path(order["converted"])
+    work = Path(order["work"])
+    job = Job(case, source, converted, work / "offload", () if case.has_config else shapes_of(source))
+    job = replace(job, variant=loader.variants(case)[0])
+    loader.imports(job)
+    imported = time.perf_counter() - started
+    if order["do"] == "convert":
+        loader.convert(job)
+        return {"status": "ok"}
+    if order["do"] == "least":
+        from bench.least_memory import find_least
+
+        return find_least(loader, job, order["kind"], order["first"])
+    peak = Waiting(lambda: measure_peak(loader, job)) if order["peak"] else None
+    answer = {"import": imported, **_time(loader, job, order["repeats"])}
+    if peak is not None:
+        answer["peak"] = peak.go() if answer["status"] == "ok" else peak.cancel()
+    return answer
+
+
+def _time(loader: Loader, job: Job, repeats: int) -> dict[str, Any]:
+    """Load again and again, dropping the model between; check the first one's memory and the last one's values."""
+    from bench.checks import WrongMemoryError, WrongResultError, check_memory, check_values
+
+    runs: list[dict[str, Any]] = []
+    answer: dict[str, Any] = {"status": "ok", "runs": runs}
+    turns = [replace(job, variant=variant) for variant in loader.variants(job.case) for _ in range(repeats)]
+    for number, turn in enumerate(turns):
+        stayed = _make_ready(turn)
+        if stayed:
+            return {"status": "not cold", "reason": f"{stayed} pages of the files stayed in the page cache"}
+        model, run = _load_once(loader, turn)
+        runs.append(run)
+        try:
+            if number == 0:
+                check_memory(job.case, job.source, model)
+            if number == len(turns) - 1:
+                answer["checked"] = check_values(job.case, job.source, model)
+        except WrongMemoryError as error:
+            return {"status": "cannot", "reason": str(error)}
+        except WrongResultError as error:
+            return {"status": "wrong", "reason": f"wrong: {error}"}
+        finally:
+            del model
+            gc.collect()
+    shutil.rmtree(job.offload, ignore_errors=True)
+    return answer
+
+
+def _load_once(loader: Loader, job: Job) -> tuple[Model, dict[str, Any]]:
+    from bench.phases import Phases
+
+    phases = Phases()
+    phases.start()
+    model = loader.load(job, phases)
+    phases.stop()
+    return model, {**phases.to_dict(), "variant": job.variant}
+
+
+def _make_ready(job: Job) -> int:
+    """An empty offload folder, and cold files where the case wants them; returns the pages that stayed cached."""
+    shutil.rmtree(job.offload, ignore_errors=True)
+    job.offload.mkdir(parents=True)
+    if not job.case.cold:
+        return 0
+    from bench.page_cache import drop
+
+    return drop(job.files)
+
+
+def measure_peak(loader: Loader, job: Job) -> dict[str, Any]:
+    """One load under a measure: the anonymous peak above the imports, and the timeline."""
+    import lowmem
+
+    shutil.rmtree(job.offload, ignore_errors=True)
+    job.offload.mkdir(parents=True)
+    from bench.phases import Phases
+
+    phases = Phases()
+    with lowmem.measure() as memory:
+        phases.start()
+        model = loader.load(job, phases)
+    del model
+    shutil.rmtree(job.offload, ignore_errors=True)
+    step = max(1, len(memory.samples) // 400)
+    parts = [memory.samples[n : n + step] for n in range(0, len(memory.samples), step)]
+    # The highest of each stretch, so that thinning hides no peak.
+    timeline = [[part[0][0], max(s[1] for s in part) - memory.baseline, max(s[2] for s in part)] for part in parts]
+    return {"peak": memory.peak, "peak_rss": memory.peak_rss, "timeline": timeline}
+
+
+class Waiting:
+    """A fork of this process that waits for its turn, does one thing and answers with it."""
+
+    def __init__(self, action: Callable[[], dict[str, Any]]) -> None:
+        waiting, self._start = os.pipe()
+        self._answer, answering = os.pipe()
+        self._child = os.fork()
+        if self._child:
+            os.close(waiting)
+            os.close(answering)
+            return
+        os.close(self._start)
+        os.close(self._answer)
+        with _no_way_back():
+            if os.read(waiting, 1) == b"g":
+                try:
+                    result = action()
+                except BaseException as error:
+                    result = {"error": f"{type(error).__name__}: {_first_line(error)}"}
+                with os.fdopen(answering, "w") as pipe:
+                    pipe.write(json.dumps(result))
+
+    def go(self) -> dict[str, Any]:
+        """Let it do its thing; `error` in the answer when it could not."""
+        os.write(self._start, b"g")
+        with os.fdopen(self._answer) as pipe:
+            text = pipe.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+        os.close(self._start)
+        found: dict[str, Any] = json.loads(text) if text else {"error": f"killed (exit {status})"}
+        return found
+
+    def cancel(self) -> None:
+        """Let it end."""
+        os.close(self._start)
+        os.waitpid(self._child, 0)
+
+
+@contextlib.contextmanager
+def _no_way_back() -> Iterator[None]:
+    """A fork must not return into its parent's code."""
+    try:
+        yield
+    finally:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

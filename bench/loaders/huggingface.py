@@ -1,0 +1,141 @@
+"""transformers' `from_pretrained` and accelerate's `load_checkpoint_and_dispatch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from bench.loaders.base import Job, Loader, Model
+from bench.models import empty_model, plain_module
+from bench.phases import Phases
+
+# Their hooks take no module inside another, so the map names each.
+DISJOINT = {
+    "model.embed_tokens": "cpu",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+    "model.layers": "disk",
+}
+
+
+class Transformers(Loader):
+    """`from_pretrained`.
+
+    The cut: what comes before `PreTrainedModel._load_pretrained_model` (configuration, finding files, the model on
+    meta) is its build, and so is reading the generation configuration afterwards. Weights are all the rest. That is
+    kind to it: lowmem's headers and plan count as weights.
+    """
+
+    name = "transformers"
+    title = "transformers"
+    packages = ("transformers",)
+
+    def imports(self, job: Job) -> None:
+        super().imports(job)
+        if not job.case.has_config:
+            _plain_class(job)
+
+    def load(self, job: Job, phases: Phases) -> Model:
+        import transformers
+
+        case = job.case
+        options: dict[str, Any] = {"dtype": job.dtype}
+        if case.on_disk:
+            options.update(device_map=dict(DISJOINT), offload_folder=str(job.offload))
+        elif case.residency == "copy" and not case.casts:
+            # It reads the files into memory instead of mapping them.
+            options["disable_mmap"] = True
+        if case.has_config:
+            name = transformers.AutoConfig.from_pretrained(job.source).architectures[0]
+            architecture = getattr(transformers, name)
+        else:
+            architecture, options["config"] = _plain_class(job)
+        with _cut(architecture, phases):
+            model: Model = architecture.from_pretrained(job.source, **options)
+        return model
+
+
+@contextmanager
+def _cut(architecture: Any, phases: Phases) -> Iterator[None]:
+    """Count as build what is not weights in `architecture.from_pretrained`."""
+    from transformers import PreTrainedModel
+
+    load: Callable[..., Any] = vars(PreTrainedModel)["_load_pretrained_model"].__func__
+
+    def timed_load(*args: Any, **options: Any) -> Any:
+        phases.build += phases.elapsed
+        return load(*args, **options)
+
+    generation = getattr(architecture, "adjust_generation_fn", None)
+
+    def timed_generation(*args: Any, **options: Any) -> Any:
+        assert generation is not None
+        with phases.building():
+            return generation(*args, **options)
+
+    patched: Any = PreTrainedModel
+    patched._load_pretrained_model = staticmethod(timed_load)
+    if generation is not None:
+        architecture.adjust_generation_fn = timed_generation
+    try:
+        yield
+    finally:
+        patched._load_pretrained_model = staticmethod(load)
+        if generation is not None:
+            del architecture.adjust_generation_fn
+
+
+def _plain_class(job: Job) -> tuple[Any, Any]:
+    """A minimal PreTrainedModel around the parameters of a checkpoint without config.json, and its configuration."""
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    shapes = job.shapes
+
+    class PlainConfig(PretrainedConfig):
+        model_type = "plain"
+
+    class PlainModel(PreTrainedModel):
+        config_class = PlainConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            made = plain_module(shapes).to(torch.get_default_dtype())
+            for name, child in made.named_children():
+                self.add_module(name, child)
+            for name, parameter in list(made.named_parameters(recurse=False)):
+                self.register_parameter(name, parameter)
+            self.post_init()
+
+        def _init_weights(self, module: Any) -> None:
+            return None
+
+    return PlainModel, PlainConfig()
+
+
+class Accelerate(Loader):
+    """`load_checkpoint_and_dispatch` into a model that `init_empty_weights` made."""
+
+    name = "accelerate"
+    title = "accelerate"
+    packages = ("accelerate",)
+    note = "on disk it keeps the checkpoint's dtype and casts at every forward"
+
+    def imports(self, job: Job) -> None:
+        super().imports(job)
+        import accelerate  # noqa: F401
+
+    def load(self, job: Job, phases: Phases) -> Model:
+        import accelerate
+
+        with phases.building():
+            model = empty_model(job.case, job.source, job.shapes)
+        options: dict[str, Any] = {"device_map": {"": "cpu"}}
+        if job.case.on_disk:
+            options = {"device_map": dict(DISJOINT), "offload_folder": str(job.offload)}
+        target = job.source if len(job.shards) > 1 else job.shards[0]
+        loaded: Model = accelerate.load_checkpoint_and_dispatch(model, str(target), dtype=job.dtype, **options)
+        return loaded
