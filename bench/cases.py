@@ -81,7 +81,9 @@ _MAIN = (
 )
 _DISK = (
     Case("disk-bf16", "layers on disk, bf16", "layers on disk", residency="map", on_disk=True),
-    Case("disk-fp32", "layers on disk, bf16 to fp32", "layers on disk", dtype="float32", on_disk=True, least_memory=True),
+    Case(
+        "disk-fp32", "layers on disk, bf16 to fp32", "layers on disk", dtype="float32", on_disk=True, least_memory=True
+    ),
 )
 _SHAPES = (
     Case("experts-bf16", "fused experts, bf16", "other shapes", checkpoint="qwen3-moe"),
@@ -89,9 +91,7 @@ _SHAPES = (
     Case("small-map", "30,000 small tensors, mapped", "other shapes", checkpoint="many-small", residency="map"),
     Case("small-copy", "30,000 small tensors, copied", "other shapes", checkpoint="many-small"),
     Case("large-copy", "one 3 GB tensor, copied", "other shapes", checkpoint="one-3gb-tensor", shard="5GB"),
-    Case(
-        "large-fp32", "one 3 GB tensor, bf16 to fp32", "other shapes", "one-3gb-tensor", dtype="float32", shard="5GB"
-    ),
+    Case("large-fp32", "one 3 GB tensor, bf16 to fp32", "other shapes", "one-3gb-tensor", dtype="float32", shard="5GB"),
 )
 _COLD = tuple(
     replace(case, name=f"cold-{case.name}", title=f"{case.title}, cold", group="cold", cold=True, least_memory=False)
@@ -103,10 +103,7 @@ _STAGING = tuple(
 )
 CASES = (*_MAIN, *_COLD, *_DISK, *_SHAPES, *_STAGING)
 
-QUICK = tuple(
-    replace(case, checkpoint="llama-125m", shard="100MB")
-    for case in (*_MAIN[:3], _COLD[1], _DISK[1])
-)
+QUICK = tuple(replace(case, checkpoint="llama-125m", shard="100MB") for case in (*_MAIN[:3], _COLD[1], _DISK[1]))
 
 
 def find_cases(names: Iterable[str], quick: bool) -> tuple[Case, ...]:

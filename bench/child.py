@@ -8,7 +8,9 @@ and waited until the timed loads were done, so that it is a first load in a fres
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -18,17 +20,53 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bench.loaders import Job, Loader, Model
 
 
 def main() -> int:
-    order = json.loads(sys.argv[1])
     # What libraries print must not mix with the answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    if sys.argv[1] == "serve":
+        _serve(answers)
+    else:
+        _answer(json.loads(sys.argv[1]), answers)
+    return 0
+
+
+# What the loads of most cases import; a loader imports the rest in its fork.
+_COMMON = (
+    "accelerate",
+    "safetensors.torch",
+    "transformers.generation.utils",
+    "transformers.models.llama.modeling_llama",
+    "lowmem.loader",
+    "bench.checks",
+    "bench.loaders",
+)
+
+
+def _serve(answers: IO[str]) -> None:
+    """Import once and fork for each order; this process runs no torch operation, whose threads no fork survives."""
+    for name in _COMMON:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            with _no_way_back():
+                _answer({**json.loads(line), "forked": True}, answers)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status:
+            answers.write(json.dumps({"status": "failed", "reason": f"killed (exit {status})"}) + "\n")
+            answers.flush()
+
+
+def _answer(order: dict[str, Any], answers: IO[str]) -> None:
     try:
         answer = _obey(order)
     except BaseException as error:
@@ -54,13 +92,16 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
 
     case = Case(**order["case"])
     loader = LOADERS[order["loader"]]
+    reason = loader.can(case)
+    if reason is not None:
+        return {"status": "cannot", "reason": reason}
     source = Path(order["source"])
     converted = None if order["converted"] is None else Path(order["converted"])
     work = Path(order["work"])
     job = Job(case, source, converted, work / "offload", () if case.has_config else shapes_of(source))
     job = replace(job, variant=loader.variants(case)[0])
     loader.imports(job)
-    imported = time.perf_counter() - started
+    imported = None if order.get("forked") else time.perf_counter() - started
     if order["do"] == "convert":
         loader.convert(job)
         return {"status": "ok"}
@@ -99,7 +140,7 @@ def _time(loader: Loader, job: Job, repeats: int) -> dict[str, Any]:
             return {"status": "wrong", "reason": f"wrong: {error}"}
         finally:
             del model
-            gc.collect()
+            _release()
     shutil.rmtree(job.offload, ignore_errors=True)
     return answer
 
@@ -114,15 +155,23 @@ def _load_once(loader: Loader, job: Job) -> tuple[Model, dict[str, Any]]:
     return model, {**phases.to_dict(), "variant": job.variant}
 
 
+def _release() -> None:
+    """Give freed memory back to the kernel, so that every load gets fresh memory, as the limit does."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _make_ready(job: Job) -> int:
-    """An empty offload folder, and cold files where the case wants them; returns the pages that stayed cached."""
+    """An empty offload folder, and files cold or warm as the case wants; returns the pages that stayed cached."""
+    from bench.page_cache import drop, warm
+
     shutil.rmtree(job.offload, ignore_errors=True)
     job.offload.mkdir(parents=True)
-    if not job.case.cold:
-        return 0
-    from bench.page_cache import drop
-
-    return drop(job.files)
+    if job.case.cold:
+        return drop(job.files)
+    warm(job.files)
+    return 0
 
 
 def measure_peak(loader: Loader, job: Job) -> dict[str, Any]:

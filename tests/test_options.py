@@ -17,9 +17,9 @@ from lowmem import memory
 from lowmem.demo import run_demo
 from lowmem.dtypes import parse_dtype
 from lowmem.errors import MeasureError, OptionError, PlacementError
-from lowmem.planner.request import make_request, parse_folder
 from lowmem.planner.devices import device_name, parse_device_map, parse_max_memory
 from lowmem.planner.offload import memory_file_system
+from lowmem.planner.request import make_request, parse_folder
 from lowmem.sizes import shown
 
 

@@ -1,0 +1,109 @@
+"""Time lowmem beside its peers and the machine's limit: `python -m bench --quick`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.cases import CASES, find_cases
+from bench.children import Forks, Fresh
+from bench.results import Row, describe_machine, make_results, write
+from bench.runs import Plan, describe, run
+from bench.tables import as_markdown
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Run cases x loaders, each in a process of its own, and write results.json, results.md and plots.",
+    )
+    parser.add_argument("--quick", action="store_true", help="a 250 MB checkpoint, few cases: under three minutes")
+    parser.add_argument("--list", action="store_true", help="list cases and loaders, and end")
+    parser.add_argument("--cases", metavar="A,B", help="names of cases (default: all)")
+    parser.add_argument("--loaders", metavar="X,Y", help="names of loaders (default: all)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="processes of each (default: 3; quick: 1)")
+    parser.add_argument("--repeats", type=int, metavar="N", default=5, help="loads in each process (default: 5)")
+    parser.add_argument("--timeout", type=float, metavar="S", default=600, help="of a process (default: 600 s)")
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written and kept (default: temporary)")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="where results go (bench-results)")
+    parser.add_argument("--no-plots", action="store_true", help="draw nothing")
+    parser.add_argument("--no-least-memory", action="store_true", help="look for no smallest kernel limit")
+    parser.add_argument("--forks", action="store_true", help="fork one interpreter: quicker, imports are not timed")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    commands = parser()
+    options = commands.parse_args(argv)
+    # It imports torch: seconds, but the versions must come from the loaders themselves.
+    from bench.loaders import LOADERS
+    from bench.loaders.base import versions
+
+    if options.list:
+        for case in CASES:
+            print(f"{case.name:<16}{case.title}")
+        print()
+        for loader in LOADERS.values():
+            found = ", ".join(f"{name} {version}" for name, version in versions(loader).items())
+            print(f"{loader.name:<16}{found}")
+        return 0
+    try:
+        cases = find_cases(_names(options.cases), options.quick)
+        loaders = _names(options.loaders) or tuple(LOADERS)
+        unknown = [name for name in loaders if name not in LOADERS]
+        if unknown:
+            raise KeyError(unknown[0])
+    except KeyError as error:
+        commands.error(f"nothing here is called {error}; --list shows what there is")
+    rounds = options.rounds or (1 if options.quick else 3)
+    used = {package: version for name in loaders for package, version in versions(LOADERS[name]).items()}
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="lowmem-bench-") as temporary:
+        folder: Path = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        machine = describe_machine(folder, used)
+        least = not options.no_least_memory and not options.quick
+        plan = Plan(cases, loaders, folder, rounds, options.repeats, options.timeout, least)
+        results = make_results(machine, cases, [], {"rounds": rounds, "repeats": options.repeats})
+        results["titles"] = {name: LOADERS[name].title for name in loaders}
+        results["notes"] = {name: LOADERS[name].note for name in loaders}
+        children = Forks() if options.forks or options.quick else Fresh()
+
+        def done(row: Row) -> None:
+            results["rows"].append(row)
+            print(describe(row), file=sys.stderr, flush=True)
+            # After each, so that a run that is cut short leaves what it found.
+            write(results, options.out / "results.json")
+
+        try:
+            run(plan, children, done)
+        finally:
+            children.close()
+    text = as_markdown(results)
+    (options.out / "results.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if not options.no_plots:
+        _draw(results, options.out)
+    return 0
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
+
+
+def _draw(results: dict[str, object], out: Path) -> None:
+    try:
+        from bench.plots import draw
+
+        written = draw(results, out)
+    except ImportError as error:
+        print(f"no plots: {error}; pip install lowmem[bench]", file=sys.stderr)
+        return
+    print(*(str(file) for file in written), sep="\n", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
