@@ -112,7 +112,10 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
     peak = Waiting(lambda: measure_peak(loader, job)) if order["peak"] else None
     answer = {"import": imported, **_time(loader, job, order["repeats"])}
     if peak is not None:
-        answer["peak"] = peak.go() if answer["status"] == "ok" else peak.cancel()
+        if answer["status"] == "ok":
+            answer["peak"] = peak.go()
+        else:
+            peak.cancel()
     return answer
 
 

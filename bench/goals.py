@@ -82,7 +82,7 @@ def _times(least: float, *loaders: str) -> Goal:
             peer = find_row(results, case, loader)
             if peer is not None:
                 ratio = peer["least"] / ours["least"]
-                yield Outcome(case, f"≥ {least:g}× {loader}", f"{ratio:.2f}×", ratio >= least)
+                yield Outcome(case, f"≥ {least:g}x {loader}", f"{ratio:.2f}x", ratio >= least)
 
     return judged
 
@@ -95,8 +95,8 @@ def _best(least: float, *loaders: str) -> Goal:
         if found:
             peer = min(found, key=lambda row: row["least"])
             ratio = peer["least"] / ours["least"]
-            text = "not slower than any peer" if least == 1 else f"≥ {least:g}× the best peer"
-            yield Outcome(case, text, f"{ratio:.2f}× ({peer['loader']})", ratio >= least)
+            text = "not slower than any peer" if least == 1 else f"≥ {least:g}x the best peer"
+            yield Outcome(case, text, f"{ratio:.2f}x ({peer['loader']})", ratio >= least)
 
     return judged
 
@@ -108,8 +108,8 @@ def _staging(other: str, most: float) -> Goal:
         peer = find_row(results, other, "lowmem")
         if peer is not None:
             ratio = ours["least"] / peer["least"]
-            goal = f"staging 16 MiB takes ≤ {most:g}× the time of 64 MiB"
-            yield Outcome(case, goal, f"{ratio:.2f}×", ratio <= most)
+            goal = f"staging 16 MiB takes ≤ {most:g}x the time of 64 MiB"
+            yield Outcome(case, goal, f"{ratio:.2f}x", ratio <= most)
 
     return judged
 

@@ -66,10 +66,11 @@ def _timeline(results: Results, rows: list[Row], file: Path) -> Path:
     figure, panel = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for row in rows:
         if row["case"] == name:
-            style = {"color": _colour(row["loader"]), "linewidth": 2} if row["loader"] in ("lowmem", "limit") else {}
+            # The others have colours of matplotlib's own, to be told apart.
+            colour = _colour(row["loader"]) if row["loader"] in ("lowmem", "limit") else None
             seconds = [point[0] for point in row["timeline"]]
             sizes = [point[1] / MIB for point in row["timeline"]]
-            panel.plot(seconds, sizes, label=results["titles"][row["loader"]], **style)
+            panel.plot(seconds, sizes, label=results["titles"][row["loader"]], color=colour)
     panel.set_title(next(case["title"] for case in results["cases"] if case["name"] == name), fontsize=10, loc="left")
     panel.set_xlabel("seconds of the load that was measured (build included)")
     panel.set_ylabel("anonymous memory above imports, MiB")

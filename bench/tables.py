@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bench.goals import judge
 from bench.results import Results, Row, find_row
 from lowmem.sizes import GIB, MIB
@@ -64,12 +66,12 @@ def case_table(results: Results, name: str) -> str:
     return "\n".join(lines) + ("\n\n" + " ".join(notes) if notes else "")
 
 
-def _row(row: Row, limit: Row | None, titles: dict[str, str]) -> str:
+def _row(row: Row, limit: Row | None, titles: Mapping[str, str]) -> str:
     share = f"{limit['least'] / row['least']:.0%}" if limit is not None else "-"
-    title = titles.get(row["loader"], row["loader"])
+    title: str = titles.get(row["loader"], row["loader"])
     if row["variant"]:
         title += f" ({row['variant']})"
-    cells = [title, *(f"{row[key]:.3f}" for key in ("least", "median", "most", "first")), share]
+    cells: list[str] = [title, *(f"{row[key]:.3f}" for key in ("least", "median", "most", "first")), share]
     cells += [f"{row['build']:.3f}", "-" if row["import"] is None else f"{row['import']:.1f}", f"{row['whole']:.2f}"]
     cells += ["-", "-"] if "peak" not in row else [f"{row[key] / MIB:.0f}" for key in ("peak", "above")]
     cells.append(_least_memory(row))

@@ -91,14 +91,17 @@ def _cut(architecture: Any, phases: Phases) -> Iterator[None]:
 
 def _plain_class(job: Job) -> tuple[Any, Any]:
     """A minimal PreTrainedModel around the parameters of a checkpoint without config.json, and its configuration."""
-    from transformers import PretrainedConfig, PreTrainedModel
+    import transformers
 
+    # Untyped where it matters: what subclasses must call has no annotations.
+    config_base: Any = transformers.PretrainedConfig
+    model_base: Any = transformers.PreTrainedModel
     shapes = job.shapes
 
-    class PlainConfig(PretrainedConfig):
+    class PlainConfig(config_base):  # type: ignore[misc]
         model_type = "plain"
 
-    class PlainModel(PreTrainedModel):
+    class PlainModel(model_base):  # type: ignore[misc]
         config_class = PlainConfig
 
         def __init__(self, config: Any) -> None:
