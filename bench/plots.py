@@ -8,6 +8,9 @@ from typing import Any
 from bench.results import Results, Row
 from lowmem.sizes import MIB
 
+# Of the lines that are neither lowmem's nor the limit's.
+_OTHERS = tuple(f"tab:{name}" for name in ("orange", "green", "red", "purple", "brown", "pink", "olive", "cyan"))
+
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write `times.png`, `peaks.png` and `timeline.png`, those that the results allow; returns what was written."""
@@ -64,10 +67,10 @@ def _timeline(results: Results, rows: list[Row], file: Path) -> Path:
 
     name = max(rows, key=lambda row: row["resident"])["case"]
     figure, panel = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    others = iter(_OTHERS)
     for row in rows:
         if row["case"] == name:
-            # The others have colours of matplotlib's own, to be told apart.
-            colour = _colour(row["loader"]) if row["loader"] in ("lowmem", "limit") else None
+            colour = _colour(row["loader"]) if row["loader"] in ("lowmem", "limit") else next(others, "gold")
             seconds = [point[0] for point in row["timeline"]]
             sizes = [point[1] / MIB for point in row["timeline"]]
             panel.plot(seconds, sizes, label=results["titles"][row["loader"]], color=colour)

@@ -108,11 +108,9 @@ def _by_variant(runs: Iterable[dict[str, Any]]) -> dict[str, float]:
     return least
 
 
-def make_results(
-    machine: dict[str, Any], cases: Sequence[Case], rows: Sequence[Row], options: dict[str, Any]
-) -> Results:
-    """Everything in plain values, ready for JSON."""
-    return {"machine": machine, "options": options, "cases": [asdict(case) for case in cases], "rows": list(rows)}
+def make_results(machine: dict[str, Any], cases: Sequence[Case], options: dict[str, Any]) -> Results:
+    """Plain values, ready for JSON, without rows yet; `titles` and `notes` are the loaders' and belong in too."""
+    return {"machine": machine, "options": options, "cases": [asdict(case) for case in cases], "rows": []}
 
 
 def write(results: Results, file: Path) -> None:
