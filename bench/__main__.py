@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from bench.cases import CASES, find_cases
 from bench.children import Forks, Fresh
 from bench.results import Row, describe_machine, make_results, write
-from bench.runs import Plan, describe, run
+from bench.runs import Plan, run
 from bench.tables import as_markdown
 
 
@@ -38,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     commands = parser()
     options = commands.parse_args(argv)
+    # So that the children are ended and temporary files removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # It imports torch: seconds, but the versions must come from the loaders themselves.
     from bench.loaders import LOADERS
     from bench.loaders.base import versions
@@ -74,12 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def done(row: Row) -> None:
             results["rows"].append(row)
-            print(describe(row), file=sys.stderr, flush=True)
             # After each, so that a run that is cut short leaves what it found.
             write(results, options.out / "results.json")
 
         try:
-            run(plan, children, done)
+            run(plan, children, done, lambda text: print(text, file=sys.stderr, flush=True))
         finally:
             children.close()
     text = as_markdown(results)

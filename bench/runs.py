@@ -43,8 +43,8 @@ class Plan:
     least_memory: bool
 
 
-def run(plan: Plan, children: Fresh | Forks, done: Callable[[Row], None]) -> None:
-    """Run the cases and hand every finished row to `done`."""
+def run(plan: Plan, children: Fresh | Forks, done: Callable[[Row], None], tell: Callable[[str], None]) -> None:
+    """Run the cases, `tell` of each process that has ended, and hand every finished row to `done`."""
     for number, case in enumerate(plan.cases):
         source = make_checkpoint(plan.folder, case)
         answers: dict[str, list[dict[str, Any]]] = {loader: [] for loader in plan.loaders}
@@ -52,8 +52,10 @@ def run(plan: Plan, children: Fresh | Forks, done: Callable[[Row], None]) -> Non
             # Each round starts with another one, so that none always comes after the same.
             shift = (turn + number) % len(plan.loaders)
             for loader in plan.loaders[shift:] + plan.loaders[:shift]:
-                if not any(answer["status"] != "ok" for answer in answers[loader]):
+                # What fails does so again, and what takes minutes does too.
+                if not any(answer["status"] != "ok" or answer["cut"] for answer in answers[loader]):
                     answers[loader].append(_ask(plan, children, case, source, loader, turn))
+                    tell(f"{case.name}, round {turn + 1}, {loader}: {_brief(answers[loader][-1])}")
         resident = case.resident(lowmem.inspect(source))
         for loader in plan.loaders:
             row = make_row(case, loader, answers[loader], resident)
@@ -125,9 +127,7 @@ def _least_memory(plan: Plan, children: Fresh | Forks, case: Case, source: Path,
     return answer
 
 
-def describe(row: Row) -> str:
-    """One line for whoever waits."""
-    if row["status"] != "ok":
-        return f"{row['case']}, {row['loader']}: {row['status']}: {row['reason']}"
-    peak = f", peak {row['peak'] / 2**20:.0f} MiB" if "peak" in row else ""
-    return f"{row['case']}, {row['loader']}: {row['least']:.3f} s (median {row['median']:.3f}){peak}"
+def _brief(answer: dict[str, Any]) -> str:
+    if answer["status"] != "ok":
+        return f"{answer['status']}: {answer['reason']}"
+    return f"least {min(run['weights'] for run in answer['runs']):.3f} s"

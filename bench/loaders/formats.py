@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from bench.loaders.base import Job, MemoryLoader, Model, assign
+from bench.loaders.base import Job, MemoryLoader, Model, install
 from bench.models import empty_model, tie
 from bench.phases import Phases
 
@@ -68,7 +68,7 @@ class Tensorizer(MemoryLoader):
 
         assert job.converted is not None
         model = empty_model(job.case, job.source, job.shapes)
-        assign(model, _whole_state(job))
+        install(model, _whole_state(job))
         serializer = TensorSerializer(str(job.converted / "model.tensors"))
         serializer.write_module(model)
         serializer.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.loaders.base import Job, MemoryLoader, Model, assign
+from bench.loaders.base import Job, MemoryLoader, Model, install
 from bench.models import empty_model
 from bench.phases import Phases
 
@@ -34,7 +34,7 @@ class Fastsafetensors(MemoryLoader):
             state[key] = tensor.to(job.dtype) if job.case.casts else tensor
         buffers.close()
         loader.close()
-        assign(model, state)
+        install(model, state)
         return model
 
 
@@ -64,5 +64,5 @@ class Runai(MemoryLoader):
             streamer.stream_files([str(file) for file in job.shards], device="cpu", owned=not casts)
             for key, tensor in streamer.get_tensors():
                 state[key] = tensor.to(job.dtype) if casts else tensor
-        assign(model, state)
+        install(model, state)
         return model
