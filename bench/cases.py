@@ -51,11 +51,6 @@ class Case:
         return self.stored != self.dtype
 
     @property
-    def folder(self) -> str:
-        """The name of the checkpoint's folder."""
-        return self.checkpoint if self.stored == "bfloat16" else f"{self.checkpoint}-{self.stored}"
-
-    @property
     def has_config(self) -> bool:
         """Whether transformers has a class for it."""
         return self.checkpoint in WITH_CONFIG

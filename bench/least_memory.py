@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from bench.kernel_limits import enter
@@ -33,24 +34,27 @@ def find_least(loader: Loader, job: Job, kind: str, first: int) -> dict[str, Any
         kind: `cgroup v1` or `cgroup v2`.
         first: bytes, a guess.
     """
-    tries: list[tuple[int, bool]] = []
+    found = bisect(lambda size: _try(loader, job, kind, size), first)
+    if found is None:
+        return {"status": "cannot", "reason": "it passes under no limit that was tried"}
+    return {"status": "ok", "least": found}
 
-    def passes(size: int) -> bool:
-        tries.append((size, _try(loader, job, kind, size)))
-        return tries[-1][1]
 
-    low, high = _SMALLEST, max(first, 2 * _SMALLEST)
+def bisect(passes: Callable[[int], bool], first: int) -> int | None:
+    """The smallest size that `passes`, to 5 % or 4 MiB; None when even many times `first` does not."""
+    low, high = 0, max(first, 2 * _SMALLEST)
+    most = 16 * max(first, 256 * MIB)
     while not passes(high):
         low, high = high, 2 * high
-        if high > 32 * max(first, 64 * MIB):
-            return {"status": "cannot", "reason": f"it fails under {low} bytes", "tries": tries}
-    while high - low > max(_PRECISION * high, 4 * MIB):
+        if high > most:
+            return None
+    while high - low > max(_PRECISION * high, 4 * MIB) and high > _SMALLEST:
         middle = (low + high) // 2
         if passes(middle):
             high = middle
         else:
             low = middle
-    return {"status": "ok", "least": high, "tries": tries}
+    return high
 
 
 def _try(loader: Loader, job: Job, kind: str, size: int) -> bool:

@@ -82,7 +82,7 @@ def make_row(case: Case, loader: str, answers: Sequence[dict[str, Any]], residen
             "least": best["weights"],
             "median": statistics.median(same),
             "most": max(same),
-            "first": statistics.median(answer["runs"][0]["weights"] for answer in answers),
+            "first": statistics.median(_first(answer["runs"], best["variant"]) for answer in answers),
             "build": build,
             "import": min(imports) if imports else None,
             "whole": best["weights"] + build + (min(imports) if imports else 0.0),
@@ -99,6 +99,10 @@ def make_row(case: Case, loader: str, answers: Sequence[dict[str, Any]], residen
     elif peaks:
         row["peak_error"] = peaks[0]["error"]
     return row
+
+
+def _first(runs: Iterable[dict[str, Any]], variant: str) -> float:
+    return next(float(run["weights"]) for run in runs if run["variant"] == variant)
 
 
 def _by_variant(runs: Iterable[dict[str, Any]]) -> dict[str, float]:

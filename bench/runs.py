@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from bench.cases import Case
 from bench.children import Forks, Fresh
 from bench.kernel_limits import cgroup_kind
 from bench.results import Row, make_row
+from bench.sources import make_checkpoint
 
 # Loaders that read a format of their own. Named here so that the bench itself imports no torch; a test compares.
 CONVERTING = ("torch", "flashpack", "tensorizer")
@@ -46,7 +45,7 @@ class Plan:
 def run(plan: Plan, children: Fresh | Forks, done: Callable[[Row], None], tell: Callable[[str], None]) -> None:
     """Run the cases, `tell` of each process that has ended, and hand every finished row to `done`."""
     for number, case in enumerate(plan.cases):
-        source = make_checkpoint(plan.folder, case)
+        source = make_checkpoint(plan.folder, case.checkpoint, case.stored, case.shard)
         answers: dict[str, list[dict[str, Any]]] = {loader: [] for loader in plan.loaders}
         for turn in range(plan.rounds):
             # Each round starts with another one, so that none always comes after the same.
@@ -62,27 +61,18 @@ def run(plan: Plan, children: Fresh | Forks, done: Callable[[Row], None], tell: 
             if case.least_memory and plan.least_memory and row["status"] == "ok" and loader != "limit":
                 row["least_memory"] = _least_memory(plan, children, case, source, row)
             done(row)
-        if not any(later.folder == case.folder for later in plan.cases[number + 1 :]):
+        later = [(other.checkpoint, other.stored) for other in plan.cases[number + 1 :]]
+        if (case.checkpoint, case.stored) not in later:
             for loader in CONVERTING:
-                shutil.rmtree(_converted(plan.folder, case, loader), ignore_errors=True)
+                shutil.rmtree(_converted(source, loader), ignore_errors=True)
 
 
-def make_checkpoint(folder: Path, case: Case) -> Path:
-    """The case's checkpoint, written when it is not there yet."""
-    target = folder / case.folder
-    if not target.exists():
-        options = ["--dtype", case.stored, "--max-shard-size", case.shard]
-        command = [sys.executable, "-m", "bench.make_checkpoint", case.checkpoint, str(target), *options]
-        subprocess.run(command, check=True, stdout=sys.stderr, cwd=Path(__file__).parent.parent)
-    return target
-
-
-def _converted(folder: Path, case: Case, loader: str) -> Path:
-    return folder / f"{case.folder}.{loader}"
+def _converted(source: Path, loader: str) -> Path:
+    return source.with_name(f"{source.name}.{loader}")
 
 
 def _order(plan: Plan, case: Case, source: Path, loader: str, do: str) -> dict[str, Any]:
-    converted = str(_converted(plan.folder, case, loader)) if loader in CONVERTING else None
+    converted = str(_converted(source, loader)) if loader in CONVERTING else None
     return {
         "do": do,
         "case": asdict(case),

@@ -8,18 +8,10 @@ from typing import Any
 
 import torch
 
+from bench.device_maps import DISJOINT
 from bench.loaders.base import Job, Loader, Model
 from bench.models import empty_model, plain_module
 from bench.phases import Phases
-
-# Their hooks take no module inside another, so the map names each.
-DISJOINT = {
-    "model.embed_tokens": "cpu",
-    "model.norm": "cpu",
-    "model.rotary_emb": "cpu",
-    "lm_head": "cpu",
-    "model.layers": "disk",
-}
 
 
 class Transformers(Loader):

@@ -254,7 +254,7 @@ class Image(Mapping[str, torch.Tensor]):
             count *= length
         if self._whole_files:
             at = offset
-        elif self._case.casts:
+        elif self._case.casts or run.on_disk:
             at = (offset - run.start) // itemsize(self._case.stored) * dtype.itemsize
         else:
             at = offset - run.base

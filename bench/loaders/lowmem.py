@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.device_maps import LAYERS_TO_DISK
 from bench.loaders.base import Job, Loader, Model
 from bench.models import plain_module
 from bench.phases import Phases
-
-LAYERS_TO_DISK = {"": "cpu", "model.layers": "disk"}
 
 
 class Lowmem(Loader):
