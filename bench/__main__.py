@@ -72,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = Plan(cases, loaders, folder, rounds, options.repeats, options.timeout, least)
         results = make_results(machine, cases, {"rounds": rounds, "repeats": options.repeats})
         results["titles"] = {name: LOADERS[name].title for name in loaders}
-        results["notes"] = {name: LOADERS[name].note for name in loaders}
         children = Forks() if options.forks or options.quick else Fresh()
 
         def done(row: Row) -> None:

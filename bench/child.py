@@ -37,8 +37,8 @@ def main() -> int:
     return 0
 
 
-# Seconds after which a process repeats no more.
-_LONG = 120.0
+# Seconds of a load after which a process repeats no more.
+_LONG = 30.0
 # What the loads of most cases import; a loader imports the rest in its fork.
 _COMMON = (
     "accelerate",
@@ -95,6 +95,8 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
     case = Case(**order["case"])
     loader = LOADERS[order["loader"]]
     reason = loader.can(case)
+    if case.staging is not None and not loader.has_staging:
+        reason = "nothing bounds its buffers"
     if reason is not None:
         return {"status": "cannot", "reason": reason}
     source = Path(order["source"])
@@ -112,7 +114,7 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
 
         return find_least(loader, job, order["kind"], order["first"])
     peak = Waiting(lambda: measure_peak(loader, job)) if order["peak"] else None
-    answer = {"import": imported, **_time(loader, job, order["repeats"])}
+    answer = {"import": imported, "note": loader.note(case), **_time(loader, job, order["repeats"])}
     if peak is not None:
         if answer["status"] == "ok":
             answer["peak"] = peak.go()
@@ -129,13 +131,13 @@ def _time(loader: Loader, job: Job, repeats: int) -> dict[str, Any]:
     answer: dict[str, Any] = {"status": "ok", "runs": runs}
     turns = [replace(job, variant=variant) for _ in range(repeats) for variant in loader.variants(job.case)]
     for number, turn in enumerate(turns):
-        # A load of minutes is not repeated: no least of several would change what it tells.
-        last = number == len(turns) - 1 or (runs != [] and sum(map(_seconds, runs)) + _seconds(runs[-1]) > _LONG)
         stayed = _make_ready(turn)
         if stayed:
             return {"status": "not cold", "reason": f"{stayed} pages of the files stayed in the page cache"}
         model, run = _load_once(loader, turn)
         runs.append(run)
+        # A load of half a minute is not repeated: no least of several would change what it tells.
+        last = number == len(turns) - 1 or run["build"] + run["weights"] > _LONG
         try:
             if number == 0:
                 check_memory(job.case, job.source, model)
@@ -153,11 +155,6 @@ def _time(loader: Loader, job: Job, repeats: int) -> dict[str, Any]:
             break
     shutil.rmtree(job.offload, ignore_errors=True)
     return answer
-
-
-def _seconds(run: dict[str, Any]) -> float:
-    found: float = run["build"] + run["weights"]
-    return found
 
 
 def _load_once(loader: Loader, job: Job) -> tuple[Model, dict[str, Any]]:

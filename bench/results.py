@@ -91,6 +91,7 @@ def make_row(case: Case, loader: str, answers: Sequence[dict[str, Any]], residen
             "variants": _by_variant(runs),
             "checked": min(answer["checked"] for answer in answers),
             "resident": resident,
+            "note": answers[0]["note"],
         }
     )
     peaks = [answer["peak"] for answer in answers if answer.get("peak")]
@@ -113,7 +114,7 @@ def _by_variant(runs: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def make_results(machine: dict[str, Any], cases: Sequence[Case], options: dict[str, Any]) -> Results:
-    """Plain values, ready for JSON, without rows yet; `titles` and `notes` are the loaders' and belong in too."""
+    """Plain values, ready for JSON, without rows yet; `titles` are the loaders' and belong in too."""
     return {"machine": machine, "options": options, "cases": [asdict(case) for case in cases], "rows": []}
 
 

@@ -62,7 +62,7 @@ def case_table(results: Results, name: str) -> str:
             reason = row["reason"] if row["status"] == "wrong" else f"{row['status']}: {row['reason']}"
             empty = " |" * (_COLUMNS - 2)
             lines.append(f"| {results['titles'].get(row['loader'], row['loader'])} | {_cell(reason)} |{empty}")
-    notes = [f"{results['titles'][row['loader']]} {note}." for row in good if (note := _note(results, case, row))]
+    notes = [f"{results['titles'][row['loader']]} {row['note']}." for row in good if row["note"]]
     return "\n".join(lines) + ("\n\n" + " ".join(notes) if notes else "")
 
 
@@ -83,11 +83,6 @@ def _least_memory(row: Row) -> str:
     if found is None:
         return "-"
     return f"{found['least'] / MIB:.0f}" if found["status"] == "ok" else _cell(f"{found['status']}: {found['reason']}")
-
-
-def _note(results: Results, case: dict[str, object], row: Row) -> str:
-    note: str = results["notes"].get(row["loader"], "")
-    return note if "on disk" not in note or case["on_disk"] else ""
 
 
 def _cell(text: str) -> str:

@@ -146,7 +146,7 @@ def test_a_wrong_loader_has_no_time(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert answer["reason"].startswith("wrong: model.")
     row = make_row(SMALL, "limit", [answer], 0)
     assert "least" not in row
-    shown = {"machine": MACHINE, "options": {"rounds": 1, "repeats": 2}, "titles": {}, "notes": {}, "rows": [row]}
+    shown = {"machine": MACHINE, "options": {"rounds": 1, "repeats": 2}, "titles": {}, "rows": [row]}
     assert "| limit | wrong: model." in as_markdown({**shown, "cases": [vars(SMALL)]})
 
 

@@ -60,19 +60,23 @@ class Loader:
 
     Attributes:
         packages: distributions whose versions belong to the result.
-        note: what a reader of the table must know.
         converts: whether it reads a format of its own, written beforehand and not timed.
+        has_staging: whether it takes a bound on its buffers, so that the cases of that are its own.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
-    note: ClassVar[str] = ""
     converts: ClassVar[bool] = False
+    has_staging: ClassVar[bool] = False
 
     def can(self, case: Case) -> str | None:
         """Why it cannot do the case, None when it may; what shows only in the doing is not asked here."""
         return None
+
+    def note(self, case: Case) -> str:
+        """What a reader of the case's table must know, as the rest of a sentence that its title begins."""
+        return ""
 
     def variants(self, case: Case) -> tuple[str, ...]:
         """Ways that it tries one after another, of which the best counts."""

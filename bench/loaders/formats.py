@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from bench.cases import Case
 from bench.loaders.base import Job, MemoryLoader, Model, install
 from bench.models import empty_model, tie
 from bench.phases import Phases
@@ -22,8 +23,10 @@ class Flashpack(MemoryLoader):
     name = "flashpack"
     title = "FlashPack"
     packages = ("flashpack",)
-    note = _NOTE
     converts = True
+
+    def note(self, case: Case) -> str:
+        return _NOTE + (", and casts the whole model afterwards" if case.casts else "")
 
     def imports(self, job: Job) -> None:
         super().imports(job)
@@ -56,8 +59,10 @@ class Tensorizer(MemoryLoader):
     name = "tensorizer"
     title = "tensorizer"
     packages = ("tensorizer",)
-    note = _NOTE
     converts = True
+
+    def note(self, case: Case) -> str:
+        return _NOTE
 
     def imports(self, job: Job) -> None:
         super().imports(job)

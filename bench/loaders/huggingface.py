@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bench.cases import Case
 from bench.device_maps import DISJOINT
 from bench.loaders.base import Job, Loader, Model
 from bench.models import empty_model, plain_module
@@ -25,6 +26,9 @@ class Transformers(Loader):
     name = "transformers"
     title = "transformers"
     packages = ("transformers",)
+
+    def note(self, case: Case) -> str:
+        return "copies with `disable_mmap=True`" if case.residency == "copy" and not case.casts else ""
 
     def imports(self, job: Job) -> None:
         super().imports(job)
@@ -117,7 +121,9 @@ class Accelerate(Loader):
     name = "accelerate"
     title = "accelerate"
     packages = ("accelerate",)
-    note = "on disk it keeps the checkpoint's dtype and casts at every forward"
+
+    def note(self, case: Case) -> str:
+        return "keeps the checkpoint's dtype on disk and casts at every forward" if case.on_disk and case.casts else ""
 
     def imports(self, job: Job) -> None:
         super().imports(job)

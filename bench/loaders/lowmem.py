@@ -16,6 +16,7 @@ class Lowmem(Loader):
     name = "lowmem"
     title = "lowmem"
     packages = ("lowmem",)
+    has_staging = True
 
     def imports(self, job: Job) -> None:
         super().imports(job)

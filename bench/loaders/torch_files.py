@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bench.cases import Case
 from bench.loaders.base import Job, MemoryLoader, Model, assign
 from bench.models import empty_model
 from bench.phases import Phases
@@ -53,8 +54,10 @@ class TorchLoad(MemoryLoader):
     name = "torch"
     title = "torch.load"
     packages = ("torch",)
-    note = "reads `.bin` files with the same weights, written beforehand and not timed"
     converts = True
+
+    def note(self, case: Case) -> str:
+        return "reads `.bin` files with the same weights, written beforehand and not timed"
 
     def convert(self, job: Job) -> None:
         from safetensors.torch import load_file
