@@ -129,7 +129,8 @@ def _time(loader: Loader, job: Job, repeats: int) -> dict[str, Any]:
 
     runs: list[dict[str, Any]] = []
     answer: dict[str, Any] = {"status": "ok", "runs": runs}
-    turns = [replace(job, variant=variant) for _ in range(repeats) for variant in loader.variants(job.case)]
+    variants = loader.variants(job.case)
+    turns = [replace(job, variant=variant) for _ in range(repeats) for variant in variants]
     for number, turn in enumerate(turns):
         stayed = _make_ready(turn)
         if stayed:
@@ -141,7 +142,8 @@ def _time(loader: Loader, job: Job, repeats: int) -> dict[str, Any]:
         try:
             if number == 0:
                 check_memory(job.case, job.source, model)
-            if last:
+            # The last of each variant.
+            if last or number >= len(turns) - len(variants):
                 answer["checked"] = check_values(job.case, job.source, model)
         except WrongMemoryError as error:
             return {"status": "cannot", "reason": str(error)}

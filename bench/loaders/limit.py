@@ -67,11 +67,16 @@ class Limit(Loader):
     name = "limit"
     title = "limit"
 
+    def __init__(self) -> None:
+        self._runs: list[Run] = []
+        self._direct = True
+
     def imports(self, job: Job) -> None:
         self._runs = find_runs(job.case, job.source)
+        self._direct = takes_direct_reads(job.shards[0])
 
     def variants(self, case: Case) -> tuple[str, ...]:
-        return tuple(readers(case))
+        return tuple(name for name, reader in readers(case).items() if self._direct or not reader.direct)
 
     def load(self, job: Job, phases: Phases) -> Model:
         case = job.case
@@ -103,6 +108,21 @@ def readers(case: Case) -> dict[str, Reader]:
         found = [Reader(direct, n, 4 * MIB) for direct in (False, True) for n in (1, 2, 4, 8)]
         found += [Reader(True, 4, size * MIB) for size in (1, 8)]
     return {reader.name: reader for reader in found}
+
+
+def takes_direct_reads(file: Path) -> bool:
+    """Whether the file system of `file` reads past the page cache; memory file systems do not."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return False
+    try:
+        with mmap.mmap(-1, _PAGE) as page:
+            return os.preadv(descriptor, [page], 0) > 0
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def find_runs(case: Case, source: Path) -> list[Run]:
