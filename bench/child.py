@@ -61,6 +61,8 @@ def _serve(answers: IO[str]) -> None:
         child = os.fork()
         if not child:
             with _no_way_back():
+                # As in a fresh process: some loaders collect garbage, and what they walk through is their time.
+                gc.unfreeze()
                 _answer({**json.loads(line), "forked": True}, answers)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status:

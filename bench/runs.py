@@ -27,6 +27,7 @@ class Plan:
         cases: in this order.
         loaders: names.
         folder: where checkpoints and conversions are.
+        work: an empty folder on the same disk, for what loads write.
         rounds: processes of each case and loader.
         repeats: loads in each process.
         seconds: limit of a process.
@@ -36,6 +37,7 @@ class Plan:
     cases: tuple[Case, ...]
     loaders: tuple[str, ...]
     folder: Path
+    work: Path
     rounds: int
     repeats: int
     seconds: float
@@ -61,7 +63,7 @@ def run(plan: Plan, children: Fresh | Forks, done: Callable[[Row], None], tell: 
             if case.least_memory and plan.least_memory and row["status"] == "ok" and loader != "limit":
                 row["least_memory"] = _least_memory(plan, children, case, source, row)
             done(row)
-        later = [(other.checkpoint, other.stored) for other in plan.cases[number + 1 :]]
+        later = [(c.checkpoint, c.stored) for c in plan.cases[number + 1 :] if not c.on_disk and c.staging is None]
         if (case.checkpoint, case.stored) not in later:
             for loader in CONVERTING:
                 shutil.rmtree(_converted(source, loader), ignore_errors=True)
@@ -79,7 +81,7 @@ def _order(plan: Plan, case: Case, source: Path, loader: str, do: str) -> dict[s
         "loader": loader,
         "source": str(source),
         "converted": converted,
-        "work": str(plan.folder / "work"),
+        "work": str(plan.work),
     }
 
 
@@ -94,7 +96,8 @@ def _ask(plan: Plan, children: Fresh | Forks, case: Case, source: Path, loader: 
     # The limit of cold files tries many readers, each as often as its share of the repeats.
     repeats = max(2, plan.repeats // 2) if loader == "limit" and case.cold else plan.repeats
     answer = children.ask({**order, "repeats": repeats, "peak": turn == 0 and not case.cold}, plan.seconds)
-    shutil.rmtree(plan.folder / "work", ignore_errors=True)
+    # What a process that was ended has left.
+    shutil.rmtree(plan.work / "offload", ignore_errors=True)
     return answer
 
 
@@ -113,7 +116,8 @@ def _least_memory(plan: Plan, children: Fresh | Forks, case: Case, source: Path,
         return {"status": "cannot", "reason": "this process may make no memory cgroup"}
     order = _order(plan, case, source, row["loader"], "least")
     answer = children.ask({**order, "kind": kind, "first": row.get("peak", row["resident"])}, 10 * plan.seconds)
-    shutil.rmtree(plan.folder / "work", ignore_errors=True)
+    # What a process that was ended has left.
+    shutil.rmtree(plan.work / "offload", ignore_errors=True)
     return answer
 
 

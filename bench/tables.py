@@ -97,5 +97,5 @@ def _explained() -> str:
         "and `most` are over all loads of all processes, `first` is the median of each process's first load, `whole` "
         "adds imports and build. Peaks are anonymous memory above the imports; `above resident` is what is not "
         "weights. `least memory` is the smallest memory cgroup, in MiB, under which the load still passes, with the "
-        "imports' own memory outside of it."
+        "imports' own memory outside of it. A dash is what was not measured."
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -19,8 +21,8 @@ class Transformers(Loader):
     """`from_pretrained`.
 
     The cut: what comes before `PreTrainedModel._load_pretrained_model` (configuration, finding files, the model on
-    meta) is its build, and so is reading the generation configuration afterwards. Weights are all the rest. That is
-    kind to it: lowmem's headers and plan count as weights.
+    meta) is its build, except making the rules by which keys are converted; so is reading the generation
+    configuration afterwards. Weights are all the rest. That is kind to it: lowmem's headers and plan count as weights.
     """
 
     name = "transformers"
@@ -58,31 +60,38 @@ class Transformers(Loader):
 @contextmanager
 def _cut(architecture: Any, phases: Phases) -> Iterator[None]:
     """Count as build what is not weights in `architecture.from_pretrained`."""
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, modeling_utils
 
     load: Callable[..., Any] = vars(PreTrainedModel)["_load_pretrained_model"].__func__
+    rules = modeling_utils.get_model_conversion_mapping
+    generation = getattr(architecture, "adjust_generation_fn", None)
 
     def timed_load(*args: Any, **options: Any) -> Any:
         phases.build += phases.elapsed
         return load(*args, **options)
 
-    generation = getattr(architecture, "adjust_generation_fn", None)
+    def timed_rules(*args: Any, **options: Any) -> Any:
+        started = phases.elapsed
+        try:
+            return rules(*args, **options)
+        finally:
+            phases.build -= phases.elapsed - started
 
     def timed_generation(*args: Any, **options: Any) -> Any:
         assert generation is not None
         with phases.building():
             return generation(*args, **options)
 
-    patched: Any = PreTrainedModel
-    patched._load_pretrained_model = staticmethod(timed_load)
+    patched: list[tuple[Any, str, Any]] = [
+        (PreTrainedModel, "_load_pretrained_model", staticmethod(timed_load)),
+        (modeling_utils, "get_model_conversion_mapping", timed_rules),
+    ]
     if generation is not None:
-        architecture.adjust_generation_fn = timed_generation
-    try:
+        patched.append((architecture, "adjust_generation_fn", timed_generation))
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in patched:
+            stack.enter_context(mock.patch.object(owner, name, value))
         yield
-    finally:
-        patched._load_pretrained_model = staticmethod(load)
-        if generation is not None:
-            del architecture.adjust_generation_fn
 
 
 def _plain_class(job: Job) -> tuple[Any, Any]:
