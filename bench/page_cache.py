@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,12 +18,18 @@ def drop(files: Iterable[Path]) -> int:
     Pages that are mapped anywhere, or not yet written to the disk, cannot be dropped.
     """
     files = list(files)
-    for file in files:
-        with file.open("rb") as stream:
-            # Nobody drops what is not yet on the disk.
-            os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return sum(cached_pages(file) for file in files)
+    stayed = 0
+    # Pages that the kernel is still busy with, read ahead for instance, can be dropped a moment later.
+    for wait in (0.0, 0.1, 0.4):
+        time.sleep(wait)
+        for file in files:
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        stayed = sum(cached_pages(file) for file in files)
+        if not stayed:
+            break
+    return stayed
 
 
 def warm(files: Iterable[Path]) -> None:

@@ -28,7 +28,8 @@ class Lowmem(Loader):
         import lowmem
 
         case = job.case
-        options: dict[str, Any] = {"dtype": case.dtype, "residency": case.residency, "staging": case.staging}
+        residency = "copy" if case.residency == "copy" else "map"
+        options: dict[str, Any] = {"dtype": case.dtype, "residency": residency, "staging": case.staging}
         if case.on_disk:
             options.update(device_map=LAYERS_TO_DISK, offload_folder=job.offload)
         if not case.has_config:
