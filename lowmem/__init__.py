@@ -23,6 +23,7 @@ from .errors import (
     OutOfMemoryError,
     PeakExceededError,
     PlacementError,
+    PlotError,
     SourceError,
     UnsupportedError,
 )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .memory import Measurement, measure
     from .planner import LoadPlan, Progress
     from .report import LoadReport
+    from .streaming import stream
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,7 @@ _HOMES = {
     "LoadPlan": "planner",
     "Progress": "planner",
     "LoadReport": "report",
+    "stream": "streaming",
 }
 
 __all__ = [
@@ -67,6 +70,7 @@ __all__ = [
     "OutOfMemoryError",
     "PeakExceededError",
     "PlacementError",
+    "PlotError",
     "Progress",
     "SourceError",
     "TensorEntry",
@@ -76,6 +80,7 @@ __all__ = [
     "load",
     "measure",
     "plan",
+    "stream",
 ]
 
 

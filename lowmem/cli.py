@@ -7,24 +7,35 @@ import contextlib
 import importlib
 import json
 import os
-import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
+from ._terminal import (
+    give_up,
+    mend_streams,
+    output,
+    print_json,
+    progress_bar,
+    say,
+    say_text,
+    shortened,
+    show,
+    stdout_to_stderr,
+    warn,
+)
 from .errors import LowmemError, OptionError
 from .sizes import shown
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
-    from rich.console import Console
 
-    from .planner import Progress, ProgressCallback
+    from .loader import LoadResult
 
 FINE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
-_NO_WIDTH = 4096
 _MOST_OF_A_MAP = 16 * 1024**2
 
 _EPILOG = """exit codes: 0 fine, 1 the load or plan failed, 2 wrong usage; measure gives the command's own.
@@ -33,34 +44,34 @@ Sizes: 8GiB, 512MiB (powers of 1024), 8GB, 500MB (powers of 1000), or bytes."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. Errors of lowmem become one message on stderr."""
-    _mend_streams()
+    mend_streams()
     try:
         return _run(argv)
     except OptionError as error:
-        _say(f"lowmem: {error}")
+        say(f"lowmem: {error}")
         return MISUSED
     except LowmemError as error:
-        _say(f"lowmem: {error}")
+        say(f"lowmem: {error}")
         return FAILED
     except KeyboardInterrupt:
-        _say("lowmem: interrupted; nothing half-loaded is left")
+        say("lowmem: interrupted; nothing half-loaded is left")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (head, less) went away: nothing to say, and nobody to say it to.
-        _give_up(sys.stdout)
+        give_up(sys.stdout)
         return FAILED
     except MemoryError:
-        _say("lowmem: out of memory: the system gave no more to this process; free some, or raise its limit")
+        say("lowmem: out of memory: the system gave no more to this process; free some, or raise its limit")
         return FAILED
     except OSError as error:
-        _say(f"lowmem: {error}")
+        say(f"lowmem: {error}")
         return FAILED
 
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     code: int = arguments.run(arguments)
-    with _output():
+    with output():
         return code
 
 
@@ -68,15 +79,15 @@ class _Parser(argparse.ArgumentParser):
     """Does not repeat what is too long to be read."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(_shortened(message))
+        super().error(shortened(message))
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         # argparse would say nothing when help cannot be written.
         if file is sys.stdout:
-            with _output():
+            with output():
                 print(message, end="")
         else:
-            _say(message.rstrip("\n"))
+            say(message.rstrip("\n"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -124,6 +135,7 @@ def _add_plan(verbs: Any) -> None:
 def _add_load(verbs: Any) -> None:
     parser = _verb(verbs, "load", "load a checkpoint and report predicted beside measured memory", _load)
     _add_load_options(parser)
+    _add_plot(parser)
 
 
 def _add_measure(verbs: Any) -> None:
@@ -136,8 +148,9 @@ def _add_measure(verbs: Any) -> None:
     parser.add_argument(
         "--interval", type=float, default=0.001, metavar="SECONDS", help="between looks (default 0.001)"
     )
+    _add_plot(parser)
     # argparse would show "..." for the command.
-    parser.usage = "lowmem measure [-h] [--json] [--interval SECONDS] -- CMD ..."
+    parser.usage = "lowmem measure [-h] [--json] [--interval SECONDS] [--plot FILE] -- CMD ..."
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the command, after --")
 
 
@@ -150,6 +163,12 @@ def _add_demo(verbs: Any) -> None:
     parser.add_argument("--dtype", default="float32", help="dtype to load at (default float32, twice the checkpoint)")
     parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
     parser.add_argument("--tokens", type=int, default=4, help="tokens to generate (default 4)")
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw memory over time: .png, .svg or .pdf (pip install 'lowmem[plot]')"
+    )
 
 
 def _add_load_options(parser: argparse.ArgumentParser) -> None:
@@ -179,6 +198,11 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
         help="same dtype on the CPU: map the file (default) or copy",
     )
     add("--staging", metavar="SIZE", help="bound on the readers' buffers, at least 1MiB")
+    add(
+        "--io", choices=("auto", "buffered", "direct", "mmap"), default="auto", help="how files are read (default auto)"
+    )
+    add("--prefetch", action="store_true", help="let the kernel read mapped weights ahead")
+    add("--keep-cache", action="store_true", help="leave in the page cache what the load read")
     add("--no-split", metavar="CLASSES", action="append", help="module classes that stay on one device, A,B,...")
     add("--no-strict", dest="strict", action="store_false", help="initialise what is missing or mismatched")
     add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run")
@@ -196,6 +220,9 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "residency": arguments.residency,
         "strict": arguments.strict,
         "staging": arguments.staging,
+        "io": arguments.io,
+        "prefetch": arguments.prefetch,
+        "keep_cache": arguments.keep_cache,
         "no_split": None if arguments.no_split is None else _split(arguments.no_split),
         "trust_remote_code": arguments.trust_remote_code,
     }
@@ -289,15 +316,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from .checkpoint import inspect
 
     checkpoint = inspect(arguments.source)
-    _warn(checkpoint.warnings)
+    warn(checkpoint.warnings)
     if arguments.json:
-        _print_json(checkpoint.to_dict())
+        print_json(checkpoint.to_dict())
         return FINE
     from .report import checkpoint_tables, tensor_table
 
-    _show(*checkpoint_tables(checkpoint))
+    show(*checkpoint_tables(checkpoint))
     if arguments.tensors:
-        _show(tensor_table(checkpoint))
+        show(tensor_table(checkpoint))
     return FINE
 
 
@@ -305,29 +332,38 @@ def _plan(arguments: argparse.Namespace) -> int:
     from .loader import plan
 
     decided = plan(arguments.source, **_options(arguments))
-    _warn(decided.warnings)
+    warn(decided.warnings)
     if arguments.json:
-        _print_json(decided.to_dict())
+        print_json(decided.to_dict())
         return FINE
     from .report import plan_tables
 
-    _show(*plan_tables(decided))
+    show(*plan_tables(decided))
     return FINE
 
 
 def _load(arguments: argparse.Namespace) -> int:
     from .loader import load
 
-    with _progress_bar() as progress:
+    picture = _picture(arguments)
+    with progress_bar() as progress:
         result = load(arguments.source, progress=progress, **_options(arguments))
-    _warn(result.plan.warnings)
-    if arguments.json:
-        _print_json(result.report.to_dict())
-        return FINE
+    warn(result.plan.warnings)
+    try:
+        if picture is not None:
+            result.report.plot(picture)
+    finally:
+        _show_load(result, arguments.json)
+    return FINE
+
+
+def _show_load(result: LoadResult, as_json: bool) -> None:
+    if as_json:
+        print_json(result.report.to_dict())
+        return
     from .report import plan_tables, report_table
 
-    _show(*plan_tables(result.plan), report_table(result.report))
-    return FINE
+    show(*plan_tables(result.plan), report_table(result.report))
 
 
 def _measure(arguments: argparse.Namespace) -> int:
@@ -336,157 +372,45 @@ def _measure(arguments: argparse.Namespace) -> int:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         raise OptionError("measure: expected a command after --, for instance: lowmem measure -- python train.py")
+    picture = _picture(arguments)
     # With --json, stdout is for the JSON alone; the command's own output goes to stderr.
-    with _stdout_to_stderr() if arguments.json else contextlib.nullcontext():
+    with stdout_to_stderr() if arguments.json else contextlib.nullcontext():
         code, memory = measure_command(command, arguments.interval)
-    if arguments.json:
-        _print_json({"command": command, "exit_code": code, **memory.to_dict()})
-    else:
-        from .report import measurement_table
+    try:
+        if picture is not None:
+            memory.plot(picture, title=f"{shlex.join(command)}: {memory.seconds:.2f} s")
+    finally:
+        if arguments.json:
+            print_json({"command": command, "exit_code": code, **memory.to_dict()})
+        else:
+            from .report import measurement_table
 
-        _show(measurement_table(memory))
+            show(measurement_table(memory))
     return code
+
+
+def _picture(arguments: argparse.Namespace) -> Path | None:
+    """Where to draw; what stands in the way of that is known before the work."""
+    if arguments.plot is None:
+        return None
+    from .plots import parse_target
+
+    return parse_target(arguments.plot)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from .demo import run_demo
 
-    say = _say_text if arguments.json else _show
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         report = run_demo(
             size=arguments.size,
             ram=arguments.ram,
             dtype=arguments.dtype,
             folder=arguments.folder,
             tokens=arguments.tokens,
-            say=say,
+            say=say_text if arguments.json else show,
             progress=progress,
         )
     if arguments.json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     return FINE
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[ProgressCallback | None]:
-    """A bar with rate and time left on stderr, when a person watches it."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def show(progress: Progress) -> None:
-            from .report import plain
-
-            bar.update(task, completed=progress.done, total=progress.total, description=plain(progress.file))
-
-        yield show
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # A pipe or a file has no width: long names stay whole there, and tables are as wide as what they hold.
-    width = None if sys.stdout.isatty() else _NO_WIDTH
-    return Console(width=width, highlight=False, soft_wrap=not sys.stdout.isatty())
-
-
-def _show(*things: Any) -> None:
-    console = _console()
-    with _output():
-        for thing in things:
-            console.print(thing)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    with _output():
-        print(json.dumps(value, indent=2))
-
-
-@contextlib.contextmanager
-def _output() -> Iterator[None]:
-    """Around what writes to stdout: when that cannot be written, it is a failure with a message.
-
-    Raises:
-        LowmemError: the disk is full, or stdout is closed.
-        BrokenPipeError: the reader went away.
-    """
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _give_up(sys.stdout)
-        raise LowmemError(f"stdout: cannot be written: {error.strerror or error}") from error
-
-
-def _give_up(stream: IO[str]) -> None:
-    """Let what is still in the buffer go nowhere, else the interpreter tries once more at its end, and complains."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-
-
-def _mend_streams() -> None:
-    """Streams that take all text, also where the shell closed them or the locale is ASCII."""
-    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
-        try:
-            os.fstat(number)
-        except OSError:
-            # Else the next file that is opened gets this number, and is written into. Messages go nowhere; results
-            # have a stdout that refuses them, because they would be lost.
-            os.set_inheritable(os.open(os.devnull, mode), True)
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - it is to last
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _say_text(value: Any) -> None:
-    """With --json the tables' figures are in the JSON."""
-    if isinstance(value, str):
-        _say(value)
-
-
-def _warn(warnings: Sequence[str]) -> None:
-    for warning in warnings:
-        _say(f"warning: {warning}")
-
-
-def _say(text: Any) -> None:
-    """One message on stderr, with nothing in it that steers a terminal."""
-    cleaned = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-    try:
-        print(_shortened(cleaned), file=sys.stderr, flush=True)
-    except OSError:
-        _give_up(sys.stderr)
-
-
-def _shortened(text: str) -> str:
-    """`text` with its endless words cut; paths are shorter."""
-    return re.sub(r"(\S{80})\S{1000,}", r"\1...", text)

@@ -12,6 +12,7 @@
     ├── OffloadError         the offload folder cannot be written or trusted
     ├── OptionError          an argument has a value that means nothing
     ├── MeasureError         memory could not be measured
+    ├── PlotError            a picture cannot be drawn here or cannot be written
     └── PeakExceededError    a measured peak is above the asserted limit
 
 Messages name the file, the tensor, what was expected, what was found, and the remedy.
@@ -76,6 +77,10 @@ class OptionError(LowmemError, ValueError):
 
 class MeasureError(LowmemError):
     """Memory could not be measured on this system."""
+
+
+class PlotError(LowmemError):
+    """A picture cannot be drawn, because matplotlib is missing, or its file cannot be written."""
 
 
 class PeakExceededError(LowmemError, AssertionError):

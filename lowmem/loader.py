@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,9 @@ def load(
     strict: bool = True,
     staging: int | str | None = None,
     no_split: Iterable[str] | None = None,
+    io: str = "auto",
+    prefetch: bool = False,
+    keep_cache: bool = False,
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> LoadResult:
@@ -76,6 +80,10 @@ def load(
         strict: refuse missing and mismatched tensors. Otherwise they are initialised by the model's own rule.
         staging: bound on the readers' buffers, at least 1 MiB.
         no_split: class names of modules that an inferred device map keeps whole. Default: the model's own.
+        io: how files are read: `"buffered"` (through the page cache), `"direct"` (past it, where the system can),
+            `"mmap"`, or `"auto"`: by what is in the cache, the file system, and which is faster in this load.
+        prefetch: ask the kernel to read mapped weights ahead, for the first forward.
+        keep_cache: leave in the page cache what was read for copying and was not there before.
         trust_remote_code: whether Python files beside the checkpoint may run.
         progress: called with a `Progress` from the calling thread.
 
@@ -96,6 +104,9 @@ def load(
         strict=strict,
         staging=staging,
         no_split=no_split,
+        io=io,
+        prefetch=prefetch,
+        keep_cache=keep_cache,
     )
     trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     if progress is not None and not callable(progress):
@@ -110,13 +121,13 @@ def load(
     with measure() as memory:
         clock.begin()
         skeleton, plan = _prepare(checkpoint, origin, request, settle_ties=True, clock=clock)
-        _check_present(plan)
+        check_present(plan)
         clock.end("plan")
-        _execute(skeleton, plan, progress)
+        read = _execute(skeleton, plan, progress, lambda file: memory.mark(file.name))
         clock.end("weights")
     # The headers were read before the imports, and are the load's.
     memory.baseline -= held
-    return LoadResult(skeleton.model, plan, LoadReport(plan, clock.seconds, memory))
+    return LoadResult(skeleton.model, plan, LoadReport(plan, clock.seconds, memory, read))
 
 
 def plan(
@@ -193,7 +204,7 @@ def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping) 
     return differing
 
 
-def _check_present(plan: LoadPlan) -> None:
+def check_present(plan: LoadPlan) -> None:
     """A plan may name devices of another machine; a load may not.
 
     Raises:
@@ -222,11 +233,13 @@ def _accelerators() -> set[str]:
     return found
 
 
-def _execute(skeleton: Skeleton, plan: LoadPlan, progress: ProgressCallback | None) -> None:
-    """Run the plan; on any error a borrowed model is as it was before."""
+def _execute(
+    skeleton: Skeleton, plan: LoadPlan, progress: ProgressCallback | None, on_shard: Callable[[Path], None]
+) -> dict[str, int]:
+    """Run the plan, and give bytes by the way they were read; on any error a borrowed model is as it was before."""
     before = Snapshot(skeleton.model) if skeleton.borrowed else None
     try:
-        run(plan, Installer(skeleton.model), progress)
+        read = run(plan, Installer(skeleton.model), progress, on_shard)
         fresh = [name for p in plan.placements if p.residency == "init" for name in p.names]
         if fresh:
             skeleton.rules.initialise(fresh)
@@ -237,6 +250,7 @@ def _execute(skeleton: Skeleton, plan: LoadPlan, progress: ProgressCallback | No
         if before is not None:
             undisturbed(before.restore)
         raise
+    return read
 
 
 def _unfed(plan: LoadPlan) -> set[str]:
@@ -245,4 +259,4 @@ def _unfed(plan: LoadPlan) -> set[str]:
     return {*mapping.missing, *mapping.excused, *mapping.tied, *(m.target for m in mapping.mismatched)}
 
 
-__all__ = ["LoadResult", "load", "plan"]
+__all__ = ["LoadResult", "check_present", "load", "plan"]

@@ -31,9 +31,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, ClassVar, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import IO, Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
-from . import _sampler
+from . import _sampler, plots
+from ._devices import DeviceWatch
 from ._processes import has_statm, high_water, look, process_tree
 from ._sampler import Timeline
 from .errors import MeasureError, OptionError, PeakExceededError
@@ -95,6 +96,9 @@ class Measurement:
             15 ms to start, which is the gap of most blocks.
         samples: timeline of (seconds, anonymous, rss), at most some 3,000 points. Each is the highest of its
             stretch of time, so that peaks are never thinned out.
+        device_samples: timeline of (seconds, bytes) per CUDA device, by the same rule: what torch had allocated there.
+            A thread of this process looks, every 5 ms or less often, so a short spike is in `devices` only. Empty
+            without CUDA, and for a command.
     """
 
     baseline: int
@@ -106,6 +110,7 @@ class Measurement:
     seconds: float = field(init=False)
     gap: float = field(init=False)
     samples: tuple[tuple[float, int, int], ...] = field(init=False)
+    device_samples: dict[str, tuple[tuple[float, int], ...]] = field(init=False)
     _started: float = field(init=False, default_factory=time.monotonic)
     _marks: list[tuple[float, str]] = field(init=False, default_factory=list)
 
@@ -148,6 +153,17 @@ class Measurement:
                 f"peak anonymous memory: limited to {format_size(most)} but {format_size(self.peak)} was added"
             )
 
+    def plot(self, path: str | os.PathLike[str], *, title: str | None = None) -> None:
+        """Draw memory over time, with the marks, into a .png, .svg or .pdf file. Needs `pip install 'lowmem[plot]'`.
+
+        Raises:
+            OptionError: `path` is not that of a picture, or cannot be written.
+            PlotError: matplotlib is not here, or the disk is full.
+            MeasureError: the block has not ended.
+        """
+        target = plots.parse_target(path)
+        plots.save(plots.draw(self, title=title or f"memory over {self.seconds:.2f} s"), target)
+
     def to_dict(self) -> dict[str, object]:
         """Every figure as plain values, ready for JSON."""
         names = ("baseline", "peak_anonymous", "peak", "peak_rss", "cgroup_peak", "seconds", "gap", "method")
@@ -156,6 +172,7 @@ class Measurement:
             "devices": dict(self.devices),
             "marks": [list(mark) for mark in self._marks],
             "samples": [list(sample) for sample in self.samples],
+            "device_samples": {name: [list(sample) for sample in line] for name, line in self.device_samples.items()},
         }
 
     def complete(
@@ -167,6 +184,7 @@ class Measurement:
         rss_floor: int = 0,
         cgroup_peak: int | None = None,
         devices: Mapping[str, int] | None = None,
+        device_looks: Mapping[str, Iterable[tuple[float, int]]] | None = None,
     ) -> None:
         """Fill in the results; not for users. Times are of `time.monotonic`, `looks` are (time, anonymous, rss)."""
         samples = tuple((at - self._started, int(anonymous), int(rss)) for at, anonymous, rss in looks)
@@ -176,6 +194,11 @@ class Measurement:
         self.peak_rss = max(rss_floor, *(rss for _, _, rss in samples))
         self.cgroup_peak = cgroup_peak
         self.devices = dict(devices or {})
+        self.device_samples = {
+            # Devices are looked at a moment before the block begins and after it ends.
+            name: tuple((min(max(at, self._started), ended) - self._started, size) for at, size in line)
+            for name, line in (device_looks or {}).items()
+        }
         self.samples = samples
 
 
@@ -352,7 +375,7 @@ class _Run:
     def __init__(self, interval: float) -> None:
         # Popen returns long before the child looks; until then there are only our own looks at start and end.
         self._sampler = _start_sampler(interval)
-        self._devices = _DevicePeaks()
+        self._devices = DeviceWatch(interval)
         self._group_peak = group_peak()
         self._high_water = high_water()
         # Last of all, so that starting is not measured.
@@ -363,7 +386,7 @@ class _Run:
     def finish(self) -> None:
         last = [time.monotonic(), *look()]
         highest = high_water()
-        devices = self._devices.finish()
+        devices, device_looks = self._devices.finish()
         timeline = self._sampler.finish()
         started, ended = self._first[0], last[0]
         # The child may have looked before the block began or after it ended.
@@ -376,6 +399,7 @@ class _Run:
             rss_floor=highest if highest > self._high_water else 0,
             cgroup_peak=_raised_group_peak(self._group_peak),
             devices=devices,
+            device_looks=device_looks,
         )
 
 
@@ -453,41 +477,3 @@ class _ThreadSampler:
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
             self._timeline.add(time.monotonic(), *look())
-
-
-class _DevicePeaks:
-    """Peak bytes per CUDA device since the start.
-
-    torch keeps one peak for everybody, and a start resets it: what it was is first handed to those who run.
-    """
-
-    _lock = threading.Lock()
-    _running: ClassVar[list[_DevicePeaks]] = []
-
-    def __init__(self) -> None:
-        self._peaks: dict[str, int] = {}
-        with self._lock:
-            peaks = _cuda_peaks()
-            for other in self._running:
-                other._include(peaks)
-            for index in range(len(peaks)):
-                sys.modules["torch"].cuda.reset_peak_memory_stats(index)
-            self._running.append(self)
-
-    def finish(self) -> dict[str, int]:
-        with self._lock:
-            self._running.remove(self)
-            self._include(_cuda_peaks())
-        return self._peaks
-
-    def _include(self, peaks: dict[str, int]) -> None:
-        for device, peak in peaks.items():
-            self._peaks[device] = max(peak, self._peaks.get(device, 0))
-
-
-def _cuda_peaks() -> dict[str, int]:
-    """torch's peak per device; empty unless CUDA is in use, which asking must not change."""
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    if cuda is None or not cuda.is_initialized():
-        return {}
-    return {f"cuda:{index}": int(cuda.max_memory_allocated(index)) for index in range(cuda.device_count())}

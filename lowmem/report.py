@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import plots
 from .sizes import format_size
 
 if TYPE_CHECKING:
@@ -24,12 +27,14 @@ class LoadReport:
         plan: what was decided.
         phases: seconds of each part: `inspect` (headers), `build` (the model without weights), `plan`, `weights` (every
             byte moved and installed). Imports are in none.
-        memory: the measured peaks.
+        memory: the measured peaks, with a mark where each shard was opened.
+        read: bytes by the way they were read: `buffered` (through the page cache), `direct` (past it), `mmap`.
     """
 
     plan: LoadPlan = field(repr=False)
     phases: Mapping[str, float]
     memory: Measurement = field(repr=False)
+    read: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -79,6 +84,31 @@ class LoadReport:
         """
         self.memory.assert_peak_below(limit)
 
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw memory over time, with the shards and the predicted peak, into a .png, .svg or .pdf file.
+
+        Needs `pip install 'lowmem[plot]'`. Sizes are what the load added.
+
+        Raises:
+            OptionError: `path` is not that of a picture, or cannot be written.
+            PlotError: matplotlib is not here, or the disk is full.
+        """
+        target = plots.parse_target(path)
+        name = Path(self.plan.checkpoint.source).name or self.plan.checkpoint.source
+        title = f"{name}: loaded in {self.seconds:.2f} s"
+        plots.save(plots.draw(self.memory, title=title, levels=self._levels()), target)
+
+    def _levels(self) -> list[plots.Level]:
+        host = self.plan.host
+        levels = [plots.Level("predicted peak", host.peak)]
+        if host.limit < host.available:
+            levels.append(plots.Level("ram", host.limit, optional=True))
+        return levels + [
+            plots.Level("predicted peak", device.peak, name)
+            for name, device in self.plan.devices.items()
+            if name in self.memory.device_samples
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """The plan's values, and seconds, predicted and measured peaks in bytes; `lowmem load --json` prints it."""
         predicted = {name: {"peak": device.peak} for name, device in self.plan.devices.items()}
@@ -90,6 +120,7 @@ class LoadReport:
             "seconds": self.seconds,
             "phases": dict(self.phases),
             "bytes_per_second": self.rate,
+            "bytes_by_way": dict(self.read),
             "initialised": list(self.initialised),
             "predicted": {"host": {"peak": self.predicted_peak}, "devices": predicted},
             "measured": {

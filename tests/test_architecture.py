@@ -23,9 +23,12 @@ ORDER = [
     "sizes",
     "dtypes",
     "_collector",
+    "_mounts",
     "limits",
     "_sampler",
     "_processes",
+    "_devices",
+    "plots",
     "memory",
     "checkpoint",
     "modeling",
@@ -35,17 +38,19 @@ ORDER = [
     "offload",
     "report",
     "loader",
+    "streaming",
     "synthetic",
     "demo",
+    "_terminal",
     "cli",
 ]
 ALL = {*ORDER, "__init__"}
 # Rooms that see less than what is above them, or more: the command line comes in by the front door.
 ONLY = {"synthetic": {"errors", "sizes", "dtypes", "checkpoint"}, "_sampler": set(), "cli": ALL}
 # Types of records from below, named for the reader and never imported at run time.
-TYPES_ONLY = {"report.py", "__init__.py"}
-MAY_PRINT = {"cli.py", "_sampler.py"}
-HEAVY = ["torch", "numpy", "transformers", "rich", "accelerate", "safetensors", "psutil"]
+TYPES_ONLY = {"report.py", "plots.py", "__init__.py"}
+MAY_PRINT = {"cli.py", "_terminal.py", "_sampler.py"}
+HEAVY = ["torch", "numpy", "transformers", "rich", "accelerate", "safetensors", "psutil", "matplotlib"]
 
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 INSIDE = [name for name in MODULES if name not in ("__init__.py", "__main__.py")]

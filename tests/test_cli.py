@@ -254,6 +254,79 @@ def test_demo_runs_within_its_budget_and_cleans_up(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_load_draws_its_memory_beside_its_report(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "memory.png"
+    shown = run_json(capsys, "load", llama, "--dtype", "float32", "--plot", picture)
+    assert shown["measured"]["host"]["peak"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run(capsys, "load", llama, "--plot", tmp_path / "memory.svg")
+    assert code == 0
+    assert "measured" in out
+    assert b"<svg" in (tmp_path / "memory.svg").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.png", "memory.svg"]
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_measure_draws_the_memory_of_a_command(code: int, tmp_path: Path) -> None:
+    picture = tmp_path / "memory.pdf"
+    line = [sys.executable, "-c", f"print('hello'); raise SystemExit({code})"]
+    done = command("measure", "--plot", picture, "--json", "--", *line)
+    assert done.returncode == json.loads(done.stdout)["exit_code"] == code, done.stderr
+    assert "hello" in done.stderr
+    assert picture.read_bytes().startswith(b"%PDF-")
+    done = command("measure", "--plot", picture, "--", *line)
+    assert done.returncode == code
+    assert "anonymous" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("memory.gif", "expected a file that ends in"), ("no/folder/memory.png", "there is no folder")]
+)
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(
+    name: str, said: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proof = tmp_path / "ran"
+    program = ["--", sys.executable, "-c", f"open({str(proof)!r}, 'w')"]
+    for verb in (["load", llama], ["measure", *program]):
+        code, out, err = run(capsys, verb[0], "--plot", tmp_path / name, *verb[1:])
+        assert (code, out) == (2, "")
+        assert err.startswith("lowmem: plot: ")
+        assert said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_nothing_is_begun(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    proof = tmp_path / "ran"
+    program = ["--", sys.executable, "-c", f"open({str(proof)!r}, 'w')"]
+    for verb in (["load", llama], ["measure", *program]):
+        code, out, err = run(capsys, verb[0], "--plot", tmp_path / "memory.png", *verb[1:])
+        assert (code, out) == (1, "")
+        assert "pip install 'lowmem[plot]'" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_fails_at_the_end_does_not_cost_the_report(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    for verb in (["load", "--json", llama], ["measure", "--json", "--", sys.executable, "-c", ""]):
+        code, out, err = run(capsys, verb[0], "--plot", tmp_path / "memory.png", *verb[1:])
+        assert code == 1
+        assert json.loads(out)["seconds"] > 0
+        assert "No space left on device" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_progress_is_drawn_only_for_a_terminal(llama: Path) -> None:
     done = command("load", llama, "--residency", "copy", "--json")
     assert "loading" not in done.stderr
@@ -441,4 +514,6 @@ def test_tables_in_a_pipe_fit_eighty_columns_and_long_names_stay_whole(
 def test_measures_usage_shows_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["measure", "--help"])
-    assert "usage: lowmem measure [-h] [--json] [--interval SECONDS] -- CMD ..." in capsys.readouterr().out
+    assert (
+        "usage: lowmem measure [-h] [--json] [--interval SECONDS] [--plot FILE] -- CMD ..." in capsys.readouterr().out
+    )

@@ -25,7 +25,7 @@ from torch import nn
 import lowmem
 from lowmem import loader
 from lowmem.checkpoint import inspect
-from lowmem.engine import Installer, destinations, run
+from lowmem.engine import Installer, crew, destinations, run
 from lowmem.errors import BudgetError, CheckpointError
 from lowmem.mapping import KeyMapping, Link, Region
 from lowmem.memory import anonymous_memory
@@ -186,8 +186,8 @@ def test_a_destination_that_cannot_be_read_into_is_filled_through_staging(
     """As on an accelerator, simulated."""
     original = destinations.MemoryDestination.__init__
 
-    def closed(self: Any, placement: Placement) -> None:
-        original(self, placement)
+    def closed(self: Any, placement: Placement, apart: bool = False) -> None:
+        original(self, placement, apart)
         self._bytes = None
 
     monkeypatch.setattr(destinations.MemoryDestination, "__init__", closed)
@@ -516,6 +516,8 @@ def test_an_error_from_the_callback_comes_through_and_nothing_is_left(
     net_copy: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], case: str, meta: bool
 ) -> None:
     monkeypatch.setattr(engine_run, "_PROGRESS_EVERY", 0.0)
+    # Many reads, so that the second error comes in the midst of them.
+    monkeypatch.setattr(records, "CHUNK", 64 * 1024)
     model = borrowed(meta)
     before = Before(model)
     for calls in (1, 9):
@@ -543,7 +545,9 @@ def test_an_error_that_is_kept_keeps_no_weights(net_copy: Path, monkeypatch: pyt
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
-    workers = [frame for frame in frames if frame.f_code.co_name in ("_move_all", "take", "read_into")]
+    workers = [
+        frame for frame in frames if frame.f_code.co_name in ("_read_all", "_carry_out", "fill", "_fill_buffered")
+    ]
     assert workers
     assert not any(frame.f_locals for frame in workers)
 
@@ -663,17 +667,17 @@ def test_bytes_in_flight_never_exceed_the_plan(
     monkeypatch.setattr(budget, "workers_here", lambda: workers)
     made: list[int] = []
     reads: list[int] = []
-    original = engine_run._buffer
-    monkeypatch.setattr(engine_run, "_buffer", lambda size: made.append(size) or original(size))
+    original = crew._buffer
+    monkeypatch.setattr(crew, "_buffer", lambda size: made.append(size) or original(size))
     read = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, views, at: reads.append(len(views[0])) or read(fd, views, at))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: reads.append(sum(map(len, views))) or read(fd, views, at))
     options = {"dtype": "float32", "device_map": "disk", "offload_folder": tmp_path / "off"}
     for given_options in ({"dtype": "float32"}, options):
         made.clear()
         reads.clear()
         plan = lowmem.load(tmp_path / "m.safetensors", model=Bag(tensors), staging=staging, **given_options).plan
         assert 0 < sum(made) <= plan.staging.total == plan.host.staging
-        assert len(made) <= plan.staging.workers <= workers
+        assert len(made) <= 2 * plan.staging.workers <= 2 * workers
         assert max(reads) <= plan.staging.each
         assert sum(reads) == plan.bytes_read
         if staging is not None:

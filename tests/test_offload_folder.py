@@ -20,10 +20,11 @@ from test_engine import Net, check_nothing_is_left, linux, net_copy, net_folder,
 from tiny_models import same
 
 import lowmem
+from lowmem._mounts import memory_file_system
 from lowmem.engine import offload_writer
 from lowmem.engine.locks import hold
 from lowmem.errors import LowmemError, OffloadError
-from lowmem.planner.offload import INDEX, memory_file_system
+from lowmem.planner.offload import INDEX
 
 DISK: dict[str, Any] = {"device_map": "disk", "dtype": "bfloat16"}
 

@@ -14,11 +14,11 @@ from torch import nn
 
 import lowmem
 from lowmem import memory
+from lowmem._mounts import memory_file_system
 from lowmem.demo import run_demo
 from lowmem.dtypes import parse_dtype
 from lowmem.errors import MeasureError, OptionError, PlacementError
 from lowmem.planner.devices import device_name, parse_device_map, parse_max_memory
-from lowmem.planner.offload import memory_file_system
 from lowmem.planner.request import make_request, parse_folder
 from lowmem.sizes import shown
 

@@ -3,6 +3,6 @@
 from .cleanup import undisturbed
 from .install import Installer, Snapshot
 from .reading import same_bytes
-from .run import run
+from .run import iterate, run
 
-__all__ = ["Installer", "Snapshot", "run", "same_bytes", "undisturbed"]
+__all__ = ["Installer", "Snapshot", "iterate", "run", "same_bytes", "undisturbed"]

@@ -4,51 +4,61 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import sys
 from typing import Any, Protocol
 
 import torch
 
+from ..dtypes import itemsize
 from ..errors import BudgetError, OffloadError
 from ..planner import Move, Placement
-from ..planner.records import ALIGNMENT
+from ..planner.records import ALIGNMENT, BLOCK, LEAST_DIRECT
 from ..sizes import format_size
-from .reading import ShardReader
 
 _HUGE = 2 * 1024 * 1024
 _MADV_HUGEPAGE = 14
+_LEAST_APART = 1024 * 1024
 
 
 class Destination(Protocol):
-    """Takes moves from several threads; regions never overlap, so no lock is needed."""
+    """Takes moves from several threads; regions never overlap, so no lock is needed.
 
-    def take(self, move: Move, reader: ShardReader, buffer: torch.Tensor) -> None:
-        """Read the move's bytes and put them in their place; `buffer` is the calling thread's own."""
+    `scratch` is the move's own part of the calling thread's buffer, the same in both calls.
+    """
+
+    def begin(self, move: Move, scratch: torch.Tensor) -> memoryview:
+        """Where the move's bytes are to be read to."""
+
+    def end(self, move: Move, scratch: torch.Tensor) -> None:
+        """They are there: put them in their place."""
 
 
 class MemoryDestination:
     """A tensor, allocated once at its final dtype on its final device."""
 
-    def __init__(self, placement: Placement) -> None:
-        self.tensor = allocate(placement)
+    def __init__(self, placement: Placement, apart: bool = False) -> None:
+        self.tensor = allocate(placement, apart)
         self._dtype = self.tensor.dtype
-        flat = self.tensor.reshape(-1)
         # Bytes of the destination, for reads that need no cast; another device's memory cannot be read into.
-        self._bytes = _memory_of(flat.view(torch.uint8)) if placement.device == "cpu" and flat.numel() else None
+        self._bytes = memory_of(self.tensor) if placement.device == "cpu" and self.tensor.numel() else None
 
-    def take(self, move: Move, reader: ShardReader, buffer: torch.Tensor) -> None:
-        """Straight into place when nothing changes; else through the thread's buffer."""
-        source: torch.dtype = getattr(torch, move.dtype)
-        if self._bytes is not None and source == self._dtype and move.region.dense:
-            start = move.region.offset * self._dtype.itemsize
-            reader.read_into(self._bytes[start : start + move.nbytes], move.offset)
+    def begin(self, move: Move, scratch: torch.Tensor) -> memoryview:
+        """Its place in the tensor when nothing changes, else the buffer."""
+        if move.scratch or self._bytes is None:
+            return memory_of(_source_in(scratch, move, 0))
+        start = move.region.offset * self._dtype.itemsize
+        return self._bytes[start : start + move.nbytes]
+
+    def end(self, move: Move, scratch: torch.Tensor) -> None:
+        """Cast or copy out of the buffer."""
+        if not move.scratch:
             return
-        staged = buffer[: move.nbytes]
-        reader.read_into(_memory_of(staged), move.offset)
         region = move.region
+        source: torch.dtype = getattr(torch, move.dtype)
         into = self.tensor.as_strided(region.shape, region.strides, region.offset)
-        into.copy_(staged.view(source).view(region.shape))
+        into.copy_(_source_in(scratch, move, 0).view(source).view(region.shape))
 
 
 class FileDestination:
@@ -60,16 +70,20 @@ class FileDestination:
         self._offset = offset
         self._path = path
 
-    def take(self, move: Move, reader: ShardReader, buffer: torch.Tensor) -> None:
-        """Read, cast, write. The result lies in front of the source, at the buffer's aligned beginning."""
+    def begin(self, move: Move, scratch: torch.Tensor) -> memoryview:
+        """Behind the room for the result."""
+        return memory_of(_source_in(scratch, move, self._size(move)))
+
+    def end(self, move: Move, scratch: torch.Tensor) -> None:
+        """Cast and write. The result lies in front of the source, at the buffer's aligned beginning."""
         source: torch.dtype = getattr(torch, move.dtype)
-        size = move.region.count * self._dtype.itemsize
-        begin = size + -size % ALIGNMENT
-        staged = buffer[begin : begin + move.nbytes]
-        reader.read_into(_memory_of(staged), move.offset)
-        cast = buffer[:size].view(self._dtype)
-        cast.copy_(staged.view(source))
-        self._write(_memory_of(buffer[:size]), self._offset + move.region.offset * self._dtype.itemsize)
+        size = self._size(move)
+        cast = scratch[:size].view(self._dtype)
+        cast.copy_(_source_in(scratch, move, size).view(source))
+        self._write(memory_of(scratch[:size]), self._offset + move.region.offset * self._dtype.itemsize)
+
+    def _size(self, move: Move) -> int:
+        return move.region.count * self._dtype.itemsize
 
     def _write(self, view: memoryview, offset: int) -> None:
         try:
@@ -78,9 +92,20 @@ class FileDestination:
             raise OffloadError(f"{self._path}: writing failed: {error.strerror or error}") from error
 
 
-def _memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a uint8 tensor on the CPU, writable."""
-    array: Any = tensor.numpy()
+def _source_in(scratch: torch.Tensor, move: Move, before: int) -> torch.Tensor:
+    """The part of `scratch` for the move's bytes, `before` bytes or more behind its beginning.
+
+    A large one begins where direct I/O can put it: as far behind a multiple of a block as it does in the file.
+    """
+    begin = before + -before % ALIGNMENT
+    if move.nbytes >= LEAST_DIRECT and move.offset % itemsize(move.dtype) == 0:
+        begin += (move.offset - scratch.data_ptr() - begin) % BLOCK
+    return scratch[begin : begin + move.nbytes]
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a dense tensor on the CPU, writable."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
@@ -98,24 +123,51 @@ def _pwrite(fd: int, view: memoryview, offset: int) -> int:
     return os.write(fd, view)
 
 
-def allocate(placement: Placement) -> torch.Tensor:
+def allocate(placement: Placement, apart: bool = False) -> torch.Tensor:
     """An uninitialised tensor for `placement`.
+
+    Args:
+        placement: shape, dtype and device.
+        apart: in a mapping of its own when it is large, so that the kernel has every byte back when the tensor ends;
+            the heap would keep some. Its storage cannot be resized then, as that of `torch.from_numpy`.
 
     Raises:
         BudgetError: the device or the host refuses the memory.
     """
+    on_cpu = placement.device == "cpu"
     try:
-        tensor = torch.empty(placement.shape, dtype=getattr(torch, placement.dtype), device=placement.device)
-    except (MemoryError, RuntimeError) as error:
+        if apart and on_cpu and placement.nbytes >= _LEAST_APART:
+            tensor = _map_apart(placement)
+        else:
+            tensor = torch.empty(placement.shape, dtype=getattr(torch, placement.dtype), device=placement.device)
+    except (MemoryError, RuntimeError, OSError) as error:
         raise BudgetError(
             f"tensor {placement.target!r}: {placement.device} refused {format_size(placement.nbytes)}: {error}; "
             "others took memory since the plan was made; lower ram or max_memory, or free memory",
             required=placement.nbytes,
             limit=0,
         ) from error
-    if placement.device == "cpu" and placement.nbytes >= _HUGE:
+    if on_cpu and placement.nbytes >= _HUGE:
         _advise_huge(tensor.data_ptr(), placement.nbytes)
     return tensor
+
+
+def _map_apart(placement: Placement) -> torch.Tensor:
+    """Begins as far behind a block as the tensor does in its file, so that direct I/O reads it into place."""
+    dtype: torch.dtype = getattr(torch, placement.dtype)
+    offset = placement.links[0].entry.offset
+    phase = offset % BLOCK if offset % dtype.itemsize == 0 else 0
+    memory = anonymous_map(placement.nbytes + phase)
+    count = placement.nbytes // dtype.itemsize
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=phase).view(placement.shape)
+
+
+def anonymous_map(size: int) -> mmap.mmap:
+    """Fresh memory that no heap keeps."""
+    if hasattr(mmap, "MAP_ANONYMOUS"):
+        # Private: the default is shared memory, which no measure of anonymous memory would show.
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)
 
 
 def _advise_huge(address: int, size: int) -> None:

@@ -1,53 +1,189 @@
-"""Read byte ranges of files; never through a mapping, so that a file that shrinks is an error and not a signal."""
+"""Read byte ranges of files; only when told to through a mapping, so that a file that shrinks is an error and not a
+signal.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
+import mmap
 import os
+import threading
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import numpy as np
+
 from ..checkpoint import Shard, TensorEntry
 from ..errors import CheckpointError
+from ..planner.records import BLOCK
 from .cleanup import open_into
+from .page_cache import Residency, give_back, look
+from .ways import Way, Ways
 
 _COMPARE = 4 * 1024 * 1024
+_PLAIN = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 class ShardReader:
-    """One open shard, checked to be the file that was planned."""
+    """One open shard, checked to be the file that was planned. Safe from several threads.
 
-    def __init__(self, shard: Shard) -> None:
+    Args:
+        shard: the file.
+        ways: chooses how each range is read.
+        keep_cache: leave in the page cache what was not there before.
+        direct: whether the file may be read directly: its file system is one of this machine's disks, or the user
+            asked for it.
+    """
+
+    def __init__(self, shard: Shard, ways: Ways, *, keep_cache: bool = True, direct: bool = False) -> None:
         self.shard = shard
         self._fd = open_shard(shard)
-        self._lock_free = hasattr(os, "preadv")
+        self._ways = ways
+        self._device = os.fstat(self._fd).st_dev
+        self._keep_cache = keep_cache
+        self._direct_fd = -1
+        self._lock = threading.Lock()
+        self._residency = look(self._fd, shard.size) if direct or not keep_cache else Residency(True, 0)
+        if direct and not self._residency.everything:
+            self._open_direct()
+        ways.open(self._device, shard.size)
 
-    def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill `view` from byte `offset`. Safe from several threads.
+    def _open_direct(self) -> None:
+        fds: list[int] = []
+        try:
+            open_into(fds, self.shard.file, _PLAIN | os.O_DIRECT)
+        except OSError:
+            return  # not on this file system
+        same = os.path.sameopenfile(fds[0], self._fd)
+        if same:
+            self._direct_fd = fds[0]
+        else:
+            os.close(fds[0])
+
+    def fill(self, views: Sequence[memoryview], offset: int, bounce: memoryview | None = None) -> None:
+        """Fill the views, one after the other, from byte `offset` on.
+
+        Args:
+            views: writable bytes.
+            offset: in the file.
+            bounce: the calling thread's buffer for direct reads, beginning at a multiple of `BLOCK`.
 
         Raises:
             CheckpointError: the file ended early or could not be read.
         """
-        done, size = 0, len(view)
+        nbytes = sum(map(len, views))
+        cached = self._residency.holds(offset, nbytes)
+        can = self._direct_fd >= 0 and bounce is not None
+        way = self._ways.choose(self._device, nbytes, cached=cached, direct=can)
+        started = time.perf_counter()
         try:
-            while done < size:
-                got = self._read(view[done:], offset + done)
-                if got == 0:
-                    raise CheckpointError(
-                        f"{self.shard.file}: ended at byte {offset + done}, expected {size - done} bytes more; "
-                        "the file changed during the load; bring it back and load again"
-                    )
-                done += got
+            if way == "direct" and bounce is not None:
+                way = self._fill_directly(views, offset, nbytes, bounce)
+            elif way == "mmap":
+                self._copy_mapped(views, offset, nbytes)
+            else:
+                self._fill_buffered(views, offset)
         except OSError as error:
             raise CheckpointError(
-                f"{self.shard.file}: reading at byte {offset + done} failed: {error.strerror or error}"
+                f"{self.shard.file}: reading {nbytes} bytes at byte {offset} failed: {error.strerror or error}"
             ) from error
+        if way != "direct":
+            self._give_back(offset, nbytes)
+        self._ways.record(self._device, way, nbytes, time.perf_counter() - started, cached=cached)
 
-    def _read(self, view: memoryview, offset: int) -> int:
-        if self._lock_free:
-            return os.preadv(self._fd, [view], offset)
-        data = _pread_fallback(self._fd, len(view), offset)
-        view[: len(data)] = data
-        return len(data)
+    def _fill_buffered(self, views: Sequence[memoryview], offset: int) -> None:
+        left = [view for view in views if len(view)]
+        at = 0
+        while at < len(left):
+            got = self._read(left[at:] if at else left, offset)
+            if got == 0:
+                raise self._ended(offset)
+            offset += got
+            while at < len(left) and got >= len(left[at]):
+                got -= len(left[at])
+                at += 1
+            if got:
+                left[at] = left[at][got:]
+
+    def _read(self, views: Sequence[memoryview], offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, views, offset)
+        # No positional read (Windows): one thread at a time moves the file's own position.
+        with self._lock, io.FileIO(self._fd, closefd=False) as file:
+            file.seek(offset)
+            return file.readinto(views[0]) or 0
+
+    def _fill_directly(self, views: Sequence[memoryview], offset: int, nbytes: int, bounce: memoryview) -> Way:
+        """Past the page cache, in whole blocks: into place where file and memory are aligned alike, else bounced."""
+        try:
+            if len(views) == 1 and _address(views[0]) % BLOCK == offset % BLOCK:
+                self._read_into_place(views[0], offset, bounce)
+            else:
+                self._read_by_blocks(views, offset, nbytes, bounce)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            # A device that wants larger blocks, or a file system that took the flag and not the read.
+            self._ways.refuse_direct(self._device)
+            self._fill_buffered(views, offset)
+            return "buffered"
+        return "direct"
+
+    def _read_into_place(self, view: memoryview, offset: int, bounce: memoryview) -> None:
+        end = offset + len(view)
+        first, last = offset + -offset % BLOCK, end - end % BLOCK
+        if first >= last:
+            self._read_by_blocks([view], offset, len(view), bounce)
+            return
+        if first > offset:
+            self._read_by_blocks([view[: first - offset]], offset, first - offset, bounce)
+        at = first
+        while at < last:
+            got = os.preadv(self._direct_fd, [view[at - offset : last - offset]], at) // BLOCK * BLOCK
+            if got == 0:
+                raise self._ended(at)
+            at += got
+        if last < end:
+            self._read_by_blocks([view[last - offset :]], last, end - last, bounce)
+
+    def _read_by_blocks(self, views: Sequence[memoryview], offset: int, nbytes: int, bounce: memoryview) -> None:
+        size = len(bounce) // BLOCK * BLOCK
+        into = _Scatter(views)
+        at, end = offset, offset + nbytes
+        while at < end:
+            begin = at - at % BLOCK
+            want = min(size, end + -end % BLOCK - begin)
+            got = os.preadv(self._direct_fd, [bounce[:want]], begin)
+            # The last block of a file is read short; any other short read is taken up again at a whole block.
+            new = min(begin + got, end)
+            if new <= at:
+                raise self._ended(at)
+            into.take(bounce[at - begin : new - begin])
+            at = new
+
+    def _copy_mapped(self, views: Sequence[memoryview], offset: int, nbytes: int) -> None:
+        begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+        if os.fstat(self._fd).st_size < offset + nbytes:
+            raise self._ended(offset)
+        pages = mmap.mmap(self._fd, offset + nbytes - begin, access=mmap.ACCESS_READ, offset=begin)
+        with pages, memoryview(pages) as window, window[offset - begin :] as part:
+            into = _Scatter(views)
+            into.take(part)
+
+    def _give_back(self, offset: int, nbytes: int) -> None:
+        if self._keep_cache or self._residency.everything:
+            return
+        for begin, length in self._residency.absent(offset, nbytes):
+            give_back(self._fd, begin, length)
+
+    def _ended(self, offset: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.shard.file}: ended at byte {offset}, expected {self.shard.size - offset} bytes more; "
+            "the file changed during the load; bring it back and load again"
+        )
 
     def is_unchanged(self) -> bool:
         """Whether the open file is still as it was planned: size and time."""
@@ -56,18 +192,39 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        fds = (self._fd, self._direct_fd)
+        if self._fd >= 0:
+            # Once more for all: what the kernel read ahead, and blocks of pages that no single range covers.
+            self._give_back(0, self.shard.size)
+        self._fd = self._direct_fd = -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
 
 
-def _pread_fallback(fd: int, size: int, offset: int) -> bytes:
-    if hasattr(os, "pread"):
-        return os.pread(fd, min(size, 1 << 22), offset)
-    # Windows: no positional read; a private handle keeps other threads' positions out of the way.
-    with os.fdopen(os.dup(fd), "rb", buffering=0) as f:
-        f.seek(offset)
-        return f.read(min(size, 1 << 22)) or b""
+class _Scatter:
+    """Copies bytes into views, one after the other, without the interpreter's lock."""
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._views = views
+        self._index = self._at = 0
+
+    def take(self, source: memoryview) -> None:
+        """The next bytes; never more than the views have left."""
+        given = np.frombuffer(source, dtype=np.uint8)
+        done = 0
+        while done < len(given):
+            view = self._views[self._index]
+            size = min(len(view) - self._at, len(given) - done)
+            np.copyto(np.frombuffer(view, dtype=np.uint8)[self._at : self._at + size], given[done : done + size])
+            done += size
+            self._at += size
+            if self._at == len(view):
+                self._index, self._at = self._index + 1, 0
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
 
 
 def open_shard(shard: Shard) -> int:
@@ -78,7 +235,7 @@ def open_shard(shard: Shard) -> int:
     """
     fds: list[int] = []
     try:
-        open_into(fds, shard.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        open_into(fds, shard.file, _PLAIN)
         info = os.fstat(fds[0])
         if (info.st_size, info.st_mtime_ns) != (shard.size, shard.mtime_ns):
             raise CheckpointError(
@@ -99,13 +256,15 @@ def same_bytes(a: TensorEntry, b: TensorEntry, shards: dict[Path, Shard]) -> boo
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     with ExitStack() as opened:
-        first, second = (opened.enter_context(closing(ShardReader(shards[entry.file]))) for entry in (a, b))
+        first, second = (
+            opened.enter_context(closing(ShardReader(shards[entry.file], Ways("buffered")))) for entry in (a, b)
+        )
         buffers = bytearray(min(_COMPARE, a.nbytes)), bytearray(min(_COMPARE, a.nbytes))
         for at in range(0, a.nbytes, _COMPARE):
             size = min(_COMPARE, a.nbytes - at)
             views = [memoryview(buffer)[:size] for buffer in buffers]
-            first.read_into(views[0], a.offset + at)
-            second.read_into(views[1], b.offset + at)
+            first.fill(views[:1], a.offset + at)
+            second.fill(views[1:], b.offset + at)
             if views[0] != views[1]:
                 return False
     return True

@@ -1,227 +1,138 @@
-"""Run the moves of a plan: a few reader threads in file order, memory bounded by the plan's staging."""
+"""Run the moves of a plan: into a model, or one tensor after the other into the caller's hands."""
 
 from __future__ import annotations
 
 import mmap
-import queue
-import threading
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
 
-from ..checkpoint import Shard
-from ..errors import BudgetError, CheckpointError
-from ..planner import LoadPlan, Move, Placement, Progress, ProgressCallback
+from ..planner import LoadPlan, Placement, Progress, ProgressCallback
 from .cleanup import undisturbed
-from .destinations import Destination, MemoryDestination, allocate
+from .crew import Crew, Done
+from .destinations import MemoryDestination, allocate
+from .feed import Feed, ShardCallback
 from .install import Installer
 from .mapping import map_shard, view_of
 from .offload_writer import OffloadWriter
-from .reading import ShardReader
+from .page_cache import ask_for
 
-# What a worker reports: a finished move, an error, or None when it found no more moves.
-_Event = Move | BaseException | None
 _PROGRESS_EVERY = 0.05
 
 
-def run(plan: LoadPlan, installer: Installer, progress: ProgressCallback | None = None) -> None:
+def run(
+    plan: LoadPlan,
+    installer: Installer,
+    progress: ProgressCallback | None = None,
+    on_shard: ShardCallback | None = None,
+) -> dict[str, int]:
     """Move everything that the plan says, and install each tensor when its last move is done.
 
     On any error, Ctrl-C included, the threads end, files and temporary folders are gone and the error is raised;
     undoing what is installed is the caller's part.
+
+    Args:
+        plan: the moves.
+        installer: puts tensors into the model.
+        progress: called from the calling thread.
+        on_shard: called with each shard's path when it is opened or mapped, from any thread.
+
+    Returns:
+        Bytes by the way they were read: `buffered`, `direct`, `mmap`.
 
     Raises:
         CheckpointError: a file changed, shrank or cannot be read.
         OffloadError: the offload folder cannot be written.
         BudgetError: memory that the plan counted on was taken by others.
     """
-    _Run(plan, installer, progress).run()
+    return _Run(plan, installer, progress, on_shard).run()
 
 
-class _Feed:
-    """Moves for the workers, one at a time; opens each shard at its first move and closes it after its last."""
+def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], None, None]:
+    """The name and the tensor of each placement, in the plan's order, read ahead by at most `window` bytes.
 
-    def __init__(self, plan: LoadPlan, writer: OffloadWriter | None) -> None:
-        self._moves: Iterator[Move] = plan.moves()
-        self._shards: dict[Path, Shard] = {shard.file: shard for shard in plan.checkpoint.shards}
-        self._writer = writer
-        self._lock = threading.Lock()
-        self._reader: ShardReader | None = None
-        self._open: dict[ShardReader, int] = {}
-        self._destinations: dict[Placement, Destination] = {}
-        self._changed: list[Path] = []
-        self.pending: dict[Placement, int] = {}
-        self.stopped = False
+    The placements must lie in file order, each fed from one place. A tensor that was given out is the caller's; the
+    threads end with the iterator, however it ends.
 
-    def take(self) -> tuple[Move, ShardReader, Destination] | None:
-        with self._lock:
-            move = None if self.stopped else next(self._moves, None)
-            if move is None:
-                return None
-            if self._reader is None or self._reader.shard.file != move.file:
-                previous, self._reader = self._reader, ShardReader(self._shards[move.file])
-                self._open[self._reader] = 0
-                if previous is not None and not self._open[previous]:
-                    self._drop(previous)
-            destination = self._destinations.get(move.placement)
-            if destination is None:
-                destination = self._make(move.placement)
-                self._destinations[move.placement] = destination
-                self.pending[move.placement] = move.placement.source_bytes
-            self._open[self._reader] += 1
-            return move, self._reader, destination
-
-    def _make(self, placement: Placement) -> Destination:
-        if placement.residency == "write":
-            assert self._writer is not None
-            return self._writer.destination(placement)
-        return MemoryDestination(placement)
-
-    def give_back(self, reader: ShardReader) -> None:
-        with self._lock:
-            self._open[reader] -= 1
-            if not self._open[reader] and reader is not self._reader:
-                self._drop(reader)
-
-    def finished(self, placement: Placement, nbytes: int) -> Destination | None:
-        """Count bytes of a placement; its destination once the last of them is in place."""
-        with self._lock:
-            self.pending[placement] -= nbytes
-            if self.pending[placement]:
-                return None
-            del self.pending[placement]
-            return self._destinations.pop(placement)
-
-    def _drop(self, reader: ShardReader) -> None:
-        if not reader.is_unchanged():
-            self._changed.append(reader.shard.file)
-        reader.close()
-        del self._open[reader]
-
-    def finish(self) -> None:
-        """After the last move.
-
-        Raises:
-            CheckpointError: a file was written to while it was read, so what was read may be of two minds.
-        """
-        for reader in list(self._open):
-            self._drop(reader)
-        if self._changed:
-            raise CheckpointError(
-                f"{self._changed[0]}: changed during the load; wait until nothing writes to it and load again"
-            )
-
-    def close(self) -> None:
-        for reader in list(self._open):
-            reader.close()
-            del self._open[reader]
-        self._destinations.clear()
+    Raises:
+        CheckpointError: a file changed, shrank or cannot be read.
+        BudgetError: memory that the plan counted on was taken by others.
+    """
+    feed = Feed(plan, window=window)
+    crew = Crew(plan, feed)
+    whole: dict[Placement, torch.Tensor] = {}
+    try:
+        crew.start()
+        for placement in plan.placements:
+            if not placement.source_bytes:
+                yield placement.target, allocate(placement)
+                continue
+            while placement not in whole:
+                _collect(crew.next(), whole)
+            feed.hand_over(placement)
+            # Not by a name here, which would keep it.
+            yield placement.target, whole.pop(placement)
+        feed.finish()
+    finally:
+        undisturbed(crew.end)
 
 
-def _buffer(size: int) -> torch.Tensor:
-    """A buffer of its own mapping: the kernel gets every page back at once, where a heap might keep them."""
-    if hasattr(mmap, "MAP_ANONYMOUS"):
-        # Private: the default is shared memory, which no measure of anonymous memory would show.
-        return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-
-
-def _end(feed: _Feed, threads: list[threading.Thread]) -> None:
-    feed.stopped = True
-    for thread in threads:
-        # After a Ctrl-C inside start() a thread may be about to begin, and join() would refuse it.
-        for _ in range(1000):
-            if thread.is_alive() or thread not in threading.enumerate():
-                break
-            time.sleep(0.001)
-        if thread.ident is not None:
-            thread.join()
-    feed.close()
+def _collect(done: Done | None, whole: dict[Placement, torch.Tensor]) -> None:
+    assert done is not None, "every placement of the plan is fed"
+    for placement, destination in done.whole:
+        assert isinstance(destination, MemoryDestination)
+        whole[placement] = destination.tensor
 
 
 class _Run:
-    def __init__(self, plan: LoadPlan, installer: Installer, progress: ProgressCallback | None) -> None:
+    def __init__(
+        self, plan: LoadPlan, installer: Installer, progress: ProgressCallback | None, on_shard: ShardCallback | None
+    ) -> None:
         self._plan = plan
         self._installer = installer
         self._progress = progress
-        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._on_shard = on_shard
         self._total = plan.bytes_read
         self._done = 0
         self._started = time.monotonic()
         self._reported = 0.0
 
-    def run(self) -> None:
+    def run(self) -> dict[str, int]:
         offload = self._plan.offload
         if offload is None or offload.reused:
-            self._run(None)
-            return
+            return self._run(None)
         writer = OffloadWriter(offload, self._plan.checkpoint.source)
         try:
             writer.open()
-            self._run(writer)
+            read = self._run(writer)
             writer.finish()
         except BaseException:
             undisturbed(writer.abandon)
             raise
+        return read
 
-    def _run(self, writer: OffloadWriter | None) -> None:
-        feed = _Feed(self._plan, writer)
-        threads: list[threading.Thread] = []
+    def _run(self, writer: OffloadWriter | None) -> dict[str, int]:
+        feed = Feed(self._plan, writer, on_shard=self._on_shard)
+        crew = Crew(self._plan, feed)
         try:
-            self._start(feed, threads)
-            self._settle_unmoved()
-            self._drain(feed, len(threads))
+            crew.start()
+            mapped = self._settle_unmoved()
+            while (done := crew.next()) is not None:
+                self._take(done)
             feed.finish()
             if self._progress is not None and not self._total:
                 # Nothing had to be read; whoever draws a bar still learns that it is done.
                 self._progress(Progress(0, 0, 0.0, 0.0, ""))
         finally:
-            undisturbed(lambda: _end(feed, threads))
+            undisturbed(crew.end)
+        # Last, so that nothing that is given back was asked for.
+        self._read_ahead(mapped)
+        return feed.ways.read
 
-    def _start(self, feed: _Feed, threads: list[threading.Thread]) -> None:
-        for i in range(self._plan.staging.workers if self._total else 0):
-            thread = threading.Thread(target=self._work, args=(feed,), name=f"lowmem-{i}", daemon=True)
-            # Before it runs: a Ctrl-C inside start() must not lose it.
-            threads.append(thread)
-            try:
-                thread.start()
-            except RuntimeError as error:
-                threads.pop()
-                if threads:
-                    # Fewer readers are slower, not wrong.
-                    return
-                raise BudgetError(
-                    f"the system refused a thread ({error}); a limit on memory or processes may be the reason "
-                    "(ulimit -d, -v, -u): raise it",
-                    required=self._plan.host.peak,
-                    limit=0,
-                ) from error
-
-    def _work(self, feed: _Feed) -> None:
-        """A reader thread."""
-        try:
-            self._move_all(feed)
-            self._events.put(None)
-        except BaseException as error:  # handed to the caller's thread, which raises it
-            self._events.put(error)
-
-    def _move_all(self, feed: _Feed) -> None:
-        """Move after move, through a buffer that ends with this call."""
-        staging = self._plan.staging
-        buffer = _buffer(staging.each) if staging.each else torch.empty(0, dtype=torch.uint8)
-        while (job := feed.take()) is not None:
-            move, reader, destination = job
-            try:
-                destination.take(move, reader, buffer)
-            finally:
-                feed.give_back(reader)
-            self._events.put(move)
-
-    def _settle_unmoved(self) -> None:
-        """What needs no byte: mapped, referred to, empty, and what the model will initialise."""
+    def _settle_unmoved(self) -> dict[Path, mmap.mmap]:
+        """What needs no byte: mapped, referred to, empty, and what the model will initialise; gives the mappings."""
         shards = {shard.file: shard for shard in self._plan.checkpoint.shards}
         pages: dict[Path, mmap.mmap] = {}
         for placement in self._plan.placements:
@@ -233,23 +144,27 @@ class _Run:
                 entry = placement.links[0].entry
                 if entry.file not in pages:
                     pages[entry.file] = map_shard(shards[entry.file])
+                    if self._on_shard is not None:
+                        self._on_shard(entry.file)
                 self._installer.install(placement, view_of(pages[entry.file], entry))
+        return pages
 
-    def _drain(self, feed: _Feed, workers: int) -> None:
-        while workers:
-            event = self._events.get()
-            if event is None:
-                workers -= 1
-                continue
-            if isinstance(event, BaseException):
-                # Whoever keeps the error keeps its frames, and those hold the buffer and a tensor.
-                traceback.clear_frames(event.__traceback__)
-                raise event
-            destination = feed.finished(event.placement, event.nbytes)
+    def _read_ahead(self, pages: dict[Path, mmap.mmap]) -> None:
+        left = self._plan.reading.prefetch
+        for placement in self._plan.placements:
+            if left <= 0:
+                return
+            if placement.residency == "map":
+                entry = placement.links[0].entry
+                ask_for(pages[entry.file], entry.offset, min(entry.nbytes, left))
+                left -= entry.nbytes
+
+    def _take(self, done: Done) -> None:
+        for placement, destination in done.whole:
             if isinstance(destination, MemoryDestination):
-                self._installer.install(event.placement, destination.tensor)
-            self._done += event.nbytes
-            self._report(event.file)
+                self._installer.install(placement, destination.tensor)
+        self._done += done.read.nbytes
+        self._report(done.read.file)
 
     def _report(self, file: Path) -> None:
         if self._progress is None:

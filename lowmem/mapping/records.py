@@ -36,14 +36,23 @@ class Region:
             step *= n
         return True
 
-    def pieces(self, most: int) -> Iterator[tuple[int, Region]]:
-        """Cut into regions of at most `most` elements, in row-major order: (elements before it, piece)."""
-        if self.count <= most:
-            if self.count:
-                yield 0, Region(self.offset, (self.count,), (1,)) if self.dense else self
+    def pieces(self, most: int, first: int = 0) -> Iterator[tuple[int, Region]]:
+        """Cut into regions of at most `most` elements, in row-major order: (elements before it, piece).
+
+        Args:
+            most: elements of a piece.
+            first: elements of the first piece of a dense region that is cut, if not 0: at most `most`.
+        """
+        count = self.count
+        if count <= most:
+            if count:
+                yield 0, Region(self.offset, (count,), (1,)) if self.dense else self
         elif self.dense:
-            for at in range(0, self.count, most):
-                yield at, Region(self.offset + at, (min(most, self.count - at),), (1,))
+            at, size = 0, first or most
+            while at < count:
+                size = min(size, count - at)
+                yield at, Region(self.offset + at, (size,), (1,))
+                at, size = at + size, most
         else:
             yield from self._rows(most)
 

@@ -1,6 +1,17 @@
 """Placement, dtypes and budget: everything decided before a byte moves."""
 
 from .plan import make_plan
-from .records import LoadPlan, LoadRequest, Move, Placement, Progress, ProgressCallback
+from .records import LoadPlan, LoadRequest, Move, Placement, Progress, ProgressCallback, StreamRequest
+from .stream import make_stream_plan
 
-__all__ = ["LoadPlan", "LoadRequest", "Move", "Placement", "Progress", "ProgressCallback", "make_plan"]
+__all__ = [
+    "LoadPlan",
+    "LoadRequest",
+    "Move",
+    "Placement",
+    "Progress",
+    "ProgressCallback",
+    "StreamRequest",
+    "make_plan",
+    "make_stream_plan",
+]

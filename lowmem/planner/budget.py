@@ -5,41 +5,62 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Sequence
 
 from ..errors import BudgetError
 from ..sizes import KIB, MIB, format_size
-from .records import ALIGNMENT, Staging
+from .records import ALIGNMENT, BLOCK, IO, Placement, Staging, may_read_directly
 
 MIN_STAGING = MIB
-MAX_WORKERS = 4
+MAX_STAGING = 64 * MIB
+MAX_WORKERS = 8
 # A buffer below this spends more time on the calls than on the bytes.
 _MIN_BUFFER = 512 * KIB
+# A buffer that small tensors share.
+_RUN = MIB
+# Direct reads gain nothing from a larger one, and little from one below the least.
+_BOUNCE = 2 * MIB
+_LEAST_BOUNCE = 64 * KIB
 # What glibc gives a thread when RLIMIT_STACK says nothing.
 _DEFAULT_STACK = 2 * MIB
 
 
 def workers_here() -> int:
-    """Reader threads on this machine: the processors that this process may use, at most four."""
+    """Reader threads on this machine: the processors that this process may use, at most eight."""
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(MAX_WORKERS, count))
 
 
-def fit_staging(room: int, wanted: int | None, need: int) -> Staging:
+def fit_staging(room: int, wanted: int | None, need: int, direct: bool = False) -> Staging:
     """The largest staging that fits.
 
     Args:
         room: bytes that the limit leaves for buffers.
         wanted: the user's bound in bytes, or None; less is taken when less fits.
         need: bytes of one worker's buffer at full size; 0 when every byte is read straight into its place.
+        direct: whether files may be read past the page cache, which takes a buffer more where there is room.
     """
     workers = workers_here()
-    if not need:
-        return Staging(workers, 0)
-    total = max(MIN_STAGING, min(room, workers * need if wanted is None else wanted))
-    workers = max(1, min(workers, total // min(need, _MIN_BUFFER)))
+    most = MAX_STAGING if wanted is None else wanted
+    total = max(0, min(room, most))
+    if need:
+        total = max(MIN_STAGING, total)
+        workers = max(1, min(workers, total // min(need, _MIN_BUFFER)))
     each = min(need, total // workers)
-    return Staging(workers, each - each % ALIGNMENT)
+    each -= each % ALIGNMENT
+    bounce = min(_BOUNCE, total // workers - each) // BLOCK * BLOCK if direct else 0
+    return Staging(workers, each, bounce if bounce >= _LEAST_BOUNCE else 0)
+
+
+def buffers_for(moved: Sequence[Placement], io: IO) -> tuple[int, bool]:
+    """(bytes of one reader's buffer at full size, whether direct reads may happen) for what will be moved."""
+    moved = [p for p in moved if p.source_bytes]
+    sizes = [p.buffer_size() + 2 * ALIGNMENT for p in moved if p.is_staged]
+    # Small ones share a buffer, so that their neighbours are read with them.
+    need = max(max(sizes) + BLOCK, min(_RUN, sum(sizes))) if sizes else 0
+    folders = {link.entry.file.parent for p in moved for link in p.links}
+    return need, any(may_read_directly(io, folder) for folder in folders)
 
 
 def thread_stacks(count: int) -> int:

@@ -39,7 +39,7 @@ def final_dtypes(
         final[name] = dtype if dtype != "auto" and is_floating(own) and not settled else own
     warnings = _keep(skeleton, final, dtype, keep_fp32)
     for name, entry in entries.items():
-        _check_cast(name, entry.dtype, final[name])
+        check_cast(name, entry.dtype, final[name])
         own = skeleton.targets[name].dtype
         if is_floating(own) != is_floating(entry.dtype) and not skeleton.rules.owns_dtypes:
             warnings.append(
@@ -92,7 +92,12 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(fnmatch.translate(f"*.{literal}.*"))
 
 
-def _check_cast(name: str, source: str, final: str) -> None:
+def check_cast(name: str, source: str, final: str) -> None:
+    """Refuse a cast that torch cannot do or that would mean nothing.
+
+    Raises:
+        UnsupportedError: torch lacks one of the dtypes, or one holds packed values or scales.
+    """
     for dtype in (source, final):
         if not hasattr(torch, dtype):
             raise UnsupportedError(

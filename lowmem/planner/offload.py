@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from .records import OffloadFile, OffloadPlan, Placement
 
 FORMAT = "lowmem-offload/1"
 INDEX = "lowmem-offload.json"
-_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def plan_offload(checkpoint: Checkpoint, placements: Sequence[Placement], root: Path) -> OffloadPlan | None:
@@ -88,26 +86,3 @@ def is_finished(plan: OffloadPlan) -> bool:
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return False
     return True
-
-
-def memory_file_system(folder: Path, mounts: Path = _MOUNTS) -> str | None:
-    """The type of the file system below `folder` when its files are memory (tmpfs, ramfs), else None.
-
-    Linux says so in `mountinfo`, proc(5); `folder` need not exist yet.
-    """
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return None
-    try:
-        path = folder.resolve()
-    except (OSError, RuntimeError, ValueError):
-        return None  # a loop of links, no current folder, or no path at all: whoever writes there will say so
-    best, kind = Path(), ""
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        point = Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), before.split(" ")[4]))
-        # The deepest mount, and of several at one point the last, is the one that is seen.
-        if path.is_relative_to(point) and len(point.parts) >= len(best.parts):
-            best, kind = point, after.split(" ", 1)[0]
-    return kind if kind in ("tmpfs", "ramfs") else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .._mounts import memory_file_system
 from ..checkpoint import Checkpoint
 from ..dtypes import itemsize
 from ..errors import BudgetError, PlacementError
@@ -19,8 +20,18 @@ from ..sizes import KIB, MIB, format_size
 from . import budget
 from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, disjoint, infer, pinned
 from .final_dtypes import final_dtypes, nbytes_of
-from .offload import memory_file_system, plan_offload
-from .records import ALIGNMENT, DevicePlan, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Placement, Residency, Staging
+from .offload import plan_offload
+from .records import (
+    DevicePlan,
+    HostPlan,
+    LoadPlan,
+    LoadRequest,
+    OffloadPlan,
+    Placement,
+    Reading,
+    Residency,
+    Staging,
+)
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
 _OVERHEAD = 4 * MIB
@@ -160,6 +171,7 @@ def _checked(draft: _Draft, table: Mapping[str, str]) -> LoadPlan:
         budget.refuse(
             host.peak + bound.extra, bound.room + bound.extra, bound.name, _remedies(draft, placements, bound)
         )
+    reading, about_reading = _read_how(draft, placements)
     plan = LoadPlan(
         checkpoint=draft.checkpoint,
         mapping=draft.mapping,
@@ -171,7 +183,8 @@ def _checked(draft: _Draft, table: Mapping[str, str]) -> LoadPlan:
         host=host,
         main_device=devices.main_device,
         no_split=draft.no_split,
-        warnings=(*draft.warnings, *warnings),
+        warnings=(*draft.warnings, *warnings, *about_reading),
+        reading=reading,
     )
     _check_devices(draft, plan)
     return plan
@@ -295,11 +308,29 @@ def _bounds(draft: _Draft, placements: Sequence[Placement]) -> list[_Bound]:
 def _stage(draft: _Draft, placements: Sequence[Placement], offload: OffloadPlan | None, room: int) -> Staging:
     """Buffers as large as the budget leaves; none when every byte is read straight into its place."""
     written = offload is not None and not offload.reused
-    staged = [p for p in placements if p.is_staged and p.source_bytes and (p.residency != "write" or written)]
-    need = max((p.buffer_size() for p in staged), default=0)
+    moving = ("copy", "write") if written else ("copy",)
+    need, direct = budget.buffers_for([p for p in placements if p.residency in moving], draft.request.io)
     bare = _host(draft, placements, Staging(1, 0))
-    # Room for the two ends of a cast to be aligned.
-    return budget.fit_staging(room - bare.peak, draft.request.staging, need + 2 * ALIGNMENT if need else 0)
+    return budget.fit_staging(room - bare.peak, draft.request.staging, need, direct)
+
+
+def _read_how(draft: _Draft, placements: Sequence[Placement]) -> tuple[Reading, list[str]]:
+    """How files are read, and what may surprise about reading ahead."""
+    request = draft.request
+    if not request.prefetch:
+        return Reading(request.io, request.keep_cache), []
+    mapped = sum(p.nbytes for p in placements if p.residency == "map")
+    # What is read ahead of more would push out what was read before it.
+    ahead = min(mapped, draft.memory.available)
+    warnings = []
+    if not mapped:
+        warnings.append("prefetch: no weight is mapped on the CPU, so there is nothing to read ahead")
+    elif ahead < mapped:
+        warnings.append(
+            f"prefetch: {format_size(mapped)} are mapped and {format_size(ahead)} are free "
+            f"({draft.memory.bound_by}): only the first {format_size(ahead)} are read ahead"
+        )
+    return Reading(request.io, request.keep_cache, ahead), warnings
 
 
 def _host(draft: _Draft, placements: Sequence[Placement], staging: Staging) -> HostPlan:

@@ -8,17 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .._mounts import is_on_local_disk
 from ..checkpoint import Checkpoint
 from ..dtypes import itemsize
 from ..mapping import KeyMapping, Link, Region
-from ..sizes import MIB
+from ..sizes import KIB, MIB
 
 # Largest move, in bytes of the source: larger ones are no faster, and several threads share a tensor.
 CHUNK = 4 * MIB
 # Both ends of a cast in one buffer begin at multiples of this.
 ALIGNMENT = 64
+# Direct I/O takes offsets, lengths and addresses that are multiples of this; what devices ask for is less or equal.
+BLOCK = 4096
+# Below this, direct reads gain nothing.
+LEAST_DIRECT = 256 * KIB
+# Moves of one read: the kernel takes 1024 buffers at once (IOV_MAX).
+_MOST_MOVES = 512
 
 Residency = Literal["map", "copy", "refer", "write", "init"]
+IO = Literal["auto", "buffered", "direct", "mmap"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,21 @@ class LoadRequest:
     residency: Literal["map", "copy"] = "map"
     strict: bool = True
     no_split: tuple[str, ...] | None = None
+    io: IO = "auto"
+    prefetch: bool = False
+    keep_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRequest:
+    """What the user asked of a stream, parsed. `only`: names, a test of keys, or None for every tensor."""
+
+    only: tuple[str, ...] | Callable[[str], bool] | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    staging: int | None = None
+    io: IO = "auto"
+    keep_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,6 +122,7 @@ class Move:
         dtype: of the source, by torch's name.
         placement: what it goes into.
         region: where in it; has as many elements as the source range.
+        scratch: bytes of the reader's buffer that it passes through; 0 when it is read straight into its place.
     """
 
     file: Path
@@ -107,6 +131,24 @@ class Move:
     dtype: str
     placement: Placement
     region: Region
+    scratch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Moves that lie one behind the other in one file and are read at once: a run of small ones, or one large one.
+
+    Attributes:
+        file: where the bytes are.
+        offset: absolute byte offset of the first.
+        nbytes: of all, never more than a chunk.
+        moves: in file order.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    moves: tuple[Move, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +205,60 @@ class HostPlan:
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Buffers of the readers: `workers` buffers of `each` bytes; no buffers when every byte is read into its place."""
+    """Buffers of the readers, for each of the `workers`.
+
+    Attributes:
+        workers: reader threads.
+        each: bytes of the buffer for moves that change on the way; 0 when every byte is read into its place.
+        bounce: bytes of the buffer for direct reads, whose ends are not where the moves' are; 0 without direct reads.
+    """
 
     workers: int
     each: int
+    bounce: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of all buffers."""
-        return self.workers * self.each
+        return self.workers * (self.each + self.bounce)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How files are read.
+
+    Attributes:
+        io: `buffered` (through the page cache), `direct` (past it), `mmap`, or `auto`: what is faster here.
+        keep_cache: leave in the page cache what was read for copying and was not there before.
+        prefetch: bytes of mapped weights that the kernel is asked to read ahead, in file order.
+    """
+
+    io: IO = "auto"
+    keep_cache: bool = False
+    prefetch: int = 0
+
+
+def may_read_directly(io: IO, folder: Path) -> bool:
+    """Whether files there may be read past the page cache: told to, or on one of this machine's disks."""
+    # Python has the flag on Linux only.
+    return hasattr(os, "O_DIRECT") and (io == "direct" or (io == "auto" and is_on_local_disk(folder)))
+
+
+def _slack(nbytes: int) -> int:
+    """What a buffer of `nbytes` holds besides: both ends aligned, and large sources where direct I/O can put them."""
+    return 2 * ALIGNMENT + (BLOCK if nbytes >= LEAST_DIRECT else 0)
+
+
+def scratch_size(nbytes: int, source: int) -> int:
+    """Bytes of a buffer for a move that needs `nbytes` there, `source` of them as they come from the file."""
+    return (nbytes + _slack(source)) // ALIGNMENT * ALIGNMENT
+
+
+def _first(offset: int, size: int, most: int) -> int:
+    """Elements before the first cut of a tensor at byte `offset`, so that all cuts are where direct I/O can begin."""
+    if offset % size or most * size <= BLOCK:
+        return 0
+    return most - offset % BLOCK // size
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +308,7 @@ class LoadPlan:
         placements: where every tensor ends up, in the checkpoint's file order.
         offload: the files that will be written, if any.
         staging: the readers' buffers.
+        reading: how files are read.
         devices: bytes per device.
         host: host memory of the load.
         main_device: where offloaded layers compute.
@@ -239,6 +327,7 @@ class LoadPlan:
     main_device: str
     no_split: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    reading: Reading = Reading()
 
     @property
     def bytes_read(self) -> int:
@@ -258,19 +347,54 @@ class LoadPlan:
     def moves(self) -> Iterator[Move]:
         """Every move, in file order. Written down one at a time: the plan of a terabyte stays small."""
         for placement, link in self._fed():
-            source = itemsize(link.entry.dtype)
-            most = CHUNK // source
-            if placement.is_staged:
-                most = min(most, max(1, (self.staging.each - ALIGNMENT) // placement.staged_element))
-            for before, region in link.region.pieces(most):
+            entry, staged = link.entry, placement.is_staged
+            size = itemsize(entry.dtype)
+            most, element = CHUNK // size, placement.staged_element if staged else 0
+            if staged:
+                most = min(most, max(1, (self.staging.each - _slack(self.staging.each)) // element))
+            if most * size > BLOCK:
+                most = most * size // BLOCK * BLOCK // size
+            for before, region in link.region.pieces(most, _first(entry.offset, size, most)):
+                count = region.count
                 yield Move(
-                    file=link.entry.file,
-                    offset=link.entry.offset + before * source,
-                    nbytes=region.count * source,
-                    dtype=link.entry.dtype,
+                    file=entry.file,
+                    offset=entry.offset + before * size,
+                    nbytes=count * size,
+                    dtype=entry.dtype,
                     placement=placement,
                     region=region,
+                    scratch=scratch_size(count * element, count * size) if staged else 0,
                 )
+
+    def reads(self, most: int | None = None) -> Iterator[Read]:
+        """The same moves, neighbours in one file together as long as they are no more than a chunk, or `most` bytes.
+
+        A part of a tensor is read alone: who waits for the tensor must not wait for room for its neighbours.
+        """
+        together = CHUNK if most is None else min(CHUNK, most)
+        run: list[Move] = []
+        end = size = scratch = 0
+        for move in self.moves():
+            part = move.nbytes < move.placement.source_bytes
+            if run and (
+                part
+                or move.offset != end
+                or move.file != run[0].file
+                or size + move.nbytes > together
+                or scratch + move.scratch > self.staging.each
+                or len(run) == _MOST_MOVES
+            ):
+                yield Read(run[0].file, run[0].offset, size, tuple(run))
+                run, size, scratch = [], 0, 0
+            if part:
+                yield Read(move.file, move.offset, move.nbytes, (move,))
+                continue
+            run.append(move)
+            end = move.offset + move.nbytes
+            size += move.nbytes
+            scratch += move.scratch
+        if run:
+            yield Read(run[0].file, run[0].offset, size, tuple(run))
 
     def _fed(self) -> list[tuple[Placement, Link]]:
         """What must be read, in file order; a fused tensor is fed from several places."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..dtypes import parse_dtype
 from ..errors import OptionError
 from ..sizes import parse_size, shown
 from .budget import MIN_STAGING
-from .devices import parse_device_map, parse_max_memory
-from .records import LoadRequest
+from .devices import device_name, parse_device_map, parse_max_memory
+from .records import IO, LoadRequest, StreamRequest
 
 
 def make_request(
@@ -28,6 +28,9 @@ def make_request(
     strict: bool = True,
     staging: int | str | None = None,
     no_split: Iterable[str] | None = None,
+    io: str = "auto",
+    prefetch: bool = False,
+    keep_cache: bool = False,
 ) -> LoadRequest:
     """Parse the options of `load`.
 
@@ -36,21 +39,75 @@ def make_request(
     """
     if not isinstance(residency, str) or residency not in ("map", "copy"):
         raise OptionError(f"residency: expected 'map' or 'copy', found {shown(residency)}")
-    staged = None if staging is None else parse_size(staging, "staging")
-    if staged is not None and staged < MIN_STAGING:
-        raise OptionError(f"staging: expected at least 1MiB, found {shown(staging)}")
     return LoadRequest(
         dtype=parse_dtype(dtype),
         device_map=parse_device_map(device_map),
         max_memory=parse_max_memory(max_memory),
         ram=None if ram is None else parse_size(ram, "ram"),
-        staging=staged,
+        staging=parse_staging(staging),
         offload_folder=None if offload_folder is None else parse_folder(offload_folder, "offload_folder"),
         keep_fp32=() if keep_fp32 is None else names_of(keep_fp32, "keep_fp32"),
         residency="map" if residency == "map" else "copy",
         strict=flag(strict, "strict"),
         no_split=None if no_split is None else names_of(no_split, "no_split"),
+        io=parse_io(io),
+        prefetch=flag(prefetch, "prefetch"),
+        keep_cache=flag(keep_cache, "keep_cache"),
     )
+
+
+def make_stream_request(
+    *,
+    only: str | Iterable[str] | Callable[[str], bool] | None = None,
+    dtype: Any = "auto",
+    device: Any = "cpu",
+    staging: int | str | None = None,
+    io: str = "auto",
+    keep_cache: bool = False,
+) -> StreamRequest:
+    """Parse the options of `stream`.
+
+    Raises:
+        OptionError: a value that means nothing.
+    """
+    name = device_name(device, "device")
+    if name == "disk":
+        raise OptionError(
+            "device: a stream gives tensors in memory: expected 'cpu', 'cuda:0' or the like, found 'disk'"
+        )
+    return StreamRequest(
+        only=only if only is None or callable(only) else names_of(only, "only"),
+        dtype=parse_dtype(dtype),
+        device=name,
+        staging=parse_staging(staging),
+        io=parse_io(io),
+        keep_cache=flag(keep_cache, "keep_cache"),
+    )
+
+
+def parse_staging(value: int | str | None) -> int | None:
+    """The bound on the readers' buffers in bytes, or None for lowmem's own.
+
+    Raises:
+        OptionError: not a size, or less than 1 MiB.
+    """
+    size = None if value is None else parse_size(value, "staging")
+    if size is not None and size < MIN_STAGING:
+        raise OptionError(f"staging: expected at least 1MiB, found {shown(value)}")
+    return size
+
+
+def parse_io(value: str) -> IO:
+    """How files are read.
+
+    Raises:
+        OptionError: not one of the ways.
+    """
+    for way in get_args(IO):
+        if isinstance(value, str) and value == way:
+            found: IO = way
+            return found
+    raise OptionError(f"io: expected 'auto', 'buffered', 'direct' or 'mmap', found {shown(value)}")
 
 
 def names_of(value: Iterable[str], what: str) -> tuple[str, ...]:

@@ -1,0 +1,138 @@
+"""The reader threads: each takes a read, fills what it feeds, and reports it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import BudgetError
+from ..planner import LoadPlan, Placement
+from ..planner.records import Read
+from .destinations import Destination, anonymous_map, memory_of
+from .feed import Feed, Job
+
+
+@dataclass(eq=False, slots=True)
+class Done:
+    """A read that is in place, and the tensors that are whole with it."""
+
+    read: Read
+    whole: list[tuple[Placement, Destination]]
+
+
+# What a thread reports: a read, an error, or None when it found no more reads.
+_Event = Done | BaseException | None
+
+
+class Crew:
+    """The threads of one load."""
+
+    def __init__(self, plan: LoadPlan, feed: Feed) -> None:
+        self._plan = plan
+        self._feed = feed
+        self._threads: list[threading.Thread] = []
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._working = 0
+
+    def start(self) -> None:
+        """Start the plan's number of threads, or fewer where the system has no more.
+
+        Raises:
+            BudgetError: the system has none.
+        """
+        for i in range(self._plan.staging.workers if self._plan.bytes_read else 0):
+            thread = threading.Thread(target=self._work, name=f"lowmem-{i}", daemon=True)
+            # Before it runs: a Ctrl-C inside start() must not lose it.
+            self._threads.append(thread)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self._threads.pop()
+                if self._threads:
+                    # Fewer readers are slower, not wrong.
+                    break
+                raise BudgetError(
+                    f"the system refused a thread ({error}); a limit on memory or processes may be the reason "
+                    "(ulimit -d, -v, -u): raise it",
+                    required=self._plan.host.peak,
+                    limit=0,
+                ) from error
+        self._working = len(self._threads)
+
+    def next(self) -> Done | None:
+        """Wait for the next read that is in place; None after the last.
+
+        Raises:
+            BaseException: whatever ended a thread.
+        """
+        while self._working:
+            event = self._events.get()
+            if event is None:
+                self._working -= 1
+            elif isinstance(event, BaseException):
+                # Whoever keeps the error keeps its frames, and those hold the buffer and a tensor.
+                traceback.clear_frames(event.__traceback__)
+                raise event
+            else:
+                return event
+        return None
+
+    def end(self) -> None:
+        """Wait for the threads, which take no more reads, and close what they had open. May be called again."""
+        self._feed.stop()
+        for thread in self._threads:
+            # After a Ctrl-C inside start() a thread may be about to begin, and join() would refuse it.
+            for _ in range(1000):
+                if thread.is_alive() or thread not in threading.enumerate():
+                    break
+                time.sleep(0.001)
+            if thread.ident is not None:
+                thread.join()
+        self._feed.close()
+
+    def _work(self) -> None:
+        """A reader thread."""
+        try:
+            self._read_all()
+            self._events.put(None)
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            self._events.put(error)
+
+    def _read_all(self) -> None:
+        """Read after read, through buffers that end with this call."""
+        staging = self._plan.staging
+        buffer = _buffer(staging.each)
+        bounce = memory_of(_buffer(staging.bounce)) if staging.bounce else None
+        while (job := self._feed.take()) is not None:
+            try:
+                _carry_out(job, buffer, bounce)
+                done = Done(job.read, self._feed.done(job))
+            finally:
+                self._feed.give_back(job.reader)
+            # While this thread waits for more it must hold nothing that the caller has given up.
+            del job
+            self._events.put(done)
+            del done
+
+
+def _carry_out(job: Job, buffer: torch.Tensor, bounce: memoryview | None) -> None:
+    """One read into all its places, and what has to be done to the bytes after that."""
+    moves, at = [], 0
+    for move, destination in zip(job.read.moves, job.destinations, strict=True):
+        moves.append((move, destination, buffer[at : at + move.scratch] if move.scratch else buffer))
+        at += move.scratch
+    job.reader.fill([d.begin(m, scratch) for m, d, scratch in moves], job.read.offset, bounce)
+    for move, destination, scratch in moves:
+        destination.end(move, scratch)
+
+
+def _buffer(size: int) -> torch.Tensor:
+    """A buffer of its own mapping: the kernel gets every page back at once, where a heap might keep them."""
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(anonymous_map(size), dtype=torch.uint8)

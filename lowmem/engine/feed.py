@@ -1,0 +1,176 @@
+"""What the readers do next: reads in file order, with their files open and their destinations allocated."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint import Shard
+from ..errors import CheckpointError
+from ..planner import LoadPlan, Placement
+from ..planner.records import Read, may_read_directly
+from .destinations import Destination, MemoryDestination
+from .offload_writer import OffloadWriter
+from .reading import ShardReader
+from .ways import Ways
+
+_LEAST_RUN = 64 * 1024
+
+ShardCallback = Callable[[Path], None]
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One read, with all that it needs: the open shard, and the destination of each of its moves."""
+
+    read: Read
+    reader: ShardReader
+    destinations: list[Destination]
+
+
+class Feed:
+    """Jobs for several threads; opens each shard at its first read and closes it after its last.
+
+    Args:
+        plan: what is read.
+        writer: the offload folder, when the plan writes one.
+        window: bytes of tensors that may be begun and not yet handed over, or None for no bound. One tensor may
+            always be begun, however large.
+        on_shard: called with each shard when it is opened.
+    """
+
+    def __init__(
+        self,
+        plan: LoadPlan,
+        writer: OffloadWriter | None = None,
+        window: int | None = None,
+        on_shard: ShardCallback | None = None,
+    ) -> None:
+        self._plan = plan
+        # A run of small tensors is begun at once, and must not fill the window alone.
+        self._reads: Iterator[Read] = plan.reads(None if window is None else max(_LEAST_RUN, window // 8))
+        self._next: Read | None = None
+        self._shards: dict[Path, Shard] = {shard.file: shard for shard in plan.checkpoint.shards}
+        self._writer = writer
+        self._window = window
+        self._begun = 0
+        self._on_shard = on_shard
+        self._changed = threading.Condition()
+        self._reader: ShardReader | None = None
+        self._open: dict[ShardReader, int] = {}
+        self._destinations: dict[Placement, Destination] = {}
+        self._pending: dict[Placement, int] = {}
+        self._rewritten: list[Path] = []
+        self._stopped = False
+        self.ways = Ways(plan.reading.io)
+
+    def take(self) -> Job | None:
+        """The next read; waits while the window is full. None when there is no more, or after `stop`."""
+        with self._changed:
+            while True:
+                if self._next is None:
+                    self._next = next(self._reads, None)
+                if self._stopped or self._next is None:
+                    return None
+                fresh = self._fresh(self._next)
+                if not fresh or not self._begun or self._window is None or self._begun + fresh <= self._window:
+                    break
+                self._changed.wait()
+            read, self._next = self._next, None
+            self._begun += fresh
+            reader = self._reader_of(read.file)
+            destinations = [self._destination(move.placement) for move in read.moves]
+            self._open[reader] += 1
+            return Job(read, reader, destinations)
+
+    def _fresh(self, read: Read) -> int:
+        """Bytes of tensors that this read begins."""
+        if self._window is None:
+            return 0
+        return sum({m.placement: m.placement.nbytes for m in read.moves if m.placement not in self._pending}.values())
+
+    def _reader_of(self, file: Path) -> ShardReader:
+        if self._reader is None or self._reader.shard.file != file:
+            reading = self._plan.reading
+            direct = self._plan.staging.bounce > 0 and may_read_directly(reading.io, file.parent)
+            previous = self._reader
+            self._reader = ShardReader(self._shards[file], self.ways, keep_cache=reading.keep_cache, direct=direct)
+            self._open[self._reader] = 0
+            if previous is not None and not self._open[previous]:
+                self._drop(previous)
+            if self._on_shard is not None:
+                self._on_shard(file)
+        return self._reader
+
+    def _destination(self, placement: Placement) -> Destination:
+        found = self._destinations.get(placement)
+        if found is None:
+            if placement.residency == "write":
+                assert self._writer is not None
+                found = self._writer.destination(placement)
+            else:
+                # What is handed over soon ends soon.
+                found = MemoryDestination(placement, apart=self._window is not None)
+            self._destinations[placement] = found
+            self._pending[placement] = placement.source_bytes
+        return found
+
+    def done(self, job: Job) -> list[tuple[Placement, Destination]]:
+        """The job's bytes are in place; returns what is whole with them."""
+        whole = []
+        with self._changed:
+            for move in job.read.moves:
+                left = self._pending[move.placement] - move.nbytes
+                if left:
+                    self._pending[move.placement] = left
+                else:
+                    del self._pending[move.placement]
+                    whole.append((move.placement, self._destinations.pop(move.placement)))
+        return whole
+
+    def give_back(self, reader: ShardReader) -> None:
+        """A job of this shard has ended, well or not."""
+        with self._changed:
+            self._open[reader] -= 1
+            if not self._open[reader] and reader is not self._reader:
+                self._drop(reader)
+
+    def hand_over(self, placement: Placement) -> None:
+        """The tensor is the caller's now, so another may be begun."""
+        with self._changed:
+            self._begun -= placement.nbytes
+            self._changed.notify_all()
+
+    def _drop(self, reader: ShardReader) -> None:
+        if not reader.is_unchanged():
+            self._rewritten.append(reader.shard.file)
+        reader.close()
+        del self._open[reader]
+
+    def finish(self) -> None:
+        """After the last read.
+
+        Raises:
+            CheckpointError: a file was written to while it was read, so what was read may be of two minds.
+        """
+        for reader in list(self._open):
+            self._drop(reader)
+        if self._rewritten:
+            raise CheckpointError(
+                f"{self._rewritten[0]}: changed during the load; wait until nothing writes to it and load again"
+            )
+
+    def stop(self) -> None:
+        """No more jobs; whoever waits for one gets None. May be interrupted and called again."""
+        self._stopped = True
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Close what is still open; for when the threads have ended."""
+        for reader in list(self._open):
+            reader.close()
+            del self._open[reader]
+        self._destinations.clear()

@@ -1,0 +1,139 @@
+"""The page cache: which pages of a file are in it, giving back those that were not, and asking for those to come.
+
+Looking changes nothing. Where the system cannot say, everything counts as there before, so nothing is given back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# Read-ahead is cut by the kernel to what one request of the device may be; this is below it everywhere.
+_STEP = 2 * 1024 * 1024
+# The same number on all of Linux's machines (6.5 on; asm-generic/unistd.h).
+_CACHESTAT = 451
+
+
+class Residency:
+    """Which pages of a file were in the page cache when it was looked at."""
+
+    def __init__(self, pages: npt.NDArray[np.bool_] | bool, count: int) -> None:
+        """`pages`: one truth value a page, or one for all of the `count` pages."""
+        # A bit a page: a checkpoint has many of them.
+        self._bits = None if isinstance(pages, bool) else np.packbits(pages)
+        self._all = isinstance(pages, bool) and pages
+        self._count = count
+
+    @property
+    def everything(self) -> bool:
+        """Whether every page was there."""
+        return self._all
+
+    def holds(self, offset: int, nbytes: int) -> bool:
+        """Whether at least half of the pages of this byte range were there."""
+        if self._bits is None:
+            return self._all
+        pages = self._pages(offset, nbytes)
+        return bool(2 * np.count_nonzero(pages) >= len(pages))
+
+    def absent(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) in bytes of each run of whole pages inside this byte range that was not there.
+
+        A page that the range shares with its neighbours counts as inside when the range begins it.
+        """
+        if self._all or nbytes <= 0:
+            return
+        first = offset // mmap.PAGESIZE
+        if self._bits is None:
+            yield first * mmap.PAGESIZE, (-(-(offset + nbytes) // mmap.PAGESIZE) - first) * mmap.PAGESIZE
+            return
+        gone = np.concatenate(([False], ~self._pages(offset, nbytes), [False]))
+        edges = np.flatnonzero(gone[1:] != gone[:-1])
+        for begin, end in edges.reshape(-1, 2).tolist():
+            yield (first + begin) * mmap.PAGESIZE, (end - begin) * mmap.PAGESIZE
+
+    def _pages(self, offset: int, nbytes: int) -> npt.NDArray[np.bool_]:
+        assert self._bits is not None
+        first, last = offset // mmap.PAGESIZE, min(self._count, -(-(offset + nbytes) // mmap.PAGESIZE))
+        bits = np.unpackbits(self._bits[first // 8 : -(-last // 8)])
+        return bits[first % 8 : first % 8 + last - first].astype(np.bool_)
+
+
+def look(fd: int, size: int) -> Residency:
+    """Which pages of the open file of `size` bytes are in the page cache now."""
+    count = -(-size // mmap.PAGESIZE)
+    cached = _count_cached(fd, size)
+    if cached is not None and cached in (0, count):
+        return Residency(cached == count, count)
+    pages = _each_cached(fd, size, count)
+    return Residency(True, count) if pages is None else Residency(pages, count)
+
+
+def give_back(fd: int, offset: int, nbytes: int) -> None:
+    """Let the kernel drop these pages; those that are mapped or not yet written stay."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def ask_for(pages: mmap.mmap, offset: int, nbytes: int) -> None:
+    """Ask the kernel to read a byte range of a mapped file ahead."""
+    if not hasattr(pages, "madvise"):
+        return
+    begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    for at in range(begin, offset + nbytes, _STEP):
+        try:
+            pages.madvise(mmap.MADV_WILLNEED, at, min(_STEP, offset + nbytes - at))
+        except OSError:
+            return  # advice only: a file system that cannot is no error
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("off", ctypes.c_uint64), ("len", ctypes.c_uint64))
+
+
+class _Stat(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("cache", "dirty", "writeback", "evicted", "recently"))
+
+
+def _count_cached(fd: int, size: int) -> int | None:
+    """Pages of the file in the cache, by cachestat(2), which is twenty times faster than asking page by page."""
+    libc = _libc()
+    if libc is None or not hasattr(libc, "syscall"):
+        return None
+    span, stat = _Range(0, size), _Stat()
+    if libc.syscall(_CACHESTAT, fd, ctypes.byref(span), ctypes.byref(stat), 0):
+        return None
+    cached: int = stat.cache
+    return cached
+
+
+def _each_cached(fd: int, size: int, count: int) -> npt.NDArray[np.bool_] | None:
+    """Page by page, by mincore(2); None where it cannot be asked. Others' files it calls cached altogether."""
+    libc = _libc()
+    if libc is None or not hasattr(libc, "mincore") or not size:
+        return None
+    try:
+        view = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    except (OSError, ValueError):
+        return None  # no address space for it
+    found = np.zeros(count, dtype=np.uint8)
+    try:
+        address = np.frombuffer(view, dtype=np.uint8).ctypes.data
+        if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_void_p(found.ctypes.data)):
+            return None
+    finally:
+        view.close()
+    return (found & 1).astype(np.bool_)
+
+
+@functools.cache
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None

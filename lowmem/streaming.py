@@ -1,0 +1,57 @@
+"""One tensor after the other, for people who place weights themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import torch
+
+from ._collector import paused_collector
+from .checkpoint import inspect
+from .engine import iterate
+from .loader import check_present
+from .planner import make_stream_plan
+from .planner.request import make_stream_request
+
+
+def stream(
+    source: str | os.PathLike[str],
+    *,
+    only: str | Iterable[str] | Callable[[str], bool] | None = None,
+    dtype: Any = "auto",
+    device: Any = "cpu",
+    staging: int | str | None = None,
+    io: str = "auto",
+    keep_cache: bool = False,
+) -> Generator[tuple[str, torch.Tensor], None, None]:
+    """Iterate over the tensors of a checkpoint, in file order, read ahead by several threads.
+
+    A tensor that was given out is the caller's own: it is never overwritten, and its memory ends with the caller's
+    last reference. What is read ahead and the readers' buffers take at most `staging`, or, where one tensor is
+    larger, that tensor and the buffers.
+
+    Args:
+        source: a folder, an index file or a `.safetensors` file.
+        only: the tensors to give: names of tensors or modules, patterns with `*`, or a function of the key. Bytes of
+            the others are not read.
+        dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only.
+        device: where the tensors are made: `"cpu"`, `"cuda:0"`, ….
+        staging: bytes that may be in flight, at least 1 MiB. Default: 64 MiB.
+        io: how files are read, as in `load`.
+        keep_cache: leave in the page cache what was not there before.
+
+    Returns:
+        A generator of (key, tensor). Everything is decided when it is made; its threads start with the first tensor
+        and end with it, however it ends.
+
+    Raises:
+        LowmemError: see `lowmem.errors`. A file that changes while it is read is known only at the end.
+    """
+    request = make_stream_request(only=only, dtype=dtype, device=device, staging=staging, io=io, keep_cache=keep_cache)
+    checkpoint = inspect(source)
+    with paused_collector():
+        plan, window = make_stream_plan(checkpoint, request)
+    check_present(plan)
+    return iterate(plan, window)
