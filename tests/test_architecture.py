@@ -24,6 +24,7 @@ ORDER = [
     "dtypes",
     "_collector",
     "_mounts",
+    "_records",
     "limits",
     "_sampler",
     "_processes",

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._records import cheap_init
 
+
+@cheap_init
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of a checkpoint, where it lies.

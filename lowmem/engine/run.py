@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .._collector import paused_collector
 from ..planner import LoadPlan, Placement, Progress, ProgressCallback
 from .cleanup import undisturbed
 from .crew import Crew, Done
@@ -118,7 +119,9 @@ class _Run:
         crew = Crew(self._plan, feed)
         try:
             crew.start()
-            mapped = self._settle_unmoved()
+            # Two objects a tensor and no cycles; nobody else's code runs meanwhile.
+            with paused_collector():
+                mapped = self._settle_unmoved()
             while (done := crew.next()) is not None:
                 self._take(done)
             feed.finish()

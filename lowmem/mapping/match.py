@@ -32,7 +32,7 @@ def match(checkpoint: Checkpoint, skeleton: Skeleton, untied: Collection[str] = 
     mismatched: list[Mismatch] = []
     unexpected: list[str] = []
     feeds: dict[str, str] = {}
-    for key, entry in checkpoint.items():
+    for key, entry in checkpoint.entries.items():
         name = names[key]
         target = state.get(name)
         if target is None:
@@ -48,8 +48,7 @@ def match(checkpoint: Checkpoint, skeleton: Skeleton, untied: Collection[str] = 
         else:
             links.append(Link(entry, name, whole(target.shape)))
     links, tied, doubled = _resolve_ties(links, state, untied, set(skeleton.rules.declared_ties().values()))
-    covered = {link.target for link in links} | set(tied) | {m.target for m in mismatched}
-    missing = [name for name in state if name not in covered]
+    missing = [name for name in state if name not in feeds and name not in tied]
     excused = skeleton.rules.may_miss(missing)
     ignored = skeleton.rules.may_ignore(unexpected)
     left_over = [key for key in unexpected if key not in ignored]
@@ -59,7 +58,7 @@ def match(checkpoint: Checkpoint, skeleton: Skeleton, untied: Collection[str] = 
         tied=tied,
         doubled=doubled,
         missing=tuple(missing),
-        excused=tuple(name for name in state if name in excused),
+        excused=tuple(name for name in state if name in excused) if excused else (),
         unexpected=tuple(left_over),
         mismatched=tuple(mismatched),
         suggestions=tuple(_suggest(checkpoint, state, missing, left_over)),
@@ -73,18 +72,20 @@ def _resolve_ties(
 
     Returns the links, the followers, and the followers that had a key of their own.
     """
+    # Most models tie nothing or little, and one of a group bears its name.
+    shared = {target.tie for name, target in state.items() if target.tie != name and name not in untied}
+    if not shared:
+        return list(links), {}, {}
     groups: dict[str, list[str]] = defaultdict(list)
     for name, target in state.items():
-        if name not in untied:
+        if target.tie in shared and name not in untied:
             groups[target.tie].append(name)
-    fed: dict[str, Link] = {link.target: link for link in links}
+    fed = {link.target for link in links}
     dropped: set[str] = set()
     tied: dict[str, str] = {}
     doubled: dict[str, str] = {}
     for members in groups.values():
-        if len(members) == 1:
-            continue
-        candidates = [name for name in members if name in fed]
+        candidates = [name for name in members if name in fed] if len(members) > 1 else []
         if not candidates:
             continue
         leader = next((name for name in candidates if name in sources), candidates[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ _HARMLESS = ("torch", "torchvision", "timm", "torchmetrics", "transformers")
 _INSTEAD = "load the checkpoint with torch's load_state_dict"
 
 
-def check_module(model: nn.Module, transformers: bool) -> None:
-    """Refuse a module that would compute with other weights than those that the load sets. Linear in its size.
+def checked_modules(model: nn.Module, transformers: bool) -> Iterator[tuple[str, nn.Module]]:
+    """`walk`, refusing a model that would compute with other weights than those that the load sets.
 
     Refused are modules whose weights are held elsewhere (accelerate's hooks, TorchScript, tensor subclasses), not
     there yet (lazy parameters), without a name in a state dict (cycles, dots), or made from the state dict by code
@@ -32,6 +32,8 @@ def check_module(model: nn.Module, transformers: bool) -> None:
       where torch, torchvision, timm, torchmetrics or transformers brought it, and in a transformers model:
       `from_pretrained` never runs either.
 
+    Each module is yielded once it is checked, so that one pass over tens of thousands serves this and the reader.
+
     Args:
         model: any module.
         transformers: whether `model` is a transformers model.
@@ -39,12 +41,8 @@ def check_module(model: nn.Module, transformers: bool) -> None:
     Raises:
         ModelError: with the path of the module or tensor, what was found there, and the remedy.
     """
-    seen: set[int] = set()
     problems: dict[type, str | None] = {}
     for prefix, module in walk(model):
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
         kind = type(module)
         if kind not in problems:
             problems[kind] = _problem_of(kind, transformers)
@@ -56,9 +54,11 @@ def check_module(model: nn.Module, transformers: bool) -> None:
                 "of a former load, dispatch or offload, which would bring back the old weights; call "
                 "accelerate.hooks.remove_hook_from_submodules(model), or give a fresh model"
             )
-        _check_leaves(prefix, module)
+        _check_names(prefix, module)
+        _check_tensors(prefix, module)
         if module._load_state_dict_pre_hooks and not transformers:
             _check_hooks(_place(prefix, module), module._load_state_dict_pre_hooks.values())
+        yield prefix, module
 
 
 def _place(prefix: str, module: nn.Module) -> str:
@@ -80,11 +80,16 @@ def _problem_of(kind: type[nn.Module], transformers: bool) -> str | None:
     return None
 
 
-def _check_leaves(prefix: str, module: nn.Module) -> None:
-    """Refuse names and tensors that no state dict could address or lowmem could not rebuild."""
-    for leaf in (*module._parameters, *module._buffers, *module._modules):
-        if not isinstance(leaf, str) or not leaf or "." in leaf:
-            raise ModelError(f"{_place(prefix, module)}: expected names without a dot, found {leaf!r}; rename it")
+def _check_names(prefix: str, module: nn.Module) -> None:
+    """Refuse names that no state dict could address."""
+    for table in (module._parameters, module._buffers, module._modules):
+        for leaf in table:
+            if not isinstance(leaf, str) or not leaf or "." in leaf:
+                raise ModelError(f"{_place(prefix, module)}: expected names without a dot, found {leaf!r}; rename it")
+
+
+def _check_tensors(prefix: str, module: nn.Module) -> None:
+    """Refuse tensors that lowmem could not rebuild."""
     for table in (module._parameters, module._buffers):
         for leaf, tensor in table.items():
             kind = type(tensor)

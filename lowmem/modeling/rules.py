@@ -10,7 +10,7 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..errors import ModelError
 from .empty import real_tensors
-from .targets import Target, owner_of
+from .targets import Target, owner_of, walk
 
 
 class Rules:
@@ -37,7 +37,7 @@ class Rules:
 
     def rename(self, checkpoint: Checkpoint, targets: Mapping[str, Target]) -> dict[str, str]:
         """Checkpoint key → target name. A name that is no target makes the key an unexpected one."""
-        return {key: key for key in checkpoint}
+        return {key: key for key in checkpoint.entries}
 
     def keep_fp32(self, dtype: str, names: Iterable[str]) -> set[str]:
         """Targets that the model itself wants in fp32 when the rest is `dtype`."""
@@ -79,10 +79,15 @@ class Rules:
 
     def finish(self, missing: Collection[str]) -> None:
         """After every tensor is in its place. `missing`: state-dict names that no key of the checkpoint fed."""
-        lost = [name for name, target in self.model.named_buffers() if target.is_meta]
+        lost: dict[int, str] = {}
+        for prefix, module in walk(self.model):
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    lost.setdefault(id(buffer), prefix + leaf)
         if lost:
+            first = next(iter(lost.values()))
             raise ModelError(
-                f"buffer {lost[0]!r} is on the meta device and not in the checkpoint ({len(lost)} such); give lowmem a "
+                f"buffer {first!r} is on the meta device and not in the checkpoint ({len(lost)} such); give lowmem a "
                 "callable that builds the model, so that buffers keep their values"
             )
 

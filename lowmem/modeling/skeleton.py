@@ -11,11 +11,11 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..errors import ModelError
 from . import hf
-from .checks import check_module
+from .checks import checked_modules
 from .empty import empty_parameters, real_tensors
 from .failures import refusing
 from .rules import Rules
-from .targets import Target, read_targets
+from .targets import Target, join_declared, read_targets
 
 ModelSource = nn.Module | Callable[[], nn.Module] | None
 
@@ -80,7 +80,7 @@ def make_skeleton(origin: Origin, checkpoint: Checkpoint, dtype: str) -> Skeleto
         dtype: `"auto"` or a torch name.
 
     Raises:
-        ModelError: building failed, or the module is one that lowmem cannot fill (see `checks.check_module`).
+        ModelError: building failed, or the module is one that lowmem cannot fill (see `checks.checked_modules`).
     """
     source = origin.model
     with real_tensors():
@@ -90,13 +90,13 @@ def make_skeleton(origin: Origin, checkpoint: Checkpoint, dtype: str) -> Skeleto
             module = source
         else:
             module = _call(source)
-        rules = _rules_of(module, isinstance(source, hf.Blueprint), checkpoint)
-    return Skeleton(module, read_targets(module, rules.declared_ties()), rules, isinstance(source, nn.Module))
+        transformers = hf.is_transformers_model(module)
+        targets = read_targets(checked_modules(module, transformers))
+        rules = _rules_of(module, transformers, isinstance(source, hf.Blueprint), checkpoint)
+    return Skeleton(module, join_declared(targets, rules.declared_ties()), rules, isinstance(source, nn.Module))
 
 
-def _rules_of(module: nn.Module, built: bool, checkpoint: Checkpoint) -> Rules:
-    transformers = hf.is_transformers_model(module)
-    check_module(module, transformers)
+def _rules_of(module: nn.Module, transformers: bool, built: bool, checkpoint: Checkpoint) -> Rules:
     if not transformers:
         return Rules(module)
     folder = checkpoint.folder if checkpoint.config is not None else None

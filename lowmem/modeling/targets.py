@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from .._records import cheap_init
 from ..errors import ModelError
 
 
+@cheap_init
 @dataclass(frozen=True, slots=True)
 class Target:
     """One parameter or buffer of the model.
@@ -35,34 +37,25 @@ class Target:
     real: bool
 
 
-def read_targets(model: nn.Module, tied: Mapping[str, str] | None = None) -> dict[str, Target]:
-    """All parameters and buffers of `model`, by name, in the model's order.
-
-    Args:
-        model: any module.
-        tied: name → name pairs that share a tensor although the objects differ now (transformers declares these).
-    """
+def read_targets(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Target]:
+    """All parameters and buffers of a model, by name, in its order. `modules` is what `walk` yields."""
     targets: dict[str, Target] = {}
     first: dict[int, str] = {}
-    declared = dict(tied or {})
+
+    def add(name: str, tensor: torch.Tensor, kind: str, persistent: bool) -> None:
+        tie = first.setdefault(id(tensor), name)
+        dtype = dtype_name(tensor.dtype)
+        targets[name] = Target(name, tuple(tensor.shape), dtype, kind, persistent, tie, not tensor.is_meta)
+
     # Shared modules count under each of their names, as in the state dict.
-    for prefix, module in walk(model):
-        transient = module._non_persistent_buffers_set
-        for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
-            for leaf, tensor in table.items():
-                if tensor is None:
-                    continue
-                name = prefix + leaf
-                targets[name] = Target(
-                    name=name,
-                    shape=tuple(tensor.shape),
-                    dtype=dtype_name(tensor.dtype),
-                    kind=kind,
-                    persistent=kind == "parameter" or leaf not in transient,
-                    tie=first.setdefault(id(tensor), name),
-                    real=not tensor.is_meta,
-                )
-    return _join_declared(targets, declared)
+    for prefix, module in modules:
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                add(prefix + leaf, parameter, "parameter", True)
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                add(prefix + leaf, buffer, "buffer", leaf not in module._non_persistent_buffers_set)
+    return targets
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -71,27 +64,30 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Raises:
         ModelError: a module is inside itself.
     """
-    # A module that has children stays an ancestor until its entry without a module comes up.
-    stack: list[tuple[str, nn.Module | None]] = [("", model)]
-    above: dict[int, str] = {}
-    path: list[int] = []
-    while stack:
-        prefix, module = stack.pop()
-        if module is None:
-            del above[path.pop()]
-            continue
-        if id(module) in above:
-            outer = repr(above[id(module)][:-1]) if above[id(module)] else "the model itself"
-            raise ModelError(
-                f"module {prefix[:-1]!r} is {outer}, which it is inside of: expected a tree of modules, found a "
-                "cycle; keep the reference outside of the module's children, for example in a list"
-            )
-        yield prefix, module
-        if module._modules:
-            above[id(module)] = prefix
-            path.append(id(module))
-            stack.append((prefix, None))
-            stack += [(f"{prefix}{leaf}.", m) for leaf, m in reversed(module._modules.items()) if m is not None]
+    yield "", model
+    # Iterators instead of lists of children: a collector's pass costs more than the walk, and lists would call for it.
+    above: dict[int, str] = {id(model): ""}
+    path = [("", id(model), iter(model._modules.items()))]
+    while path:
+        prefix, parent, children = path[-1]
+        for leaf, module in children:
+            if module is None:
+                continue
+            inner = f"{prefix}{leaf}."
+            if id(module) in above:
+                outer = repr(above[id(module)][:-1]) if above[id(module)] else "the model itself"
+                raise ModelError(
+                    f"module {inner[:-1]!r} is {outer}, which it is inside of: expected a tree of modules, found a "
+                    "cycle; keep the reference outside of the module's children, for example in a list"
+                )
+            yield inner, module
+            if module._modules:
+                above[id(module)] = inner
+                path.append((inner, id(module), iter(module._modules.items())))
+                break
+        else:
+            del above[parent]
+            path.pop()
 
 
 @functools.cache
@@ -100,8 +96,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _join_declared(targets: dict[str, Target], declared: dict[str, str]) -> dict[str, Target]:
-    """Merge tie groups that are only declared; a group is named after its first member in the model's order."""
+def join_declared(targets: dict[str, Target], declared: Mapping[str, str]) -> dict[str, Target]:
+    """Merge tie groups that are only declared; a group is named after its first member in the model's order.
+
+    Args:
+        targets: as `read_targets` found them.
+        declared: name → name pairs that share a tensor although the objects differ now (transformers declares these).
+    """
     if not declared:
         return targets
     root = {name: target.tie for name, target in targets.items()}

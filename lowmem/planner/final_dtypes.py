@@ -30,18 +30,25 @@ def final_dtypes(
         UnsupportedError: a dtype that torch does not have, or a cast that would change the meaning.
     """
     entries = {link.target: link.entry for link in mapping.links}
+    owned, tied = skeleton.rules.owns_dtypes, mapping.tied
     final: dict[str, str] = {}
     for name, target in skeleton.targets.items():
-        entry = entries.get(mapping.tied.get(name, name))
-        own = target.dtype if entry is None or skeleton.rules.owns_dtypes else entry.dtype
-        # What has values and is not in the checkpoint stays as it is.
-        settled = skeleton.rules.owns_dtypes or not target.persistent or (entry is None and target.real)
-        final[name] = dtype if dtype != "auto" and is_floating(own) and not settled else own
+        entry = entries.get(tied.get(name, name))
+        own = target.dtype if entry is None or owned else entry.dtype
+        if dtype != "auto" and is_floating(own):
+            # What has values and is not in the checkpoint stays as it is.
+            settled = owned or not target.persistent or (entry is None and target.real)
+            own = own if settled else dtype
+        final[name] = own
     warnings = _keep(skeleton, final, dtype, keep_fp32)
+    checked: set[tuple[str, str]] = set()
     for name, entry in entries.items():
-        check_cast(name, entry.dtype, final[name])
+        cast = entry.dtype, final[name]
+        if cast not in checked:
+            check_cast(name, *cast)
+            checked.add(cast)
         own = skeleton.targets[name].dtype
-        if is_floating(own) != is_floating(entry.dtype) and not skeleton.rules.owns_dtypes:
+        if own != entry.dtype and not owned and is_floating(own) != is_floating(entry.dtype):
             warnings.append(
                 f"{name!r} is {own} in the model and {entry.dtype} in the checkpoint: it becomes {final[name]}"
             )
@@ -53,10 +60,7 @@ def final_dtypes(
 def _keep(skeleton: Skeleton, final: dict[str, str], dtype: str, keep_fp32: tuple[str, ...]) -> list[str]:
     """Turn what the keep-lists name into fp32, in place; returns warnings."""
     warnings = []
-    groups: dict[str, list[str]] = defaultdict(list)
     halves = [name for name, d in final.items() if d in _HALVES and skeleton.targets[name].persistent]
-    for name in halves:
-        groups[skeleton.targets[name].tie].append(name)
     kept: set[str] = set()
     # The model's list depends on the dtype that the model as a whole has.
     for half in _HALVES:
@@ -66,7 +70,12 @@ def _keep(skeleton: Skeleton, final: dict[str, str], dtype: str, keep_fp32: tupl
         named = [name for name in skeleton.targets if name_matches(name, pattern)]
         if not named:
             warnings.append(f"keep_fp32: {pattern!r} names no module or parameter of this model")
-        kept.update(name for name in named if name in halves or final[name] in _HALVES)
+        kept.update(name for name in named if final[name] in _HALVES)
+    if not kept:
+        return warnings
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in halves:
+        groups[skeleton.targets[name].tie].append(name)
     for name in sorted(kept):
         final[name] = "float32"
         for other in groups[skeleton.targets[name].tie]:
@@ -112,6 +121,7 @@ def check_cast(name: str, source: str, final: str) -> None:
         )
 
 
+@functools.lru_cache(maxsize=1024)
 def nbytes_of(shape: tuple[int, ...], dtype: str) -> int:
     """Bytes of a dense tensor."""
     count = itemsize(dtype)

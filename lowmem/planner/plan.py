@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from .._mounts import memory_file_system
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, TensorEntry
 from ..dtypes import itemsize
 from ..errors import BudgetError, PlacementError
 from ..limits import HostMemory, host_memory
-from ..mapping import KeyMapping
+from ..mapping import KeyMapping, Link
 from ..modeling.skeleton import Skeleton
 from ..sizes import KIB, MIB, format_size
 from . import budget
@@ -195,29 +195,32 @@ def _place(draft: _Draft, devices: DeviceMap) -> tuple[list[Placement], list[str
     followers: dict[str, list[str]] = defaultdict(list)
     for name, leader in draft.mapping.tied.items():
         followers[leader].append(name)
+    targets, final = draft.skeleton.targets, draft.final
     placements: list[Placement] = []
     warnings: list[str] = []
+
+    def add(names: tuple[str, ...], device: str, residency: Residency, links: tuple[Link, ...]) -> None:
+        name = names[0]
+        shape, dtype = targets[name].shape, final[name]
+        placements.append(Placement(name, names, shape, dtype, nbytes_of(shape, dtype), device, residency, links))
+
     for link in draft.mapping.links:
-        by_device = {_device_of(draft, devices, link.target): [link.target]}
-        for name in followers.get(link.target, ()):
-            by_device.setdefault(_device_of(draft, devices, name), []).append(name)
+        name, entry = link.target, link.entry
+        device = _device_of(draft, devices, name)
+        if name not in followers:
+            add((name,), device, _residency(draft, device, final[name], entry), (link,))
+            continue
+        by_device = {device: [name]}
+        for follower in followers[name]:
+            by_device.setdefault(_device_of(draft, devices, follower), []).append(follower)
         if len(by_device) > 1:
-            warnings.append(f"{link.target!r} is tied across {', '.join(by_device)}: one copy on each")
+            warnings.append(f"{name!r} is tied across {', '.join(by_device)}: one copy on each")
         for device, names in by_device.items():
-            dtype = draft.final[names[0]]
-            target = draft.skeleton.targets[names[0]]
-            residency = _residency(draft, device, dtype, link.entry.dtype, link.entry.offset)
-            nbytes = nbytes_of(target.shape, dtype)
-            placements.append(
-                Placement(names[0], tuple(names), target.shape, dtype, nbytes, device, residency, (link,))
-            )
+            add(tuple(names), device, _residency(draft, device, final[names[0]], entry), (link,))
     for names in _to_initialise(draft.skeleton, draft.mapping):
         device = _device_of(draft, devices, names[0])
-        target, dtype = draft.skeleton.targets[names[0]], draft.final[names[0]]
-        nbytes = nbytes_of(target.shape, dtype)
         # What has no file yet cannot stay on disk.
-        device = "cpu" if device == "disk" else device
-        placements.append(Placement(names[0], tuple(names), target.shape, dtype, nbytes, device, "init", ()))
+        add(tuple(names), "cpu" if device == "disk" else device, "init", ())
     return placements, warnings
 
 
@@ -226,10 +229,10 @@ def _device_of(draft: _Draft, devices: DeviceMap, name: str) -> str:
 
     accelerate keeps buffers of offloaded layers on the device that computes, and hangs its hooks on modules.
     """
+    if devices.only == "cpu":
+        return "cpu"
     device = devices.of(name)
     assert device is not None
-    if devices.only == "cpu":
-        return device
     waits = device == "disk" or (device == "cpu" and devices.main_device != "cpu")
     if waits and (name in devices.table or draft.skeleton.targets[name].kind == "buffer"):
         return devices.main_device
@@ -251,12 +254,13 @@ def _check_reachable(placements: Sequence[Placement]) -> None:
             ) from None
 
 
-def _residency(draft: _Draft, device: str, final: str, source: str, offset: int) -> Residency:
+def _residency(draft: _Draft, device: str, final: str, entry: TensorEntry) -> Residency:
+    same = entry.dtype == final
     if device == "disk":
-        return "refer" if source == final else "write"
+        return "refer" if same else "write"
     # torch reads a tensor only at a multiple of its element size; odd headers of old writers break that.
-    mappable = source == final and offset % itemsize(source) == 0
-    return "map" if device == "cpu" and mappable and draft.request.residency == "map" else "copy"
+    mappable = same and device == "cpu" and draft.request.residency == "map"
+    return "map" if mappable and entry.offset % itemsize(final) == 0 else "copy"
 
 
 def _plan_files(draft: _Draft, placements: Sequence[Placement]) -> OffloadPlan | None:

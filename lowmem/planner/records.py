@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .._mounts import is_on_local_disk
+from .._records import cheap_init
 from ..checkpoint import Checkpoint
 from ..dtypes import itemsize
 from ..mapping import KeyMapping, Link, Region
@@ -60,6 +61,7 @@ class StreamRequest:
     keep_cache: bool = False
 
 
+@cheap_init
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
     """Where one tensor of the model ends up. Compared by identity: each is one destination.
