@@ -103,7 +103,7 @@ def readers(case: Case) -> dict[str, Reader]:
     if not case.casts and case.residency == "map":
         return {"mmap": Reader(False, 1, 4 * MIB)}
     cores = len(os.sched_getaffinity(0))
-    found = [Reader(False, n, size * MIB) for n in (cores, 2 * cores) for size in (1, 4)]
+    found = [Reader(False, n, size * MIB) for n in (cores, 2 * cores) for size in (4, 8)]
     if case.cold:
         found = [Reader(direct, n, 4 * MIB) for direct in (False, True) for n in (1, 2, 4, 8)]
         found += [Reader(True, 4, size * MIB) for size in (1, 8)]
