@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", metavar="A,B", help="names of cases (default: all)")
     parser.add_argument("--loaders", metavar="X,Y", help="names of loaders (default: all)")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="processes of each (default: 3; quick: 1)")
-    parser.add_argument("--repeats", type=_positive, metavar="N", default=5, help="loads in each process (default: 5)")
+    parser.add_argument("--repeats", type=_positive, metavar="N", help="loads in each process (default: 5; quick: 3)")
     parser.add_argument("--timeout", type=float, metavar="S", default=600, help="of a process (default: 600 s)")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written and kept (default: temporary)")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="where results go (bench-results)")
@@ -84,6 +84,7 @@ def _measure(options: argparse.Namespace, cases: tuple[Case, ...], loaders: tupl
     from bench.loaders.base import versions
 
     rounds = options.rounds or (1 if options.quick else 3)
+    repeats = options.repeats or (3 if options.quick else 5)
     used = {package: version for name in loaders for package, version in versions(LOADERS[name]).items()}
     children = Forks() if options.forks or options.quick else Fresh()
     with contextlib.ExitStack() as stack:
@@ -92,8 +93,8 @@ def _measure(options: argparse.Namespace, cases: tuple[Case, ...], loaders: tupl
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(stack.enter_context(temporary(prefix="work-", dir=folder)))
         least = not options.no_least_memory and not options.quick
-        plan = Plan(cases, loaders, folder, work, rounds, options.repeats, options.timeout, least)
-        results = make_results(describe_machine(folder, used), cases, {"rounds": rounds, "repeats": options.repeats})
+        plan = Plan(cases, loaders, folder, work, rounds, repeats, options.timeout, least)
+        results = make_results(describe_machine(folder, used), cases, {"rounds": rounds, "repeats": repeats})
         results["titles"] = {name: LOADERS[name].title for name in loaders}
 
         def done(row: Row) -> None:
