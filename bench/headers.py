@@ -29,19 +29,6 @@ def least(action: Callable[[], Any], rounds: int) -> float:
     return best
 
 
-def empty_model(source: Path) -> Any:
-    """A module with the checkpoint's names and shapes, on meta."""
-    import torch
-
-    checkpoint = lowmem.inspect(source)
-    root = torch.nn.Module()
-    root.layers = torch.nn.ModuleList(torch.nn.Module() for _ in checkpoint)
-    for key, entry in checkpoint.items():
-        weight = torch.nn.Parameter(torch.empty(entry.shape, device="meta"))
-        root.get_submodule(key.rpartition(".")[0]).register_parameter("weight", weight)
-    return root
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.headers", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
@@ -61,7 +48,9 @@ def main() -> int:
             "lowmem.inspect()": least(lambda: lowmem.inspect(source), arguments.rounds),
         }
         assert "torch" not in sys.modules, "inspect must not need torch"
-        model = empty_model(source)
+        from bench.models import plain_module, shapes_of
+
+        model = plain_module(shapes_of(source))
         lowmem.plan(source, model=model)
         figures["lowmem.plan()"] = least(lambda: lowmem.plan(source, model=model), arguments.rounds)
     if arguments.json is not None:

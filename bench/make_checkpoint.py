@@ -25,22 +25,35 @@ def llama_3b(dtype: str) -> Recipe:
     return _llama("llama-3b", dtype, hidden=3072, layers=28, heads=24)
 
 
-def _llama(name: str, dtype: str, *, hidden: int, layers: int, heads: int) -> Recipe:
-    """Shapes and settings of https://huggingface.co/meta-llama/Llama-3.2-1B and -3B."""
+def llama_125m(dtype: str) -> Recipe:
+    return _llama("llama-125m", dtype, hidden=1024, layers=6, heads=16, vocabulary=32768, intermediate=4096)
+
+
+def _llama(
+    name: str,
+    dtype: str,
+    *,
+    hidden: int,
+    layers: int,
+    heads: int,
+    vocabulary: int = 128256,
+    intermediate: int = 8192,
+) -> Recipe:
+    """Shapes and settings of https://huggingface.co/meta-llama/Llama-3.2-1B and -3B, or smaller."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        vocab_size=128256,
+        vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=8192,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=8,
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
-        bos_token_id=128000,
-        eos_token_id=128001,
+        bos_token_id=min(128000, vocabulary - 2),
+        eos_token_id=min(128001, vocabulary - 1),
         tie_word_embeddings=True,
         rope_parameters={
             "rope_type": "llama3",
@@ -94,6 +107,7 @@ def many_small(dtype: str) -> Recipe:
 RECIPES: dict[str, tuple[Callable[[str], Recipe], str]] = {
     "llama-1b": (llama_1b, "the shape of Llama-3.2-1B: 1.24 B parameters, tied embeddings, 2.5 GB"),
     "llama-3b": (llama_3b, "the shape of Llama-3.2-3B: 3.21 B parameters, tied embeddings, 6.4 GB"),
+    "llama-125m": (llama_125m, "a Llama of 125 M parameters, tied embeddings, 250 MB: for quick runs"),
     "qwen3-moe": (qwen3_moe, "12 layers of 64 experts, each expert in tensors of its own: 2.4 GB"),
     "one-3gb-tensor": (one_3gb_tensor, "a single tensor 'weight' of 3 GB in any dtype; no config.json"),
     "many-small": (many_small, "30,000 tensors of a few KiB: 150 MB; no config.json"),

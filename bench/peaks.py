@@ -19,14 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.device_maps import DISJOINT, LAYERS_TO_DISK
 from bench.kernel_limits import Limit, find_limit
+from bench.sources import make_checkpoint
 from lowmem.sizes import MIB
 
-LAYERS_TO_DISK = {"": "cpu", "model.layers": "disk"}
-
-
-DISJOINT = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-DISJOINT["model.layers"] = "disk"
 PEERS = ("transformers", "accelerate")
 
 
@@ -140,7 +137,7 @@ def measure_all(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     for case in CASES:
         if names and not any(name in case.name for name in names):
             continue
-        source = _checkpoint(folder, case.checkpoint)
+        source = make_checkpoint(folder, case.checkpoint)
         free = run_case(case, source, folder)
         allowed = free["resident"] + case.bound
         limit = find_limit(int(free["predicted"] * 1.05), free["before"], free["mapped"])
@@ -172,14 +169,6 @@ def _peer(case: Case, source: Path, folder: Path, loader: str) -> dict[str, Any]
     except RuntimeError as error:
         print(f"{loader} cannot: {error}", file=sys.stderr)
         return None
-
-
-def _checkpoint(folder: Path, name: str) -> Path:
-    target = folder / name
-    if not target.exists():
-        command = [sys.executable, "-m", "bench.make_checkpoint", name, str(target), "--max-shard-size", "1GB"]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    return target
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,39 @@
+"""This package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.device_maps import LAYERS_TO_DISK
+from bench.loaders.base import Job, Loader, Model
+from bench.models import plain_module
+from bench.phases import Phases
+
+
+class Lowmem(Loader):
+    """`lowmem.load`; its weights phase is everything but the model: headers, matching, plan, reading, installing."""
+
+    name = "lowmem"
+    title = "lowmem"
+    packages = ("lowmem",)
+    has_staging = True
+
+    def imports(self, job: Job) -> None:
+        super().imports(job)
+        import accelerate  # noqa: F401
+
+        import lowmem.loader  # noqa: F401
+
+    def load(self, job: Job, phases: Phases) -> Model:
+        import lowmem
+
+        case = job.case
+        residency = "copy" if case.residency == "copy" else "map"
+        options: dict[str, Any] = {"dtype": case.dtype, "residency": residency, "staging": case.staging}
+        if case.on_disk:
+            options.update(device_map=LAYERS_TO_DISK, offload_folder=job.offload)
+        if not case.has_config:
+            options["model"] = lambda: plain_module(job.shapes)
+        result = lowmem.load(job.source, **options)
+        phases.build = result.report.phases["build"]
+        return result.model

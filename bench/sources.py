@@ -1,0 +1,17 @@
+"""Checkpoints in a folder, written when they are not there yet."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def make_checkpoint(folder: Path, name: str, dtype: str = "bfloat16", shard: str = "1GB") -> Path:
+    """The checkpoint `name` of `bench.make_checkpoint`, by a process of its own."""
+    target = folder / (name if dtype == "bfloat16" else f"{name}-{dtype}")
+    if not target.exists():
+        command = [sys.executable, "-m", "bench.make_checkpoint", name, str(target)]
+        command += ["--dtype", dtype, "--max-shard-size", shard]
+        subprocess.run(command, check=True, stdout=sys.stderr, cwd=Path(__file__).parent.parent)
+    return target
