@@ -667,8 +667,8 @@ def test_bytes_in_flight_never_exceed_the_plan(
     monkeypatch.setattr(budget, "workers_here", lambda: workers)
     made: list[int] = []
     reads: list[int] = []
-    original = crew._buffer
-    monkeypatch.setattr(crew, "_buffer", lambda size: made.append(size) or original(size))
+    original = crew.Scratch
+    monkeypatch.setattr(crew, "Scratch", lambda size: made.append(size) or original(size))
     read = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: reads.append(sum(map(len, views))) or read(fd, views, at))
     options = {"dtype": "float32", "device_map": "disk", "offload_folder": tmp_path / "off"}

@@ -6,15 +6,17 @@ import queue
 import threading
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
-
-import torch
 
 from ..errors import BudgetError
 from ..planner import LoadPlan, Placement
 from ..planner.records import Read
-from .destinations import Destination, anonymous_map, memory_of
+from .destinations import Destination, Scratch
 from .feed import Feed, Job
+
+# More moves than this in one read are small ones, which are the interpreter's work more than the kernel's.
+_A_FEW = 4
 
 
 @dataclass(eq=False, slots=True)
@@ -106,11 +108,11 @@ class Crew:
     def _read_all(self) -> None:
         """Read after read, through buffers that end with this call."""
         staging = self._plan.staging
-        buffer = _buffer(staging.each)
-        bounce = memory_of(_buffer(staging.bounce)) if staging.bounce else None
+        scratch = Scratch(staging.each)
+        bounce = Scratch(staging.bounce).memory if staging.bounce else None
         while (job := self._feed.take()) is not None:
             try:
-                _carry_out(job, buffer, bounce)
+                self._carry_out(job, scratch, bounce)
                 done = Done(job.read, self._feed.done(job))
             finally:
                 self._feed.give_back(job.reader)
@@ -119,20 +121,16 @@ class Crew:
             self._events.put(done)
             del done
 
-
-def _carry_out(job: Job, buffer: torch.Tensor, bounce: memoryview | None) -> None:
-    """One read into all its places, and what has to be done to the bytes after that."""
-    moves, at = [], 0
-    for move, destination in zip(job.read.moves, job.destinations, strict=True):
-        moves.append((move, destination, buffer[at : at + move.scratch] if move.scratch else buffer))
-        at += move.scratch
-    job.reader.fill([d.begin(m, scratch) for m, d, scratch in moves], job.read.offset, bounce)
-    for move, destination, scratch in moves:
-        destination.end(move, scratch)
-
-
-def _buffer(size: int) -> torch.Tensor:
-    """A buffer of its own mapping: the kernel gets every page back at once, where a heap might keep them."""
-    if not size:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(anonymous_map(size), dtype=torch.uint8)
+    def _carry_out(self, job: Job, scratch: Scratch, bounce: memoryview | None) -> None:
+        """One read into all its places, and what has to be done to the bytes after that."""
+        turn = self._feed.turn if len(job.read.moves) > _A_FEW else nullcontext()
+        steps, at = [], 0
+        with turn:
+            for move, destination in zip(job.read.moves, job.destinations, strict=True):
+                steps.append((move, destination, at))
+                at += move.scratch
+            views = [destination.begin(move, scratch, at) for move, destination, at in steps]
+        job.reader.fill(views, job.read.offset, bounce)
+        with turn:
+            for move, destination, at in steps:
+                destination.end(move, scratch, at)

@@ -57,7 +57,9 @@ class Feed:
         self._window = window
         self._begun = 0
         self._on_shard = on_shard
-        self._changed = threading.Condition()
+        # Also for what is the interpreter's work alone. Threads that each do it by themselves hand its lock to and fro
+        # at every small tensor, which costs more than the tensor.
+        self.turn = threading.Condition()
         self._reader: ShardReader | None = None
         self._open: dict[ShardReader, int] = {}
         self._destinations: dict[Placement, Destination] = {}
@@ -68,7 +70,7 @@ class Feed:
 
     def take(self) -> Job | None:
         """The next read; waits while the window is full. None when there is no more, or after `stop`."""
-        with self._changed:
+        with self.turn:
             while True:
                 if self._next is None:
                     self._next = next(self._reads, None)
@@ -77,7 +79,7 @@ class Feed:
                 fresh = self._fresh(self._next)
                 if not fresh or not self._begun or self._window is None or self._begun + fresh <= self._window:
                     break
-                self._changed.wait()
+                self.turn.wait()
             read, self._next = self._next, None
             self._begun += fresh
             reader = self._reader_of(read.file)
@@ -120,7 +122,7 @@ class Feed:
     def done(self, job: Job) -> list[tuple[Placement, Destination]]:
         """The job's bytes are in place; returns what is whole with them."""
         whole = []
-        with self._changed:
+        with self.turn:
             for move in job.read.moves:
                 left = self._pending[move.placement] - move.nbytes
                 if left:
@@ -132,16 +134,16 @@ class Feed:
 
     def give_back(self, reader: ShardReader) -> None:
         """A job of this shard has ended, well or not."""
-        with self._changed:
+        with self.turn:
             self._open[reader] -= 1
             if not self._open[reader] and reader is not self._reader:
                 self._drop(reader)
 
     def hand_over(self, placement: Placement) -> None:
         """The tensor is the caller's now, so another may be begun."""
-        with self._changed:
+        with self.turn:
             self._begun -= placement.nbytes
-            self._changed.notify_all()
+            self.turn.notify_all()
 
     def _drop(self, reader: ShardReader) -> None:
         if not reader.is_unchanged():
@@ -165,8 +167,8 @@ class Feed:
     def stop(self) -> None:
         """No more jobs; whoever waits for one gets None. May be interrupted and called again."""
         self._stopped = True
-        with self._changed:
-            self._changed.notify_all()
+        with self.turn:
+            self.turn.notify_all()
 
     def close(self) -> None:
         """Close what is still open; for when the threads have ended."""

@@ -84,7 +84,8 @@ def replace_tensor(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> torch.T
 
 
 def _may_require_grad(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+    # Asked of the dtype: the tensor's own methods give the interpreter's lock away and wait for it again.
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 def _replace_by_accelerate(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> torch.Tensor:

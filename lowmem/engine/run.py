@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Generator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from .offload_writer import OffloadWriter, settle
 from .page_cache import ask_for
 
 _PROGRESS_EVERY = 0.05
+_SMALL = 256 * 1024
 
 
 def run(
@@ -120,12 +122,11 @@ class _Run:
         feed = Feed(self._plan, writer, on_shard=self._on_shard)
         crew = Crew(self._plan, feed)
         try:
-            crew.start()
-            # Two objects a tensor and no cycles; nobody else's code runs meanwhile.
-            with paused_collector():
+            with paused_collector() if self._is_all_small() else nullcontext():
+                crew.start()
                 mapped = self._settle_unmoved()
-            while (done := crew.next()) is not None:
-                self._take(done)
+                while (done := crew.next()) is not None:
+                    self._take(feed, done)
             feed.finish()
             if self._progress is not None and not self._total:
                 # Nothing had to be read; whoever draws a bar still learns that it is done.
@@ -135,6 +136,13 @@ class _Run:
         # Last, so that nothing that is given back was asked for.
         self._read_ahead(mapped)
         return feed.ways.read
+
+    def _is_all_small(self) -> bool:
+        """Whether tensors are so small that the interpreter's work is the load: objects by the ten thousand, no cycles.
+
+        Such a load takes seconds; the collector is not kept away for longer.
+        """
+        return self._total <= _SMALL * len(self._plan.placements)
 
     def _settle_unmoved(self) -> dict[Path, mmap.mmap]:
         """What needs no byte: mapped, referred to, empty, and what the model will initialise; gives the mappings."""
@@ -164,10 +172,11 @@ class _Run:
                 ask_for(pages[entry.file], entry.offset, min(entry.nbytes, left))
                 left -= entry.nbytes
 
-    def _take(self, done: Done) -> None:
-        for placement, destination in done.whole:
-            if isinstance(destination, MemoryDestination):
-                self._installer.install(placement, destination.tensor)
+    def _take(self, feed: Feed, done: Done) -> None:
+        with feed.turn:
+            for placement, destination in done.whole:
+                if isinstance(destination, MemoryDestination):
+                    self._installer.install(placement, destination.tensor)
         self._done += done.read.nbytes
         self._report(done.read.file)
 

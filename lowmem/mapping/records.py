@@ -7,9 +7,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from .._records import cheap_init
 from ..checkpoint import TensorEntry
 
 
+@cheap_init
 @dataclass(frozen=True, slots=True)
 class Region:
     """A part of a target, as torch's `as_strided` takes it: offset, shape and strides in elements of the target.
@@ -30,6 +32,8 @@ class Region:
     @property
     def dense(self) -> bool:
         """Whether the elements lie one behind the other."""
+        if self.strides == (1,):
+            return True
         step = 1
         for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if n != 1 and stride != step:
@@ -47,7 +51,7 @@ class Region:
         count = self.count
         if count <= most:
             if count:
-                yield 0, Region(self.offset, (count,), (1,)) if self.dense else self
+                yield 0, self if self.strides == (1,) or not self.dense else Region(self.offset, (count,), (1,))
         elif self.dense:
             at, size = 0, first or most
             while at < count:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,16 +91,17 @@ class Placement:
     @property
     def source_bytes(self) -> int:
         """Bytes in the checkpoint's files that feed it."""
-        return sum(link.entry.nbytes for link in self.links)
+        total = 0
+        for link in self.links:
+            total += link.entry.nbytes
+        return total
 
     @property
     def is_staged(self) -> bool:
         """Whether its bytes pass through a buffer, instead of being read into their place."""
-        if self.residency == "write":
-            return True
-        return self.residency == "copy" and (
-            self.device != "cpu" or any(k.entry.dtype != self.dtype or not k.region.dense for k in self.links)
-        )
+        if self.residency != "copy" or self.device != "cpu":
+            return self.residency in ("copy", "write")
+        return any(link.entry.dtype != self.dtype or not link.region.dense for link in self.links)
 
     @property
     def staged_element(self) -> int:
@@ -113,6 +115,7 @@ class Placement:
         return min(largest * self.staged_element, CHUNK // itemsize(self.links[0].entry.dtype) * self.staged_element)
 
 
+@cheap_init
 @dataclass(frozen=True, slots=True)
 class Move:
     """One byte range of one file into one region of one placement, cast on the way if the dtypes differ.
@@ -381,7 +384,7 @@ class LoadPlan:
             if run and (
                 part
                 or move.offset != end
-                or move.file != run[0].file
+                or (move.file is not run[0].file and move.file != run[0].file)
                 or size + move.nbytes > together
                 or scratch + move.scratch > self.staging.each
                 or len(run) == _MOST_MOVES
@@ -398,12 +401,22 @@ class LoadPlan:
         if run:
             yield Read(run[0].file, run[0].offset, size, tuple(run))
 
-    def _fed(self) -> list[tuple[Placement, Link]]:
+    def _fed(self) -> Iterator[tuple[Placement, Link]]:
         """What must be read, in file order; a fused tensor is fed from several places."""
-        fed = [(p, link) for p in self.placements if self._moves_bytes(p) for link in p.links]
         order = {shard.file: i for i, shard in enumerate(self.checkpoint.shards)}
-        fed.sort(key=lambda pair: (order[pair[1].entry.file], pair[1].entry.offset))
-        return fed
+        fed: list[tuple[int, int, Placement, Link]] = []
+        file, number = None, 0
+        for placement in self.placements:
+            if not self._moves_bytes(placement):
+                continue
+            for link in placement.links:
+                # A path takes longer to look up than to be the same.
+                if link.entry.file is not file:
+                    file = link.entry.file
+                    number = order[file]
+                fed.append((number, link.entry.offset, placement, link))
+        fed.sort(key=itemgetter(0, 1))
+        return map(itemgetter(2, 3), fed)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, as `lowmem plan --json` prints it. Sizes in bytes."""
