@@ -426,6 +426,7 @@ class LoadPlan:
             "device_map": dict(self.device_map),
             "devices": {name: device.to_dict() for name, device in self.devices.items()},
             "host": self.host.to_dict(),
+            "reading": {name: getattr(self.reading, name) for name in ("io", "keep_cache", "prefetch")},
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "offload": None if self.offload is None else _offload_dict(self.offload),
