@@ -38,6 +38,36 @@ def machine_line(results: Results) -> str:
     )
 
 
+def summary(results: Results) -> str:
+    """One row a case, for README: lowmem's time, its share of the limit, and how many times as long its peers take."""
+    lines = [
+        "| case | lowmem, s | of the limit | transformers | accelerate | the best peer | above resident, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in results["cases"]:
+        ours = find_row(results, case["name"], "lowmem")
+        if ours is None:
+            continue
+        limit = find_row(results, case["name"], "limit")
+        peers = [r for r in results["rows"] if r["case"] == case["name"] and r["status"] == "ok"]
+        peers = [r for r in peers if r["loader"] not in ("lowmem", "limit")]
+        best = min(peers, key=lambda row: row["least"], default=None)
+        cells = [
+            case["title"],
+            f"{ours['least']:.3f}",
+            "-" if limit is None else f"{limit['least'] / ours['least']:.0%}",
+        ]
+        cells += [_times(ours, find_row(results, case["name"], name)) for name in ("transformers", "accelerate")]
+        cells.append("-" if best is None else f"{_times(ours, best)} ({results['titles'][best['loader']]})")
+        cells.append(f"{ours['above'] / MIB:.0f}" if "above" in ours else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _times(ours: Row, peer: Row | None) -> str:
+    return "-" if peer is None else f"{peer['least'] / ours['least']:.1f}x"
+
+
 def goals_table(results: Results) -> str:
     """Goals met and missed, empty when the run tells about none."""
     outcomes = judge(results)

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from bench.peaks import as_markdown
+from bench.results import read
+from bench.tables import as_markdown as whole_table
+from bench.tables import summary
 from lowmem.cli import build_parser
 from lowmem.sizes import MIB
 from lowmem.synthetic import llama_recipe, write_checkpoint
@@ -65,6 +68,13 @@ def test_the_table_of_the_readme_is_the_benchs() -> None:
     rows = json.loads((README.parent / "bench/peaks.json").read_text(encoding="utf-8"))["rows"]
     shown = README.read_text(encoding="utf-8").split("<!-- peaks -->")[1].split("<!-- /peaks -->")[0]
     assert shown.strip() == as_markdown(rows)
+
+
+def test_the_times_of_the_readme_are_the_benchs() -> None:
+    results = read(README.parent / "bench/results.json")
+    shown = README.read_text(encoding="utf-8").split("<!-- bench -->")[1].split("<!-- /bench -->")[0]
+    assert shown.strip() == summary(results)
+    assert (README.parent / "bench/results.md").read_text(encoding="utf-8").strip() == whole_table(results)
 
 
 if __name__ == "__main__":
