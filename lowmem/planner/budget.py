@@ -59,8 +59,8 @@ def buffers_for(moved: Sequence[Placement], io: IO) -> tuple[int, bool]:
     sizes = [p.buffer_size() + 2 * ALIGNMENT for p in moved if p.is_staged]
     # Small ones share a buffer, so that their neighbours are read with them.
     need = max(max(sizes) + BLOCK, min(_RUN, sum(sizes))) if sizes else 0
-    folders = {link.entry.file.parent for p in moved for link in p.links}
-    return need, any(may_read_directly(io, folder) for folder in folders)
+    files = {link.entry.file for p in moved for link in p.links}
+    return need, any(may_read_directly(io, file) for file in files)
 
 
 def thread_stacks(count: int) -> int:
