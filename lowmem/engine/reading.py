@@ -50,7 +50,7 @@ class ShardReader:
         try:
             if direct or not keep_cache:
                 self._residency = look(self._fd, shard.size)
-            if direct and not self._residency.everything:
+            if direct and (ways.always_direct or not self._residency.everything):
                 self._open_direct()
             ways.open(self._device, shard.size)
         except BaseException:
