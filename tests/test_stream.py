@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import same
 
 import lowmem
+from lowmem.engine import feed
 from lowmem.errors import BudgetError, CheckpointError, KeysError, OptionError, UnsupportedError
 from lowmem.limits import HostMemory
 from lowmem.planner import budget, records
@@ -401,17 +402,47 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @linux
 @pytest.mark.parametrize("kind", ["quick", "slow", "holding"])
 def test_the_peak_is_the_staging_or_the_largest_tensor(large: Path, kind: str) -> None:
-    """A caller who holds a tensor while it waits has that one besides."""
+    """Besides the one that the caller has: another is begun as soon as one is given out."""
     dtypes, stagings = ["auto", "float32"], [MIB, 16 * MIB, 64 * MIB]
     peaks = server().run(PEAKS, folder=str(large), kind=kind, stagings=stagings, dtypes=dtypes)
     for dtype in dtypes:
         largest = 24 * MIB * (2 if dtype == "float32" else 1)
         for staging in stagings:
-            peak = peaks[f"{dtype} {staging}"]
             buffers = plan_of(large, staging, dtype)[0].staging.total
-            bound = max(staging, largest + buffers) + (largest if kind == "holding" else 0)
+            peak, bound = peaks[f"{dtype} {staging}"], max(staging, largest + buffers) + largest
             # Less would be a measure of nothing.
             assert largest - MIB <= peak <= bound + 8 * MIB, (dtype, staging)
+
+
+@pytest.mark.parametrize("io", ["auto", "direct"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float8_e5m2"])
+@pytest.mark.parametrize("staging", [MIB, 3 * MIB, 16 * MIB])
+def test_tensors_ahead_of_the_caller_are_within_the_window(
+    crowd: Path, monkeypatch: pytest.MonkeyPatch, io: IO, dtype: str, staging: int
+) -> None:
+    """Counted where they are made: what was made and not given out, or a single one, or the run that a read begins."""
+    window = plan_of(crowd, staging, dtype, io)[1]
+    given = made = 0
+    lock = threading.Lock()
+    worst = 0
+    original = feed.MemoryDestination
+
+    def counted(placement: Any, apart: bool) -> Any:
+        nonlocal made, worst
+        with lock:
+            made += placement.nbytes
+            worst = max(worst, made - given)
+        return original(placement, apart)
+
+    monkeypatch.setattr(feed, "MemoryDestination", counted)
+    for _, tensor in lowmem.stream(crowd, dtype=dtype, staging=staging, io=io):
+        # Handed over before it is given out.
+        with lock:
+            given += tensor.nbytes
+    largest = 3 * MIB * {"auto": 2, "float32": 4, "float8_e5m2": 1}[dtype]
+    # The tensor at hand is counted out a moment later here than in the stream.
+    assert worst <= max(window, largest) + largest
+    assert made == given
 
 
 def plan_of(folder: Path, staging: int, dtype: str, io: IO = "auto") -> tuple[lowmem.LoadPlan, int]:
