@@ -132,7 +132,7 @@ def plans(draw: Any) -> LoadPlan:
             take = draw(st.sampled_from([1, 1, 1, 2]))
             group, left = left[:take], left[take:]
             group = [entry for entry in group if entry.dtype == group[0].dtype]
-            key, count = group[0].key, sum(entry.shape[0] for entry in group)
+            count = sum(entry.shape[0] for entry in group)
             links, begin = [], 0
             for entry in group:
                 region = whole(entry.shape) if len(group) == 1 else Region(begin, entry.shape, (1,))
