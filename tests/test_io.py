@@ -142,7 +142,7 @@ def test_every_way_gives_the_same_bits(mixed: Path, tmp_path: Path, case: str, i
 
 @needs_direct
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("case", ["copy", "cast", "both"])
+@pytest.mark.parametrize("case", ["copy", "cast", "cast, small staging", "both"])
 def test_who_asks_for_direct_reads_gets_them_for_all_that_is_large(mixed: Path, case: str, cached: bool) -> None:
     (warm if cached else drop)(mixed)
     result = lowmem.load(mixed, model=Mixed, io="direct", **DOES[case])

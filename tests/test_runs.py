@@ -250,7 +250,7 @@ def test_buffers_stay_within_what_there_is(
     assert staging.bounce % BLOCK == staging.each % ALIGNMENT == 0
     assert staging.bounce == 0 or direct
     assert staging.each <= need
-    assert not need or staging.each >= min(need, 512 * KIB) - ALIGNMENT
+    assert not need or staging.each >= min(need, 448 * KIB) - ALIGNMENT
 
 
 # -- hostile orders
@@ -284,6 +284,16 @@ def test_sizes_in_any_order_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_budget_of_nothing_is_refused_and_not_looped_over(small: Path) -> None:
     with pytest.raises(BudgetError):
         lowmem.load(small, model=Many, residency="copy", ram=MIB)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+@pytest.mark.parametrize("wanted", [MIB, 16 * MIB, 64 * MIB])
+def test_a_cast_leaves_room_for_direct_reads(monkeypatch: pytest.MonkeyPatch, workers: int, wanted: int) -> None:
+    monkeypatch.setattr(budget, "workers_here", lambda: workers)
+    staging = budget.fit_staging(1 << 40, wanted, 12 * MIB, direct=True)
+    assert staging.bounce >= 64 * KIB
+    assert staging.each >= 448 * KIB
+    assert budget.fit_staging(1 << 40, wanted, 12 * MIB).bounce == 0
 
 
 def test_staging_counts_every_buffer() -> None:

@@ -47,9 +47,12 @@ def fit_staging(room: int, wanted: int | None, need: int, direct: bool = False) 
     if need:
         total = max(MIN_STAGING, total)
         workers = max(1, min(workers, total // min(need, _MIN_BUFFER)))
-    each = min(need, total // workers)
+    share = total // workers
+    # Set aside first: a cast takes all that it is given, and direct reads would be lost to it.
+    aside = min(_BOUNCE, share // 8) if direct and share // 8 >= _LEAST_BOUNCE else 0
+    each = min(need, share - aside)
     each -= each % ALIGNMENT
-    bounce = min(_BOUNCE, total // workers - each) // BLOCK * BLOCK if direct else 0
+    bounce = min(_BOUNCE, share - each) // BLOCK * BLOCK if direct else 0
     return Staging(workers, each, bounce if bounce >= _LEAST_BOUNCE else 0)
 
 
