@@ -82,7 +82,7 @@ def check_model(found: Residency, pages: list[bool], offset: int, nbytes: int) -
 # -- looking
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), pages=st.lists(st.booleans(), min_size=1, max_size=70))
 def test_what_is_told_of_a_range_is_what_the_pages_say(data: st.DataObject, pages: list[bool]) -> None:
     import numpy as np

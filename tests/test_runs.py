@@ -63,8 +63,7 @@ def check_values(model: nn.Module, dtypes: tuple[torch.dtype, ...]) -> None:
 
 
 @needs_preadv
-@pytest.mark.parametrize("staging", [None, MIB])
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float64"])
+@pytest.mark.parametrize(("dtype", "staging"), [("auto", None), ("bfloat16", None), ("float64", MIB)])
 def test_small_neighbours_are_read_in_few_calls(small: Path, dtype: str, staging: int | None) -> None:
     total = lowmem.inspect(small).nbytes
     with counted() as seen:
@@ -169,7 +168,7 @@ def shard_at(path: Path) -> Any:
     return Shard(path, 1 << 40, 0, 8, {})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(plan=plans(), most=st.one_of(st.none(), st.integers(1, 8 * MIB)))
 def test_reads_are_the_moves_in_runs(plan: LoadPlan, most: int | None) -> None:
     moves, reads = list(plan.moves()), list(plan.reads(most))
@@ -191,7 +190,7 @@ def test_reads_are_the_moves_in_runs(plan: LoadPlan, most: int | None) -> None:
             assert all(move.nbytes == move.placement.source_bytes for move in read.moves)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(plan=plans())
 def test_neighbours_that_fit_together_are_together(plan: LoadPlan) -> None:
     reads = list(plan.reads())
@@ -203,7 +202,7 @@ def test_neighbours_that_fit_together_are_together(plan: LoadPlan) -> None:
         assert not (whole_ones and touching and room and one.nbytes + first.nbytes <= CHUNK)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(plan=plans())
 def test_moves_cover_what_is_fed_once_and_are_cut_where_direct_reads_can_begin(plan: LoadPlan) -> None:
     covered: dict[tuple[Path, int], int] = {}
@@ -231,7 +230,7 @@ def test_moves_cover_what_is_fed_once_and_are_cut_where_direct_reads_can_begin(p
     assert not covered
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     room=st.integers(0, 100 * MIB),
     wanted=st.one_of(st.none(), st.integers(MIB, 100 * MIB)),
@@ -264,7 +263,7 @@ def test_sizes_in_any_order_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rng = random.Random(workers)
     made = {
         f"t{n:03d}{'k' if n % 3 else ''}": torch.full((rng.choice([1, 3, 500, 20_000, 70_001]),), n, dtype=torch.int16)
-        for n in range(300)
+        for n in range(120)
     }
     made = {key: value.view(torch.bfloat16) for key, value in made.items()}
     save_file(made, tmp_path / "m.safetensors")
