@@ -98,6 +98,12 @@ def test_a_stream_reads_runs_too_and_what_was_not_asked_for_is_not_read(small: P
     assert calls(seen, small) <= COUNT // 2 + 1
 
 
+def test_a_run_is_no_more_buffers_than_the_kernel_takes_at_once(small: Path) -> None:
+    reads = list(lowmem.plan(small, model=Many, residency="copy").reads())
+    assert max(len(read.moves) for read in reads) == 512
+    assert len(reads) == -(-COUNT // 512)
+
+
 @needs_direct
 def test_runs_are_read_directly_too(small: Path) -> None:
     drop(small)

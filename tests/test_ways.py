@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import threading
@@ -272,6 +273,26 @@ def test_a_link_to_a_file_system_that_is_no_disk_is_never_read_directly_by_itsel
     with counted() as seen:
         assert lowmem.load(link, model=One, residency="copy").report.read == {"buffered": 8 * MIB}
     assert not seen.direct
+
+
+@needs_direct
+@needs_cold
+def test_of_two_shards_only_the_one_on_a_disk_is_read_directly(
+    one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, store = tmp_path / "both", tmp_path / "both" / "store"
+    store.mkdir(parents=True)
+    one.rename(store / one.name)
+    save_file({"v": torch.zeros(8 * MIB // 4)}, folder / "near.safetensors")
+    drop(folder / "near.safetensors")
+    (folder / "far.safetensors").symlink_to(store / one.name)
+    index = {"weight_map": {"v": "near.safetensors", "w": "far.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    mounts = table(tmp_path, ("/", "ext4"), (str(store), "nfs4"))
+    monkeypatch.setattr(records, "is_on_local_disk", lambda path: _mounts.is_on_local_disk(path, mounts))
+    with counted() as seen:
+        assert {key for key, _ in lowmem.stream(folder)} == {"v", "w"}
+    assert {Path(name).name for name, *_ in seen.direct} == {"near.safetensors"}
 
 
 @needs_direct
