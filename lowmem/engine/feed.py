@@ -96,7 +96,7 @@ class Feed:
     def _reader_of(self, file: Path) -> ShardReader:
         if self._reader is None or self._reader.shard.file != file:
             reading = self._plan.reading
-            direct = self._plan.staging.bounce > 0 and may_read_directly(reading.io, file.parent)
+            direct = self._plan.staging.bounce > 0 and may_read_directly(reading.io, file)
             previous = self._reader
             self._reader = ShardReader(self._shards[file], self.ways, keep_cache=reading.keep_cache, direct=direct)
             self._open[self._reader] = 0

@@ -74,7 +74,7 @@ def look(fd: int, size: int) -> Residency:
     if cached is not None and cached in (0, count):
         return Residency(cached == count, count)
     pages = _each_cached(fd, size, count)
-    return Residency(True, count) if pages is None else Residency(pages, count)
+    return Residency(True, count) if pages is None or pages.all() else Residency(pages, count)
 
 
 def give_back(fd: int, offset: int, nbytes: int) -> None:

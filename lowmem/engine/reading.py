@@ -46,10 +46,16 @@ class ShardReader:
         self._keep_cache = keep_cache
         self._direct_fd = -1
         self._lock = threading.Lock()
-        self._residency = look(self._fd, shard.size) if direct or not keep_cache else Residency(True, 0)
-        if direct and not self._residency.everything:
-            self._open_direct()
-        ways.open(self._device, shard.size)
+        self._residency = Residency(True, 0)
+        try:
+            if direct or not keep_cache:
+                self._residency = look(self._fd, shard.size)
+            if direct and (ways.always_direct or not self._residency.everything):
+                self._open_direct()
+            ways.open(self._device, shard.size)
+        except BaseException:
+            self.close()
+            raise
 
     def _open_direct(self) -> None:
         fds: list[int] = []
@@ -144,7 +150,9 @@ class ShardReader:
         while at < last:
             got = os.preadv(self._direct_fd, [view[at - offset : last - offset]], at) // BLOCK * BLOCK
             if got == 0:
-                raise self._ended(at)
+                # Less than a block: the file ended, or the page cache has the rest.
+                self._fill_buffered([view[at - offset : last - offset]], at)
+                break
             at += got
         if last < end:
             self._read_by_blocks([view[last - offset :]], last, end - last, bounce)
@@ -160,7 +168,8 @@ class ShardReader:
             # The last block of a file is read short; any other short read is taken up again at a whole block.
             new = min(begin + got, end)
             if new <= at:
-                raise self._ended(at)
+                self._fill_buffered(into.left(), at)
+                return
             into.take(bounce[at - begin : new - begin])
             at = new
 
@@ -168,7 +177,10 @@ class ShardReader:
         begin = offset - offset % mmap.ALLOCATIONGRANULARITY
         if os.fstat(self._fd).st_size < offset + nbytes:
             raise self._ended(offset)
-        pages = mmap.mmap(self._fd, offset + nbytes - begin, access=mmap.ACCESS_READ, offset=begin)
+        try:
+            pages = mmap.mmap(self._fd, offset + nbytes - begin, access=mmap.ACCESS_READ, offset=begin)
+        except ValueError:
+            raise self._ended(offset) from None  # since the look at its size
         with pages, memoryview(pages) as window, window[offset - begin :] as part:
             into = _Scatter(views)
             into.take(part)
@@ -221,6 +233,10 @@ class _Scatter:
             self._at += size
             if self._at == len(view):
                 self._index, self._at = self._index + 1, 0
+
+    def left(self) -> list[memoryview]:
+        """What is not filled yet."""
+        return [view[self._at if i == 0 else 0 :] for i, view in enumerate(self._views[self._index :])]
 
 
 def _address(view: memoryview) -> int:

@@ -167,7 +167,7 @@ class _Run:
         for placement in self._plan.placements:
             if left <= 0:
                 return
-            if placement.residency == "map":
+            if placement.residency == "map" and placement.source_bytes:
                 entry = placement.links[0].entry
                 ask_for(pages[entry.file], entry.offset, min(entry.nbytes, left))
                 left -= entry.nbytes

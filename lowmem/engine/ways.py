@@ -64,6 +64,11 @@ class Ways:
         self._refused: set[int] = set()
         self._read: Counter[str] = Counter()
 
+    @property
+    def always_direct(self) -> bool:
+        """Whether the user asked for direct reads, of cached files too."""
+        return self._io == "direct"
+
     def open(self, device: int, size: int) -> None:
         """A file of `size` bytes on `device` (st_dev) begins; a large one is tried anew."""
         with self._lock:

@@ -47,9 +47,12 @@ def fit_staging(room: int, wanted: int | None, need: int, direct: bool = False) 
     if need:
         total = max(MIN_STAGING, total)
         workers = max(1, min(workers, total // min(need, _MIN_BUFFER)))
-    each = min(need, total // workers)
+    share = total // workers
+    # Set aside first: a cast takes all that it is given, and direct reads would be lost to it.
+    aside = min(_BOUNCE, share // 8) if direct and share // 8 >= _LEAST_BOUNCE else 0
+    each = min(need, share - aside)
     each -= each % ALIGNMENT
-    bounce = min(_BOUNCE, total // workers - each) // BLOCK * BLOCK if direct else 0
+    bounce = min(_BOUNCE, share - each) // BLOCK * BLOCK if direct else 0
     return Staging(workers, each, bounce if bounce >= _LEAST_BOUNCE else 0)
 
 
@@ -59,8 +62,8 @@ def buffers_for(moved: Sequence[Placement], io: IO) -> tuple[int, bool]:
     sizes = [p.buffer_size() + 2 * ALIGNMENT for p in moved if p.is_staged]
     # Small ones share a buffer, so that their neighbours are read with them.
     need = max(max(sizes) + BLOCK, min(_RUN, sum(sizes))) if sizes else 0
-    folders = {link.entry.file.parent for p in moved for link in p.links}
-    return need, any(may_read_directly(io, folder) for folder in folders)
+    files = {link.entry.file for p in moved for link in p.links}
+    return need, any(may_read_directly(io, file) for file in files)
 
 
 def thread_stacks(count: int) -> int:

@@ -243,10 +243,15 @@ class Reading:
     prefetch: int = 0
 
 
-def may_read_directly(io: IO, folder: Path) -> bool:
-    """Whether files there may be read past the page cache: told to, or on one of this machine's disks."""
+def may_read_directly(io: IO, file: Path) -> bool:
+    """Whether a file may be read past the page cache: told to, or on one of this machine's disks.
+
+    Args:
+        io: what the user asked for.
+        file: itself and not its folder, for a shard may be a link to another file system.
+    """
     # Python has the flag on Linux only.
-    return hasattr(os, "O_DIRECT") and (io == "direct" or (io == "auto" and is_on_local_disk(folder)))
+    return hasattr(os, "O_DIRECT") and (io == "direct" or (io == "auto" and is_on_local_disk(file)))
 
 
 def _slack(nbytes: int) -> int:

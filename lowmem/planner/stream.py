@@ -37,11 +37,10 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
     window = max(0, wanted - staging.total)
     host = _host(checkpoint, placements, staging, max(wanted, staging.total))
     if host.peak > host.available:
-        largest = max(placements, key=lambda p: p.nbytes)
-        remedies = [
-            f"a smaller staging (now {format_size(wanted)})",
-            f"leave out {largest.target!r} ({format_size(largest.nbytes)}) by only=",
-        ]
+        remedies = [f"a smaller staging (now {format_size(wanted)})"]
+        if placements:
+            largest = max(placements, key=lambda p: p.nbytes)
+            remedies.append(f"leave out {largest.target!r} ({format_size(largest.nbytes)}) by only=")
         budget.refuse(host.peak, host.available, host.bound_by, remedies)
     links = tuple(link for p in placements for link in p.links)
     plan = LoadPlan(
@@ -97,7 +96,7 @@ def _host(checkpoint: Checkpoint, placements: tuple[Placement, ...], staging: St
     memory = host_memory()
     largest = max((p.nbytes for p in placements if p.device == "cpu"), default=0)
     overhead = _OVERHEAD + _PER_ENTRY * len(checkpoint)
-    held = max(wanted, largest + staging.total)
+    held = max(wanted, largest + staging.total) if placements else 0
     return HostPlan(
         resident=0,
         mapped=0,
