@@ -192,8 +192,8 @@ def test_reads_are_the_moves_in_runs(plan: LoadPlan, most: int | None) -> None:
         assert sum(move.scratch for move in read.moves) <= plan.staging.each
         if len(read.moves) > 1:
             assert read.nbytes <= (most or CHUNK)
-            # A part of a tensor is read alone.
-            assert all(move.nbytes == move.placement.source_bytes for move in read.moves)
+            # With a bound, a part of a tensor is read alone.
+            assert most is None or all(move.nbytes == move.placement.source_bytes for move in read.moves)
 
 
 @settings(max_examples=60, deadline=None)

@@ -28,8 +28,10 @@ class Scratch:
     """A reader's buffer, in a mapping of its own: the kernel gets every page back at once, a heap might keep some."""
 
     def __init__(self, size: int) -> None:
-        self.tensor = torch.frombuffer(anonymous_map(size), dtype=torch.uint8) if size else torch.empty(0).byte()
-        self.memory = memory_of(self.tensor)
+        memory = anonymous_map(size) if size else bytearray()
+        # Of the mapping and not of the tensor, so that whoever has the one keeps the other.
+        self.memory = memoryview(memory)
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
         self.address = self.tensor.data_ptr()
 
     def place_of(self, move: Move, begin: int) -> int:

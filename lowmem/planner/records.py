@@ -379,13 +379,13 @@ class LoadPlan:
     def reads(self, most: int | None = None) -> Iterator[Read]:
         """The same moves, neighbours in one file together as long as they are no more than a chunk, or `most` bytes.
 
-        A part of a tensor is read alone: who waits for the tensor must not wait for room for its neighbours.
+        With `most`, a part of a tensor is read alone: who waits for it must not wait for room for its neighbours too.
         """
         together = CHUNK if most is None else min(CHUNK, most)
         run: list[Move] = []
         end = size = scratch = 0
         for move in self.moves():
-            part = move.nbytes < move.placement.source_bytes
+            part = most is not None and move.nbytes < move.placement.source_bytes
             if run and (
                 part
                 or move.offset != end
