@@ -205,8 +205,8 @@ def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping) 
     return differing
 
 
-def check_present(plan: LoadPlan) -> None:
-    """A plan may name devices of another machine; a load may not.
+def check_present(plan: LoadPlan, option: str = "device_map") -> None:
+    """A plan may name devices of another machine; a load may not. `option` is the one that named them.
 
     Raises:
         PlacementError: a device of the plan is not here.
@@ -218,8 +218,8 @@ def check_present(plan: LoadPlan) -> None:
     lost = [d for d in plan.devices if d not in here]
     if lost:
         raise PlacementError(
-            f"device_map: {lost[0]} is not on this machine (found: {', '.join(sorted(here))}); "
-            "lowmem plan works without it, a load does not"
+            f"{option}: {lost[0]} is not on this machine (found: {', '.join(sorted(here))}); "
+            "a plan can be made without it, a load cannot"
         )
 
 

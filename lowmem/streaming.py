@@ -53,5 +53,5 @@ def stream(
     checkpoint = inspect(source)
     with paused_collector():
         plan, window = make_stream_plan(checkpoint, request)
-    check_present(plan)
+    check_present(plan, "device")
     return iterate(plan, window)

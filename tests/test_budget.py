@@ -204,7 +204,7 @@ def test_an_rlimit_counts_mapped_files_and_stacks(stack: Path, machine: Fake) ->
     assert (refused.value.required, refused.value.limit) == (need + size, need + size - 1)
     assert "put layers on disk" in str(refused.value)
     machine(1 << 40)
-    stacks = budget.thread_stacks(budget.workers_here() * torch.get_num_threads())
+    stacks = budget.thread_stacks(budget.workers_here())
     need = least(stack, **CAST)
     machine(1 << 40, "physical memory", RLIMIT_AS=need + stacks)
     assert lowmem.load(stack, model=Stack, **CAST).plan.staging.total <= MIB

@@ -186,8 +186,8 @@ def test_a_destination_that_cannot_be_read_into_is_filled_through_staging(
     """As on an accelerator, simulated."""
     original = destinations.MemoryDestination.__init__
 
-    def closed(self: Any, placement: Placement, apart: bool = False) -> None:
-        original(self, placement, apart)
+    def closed(self: Any, placement: Placement) -> None:
+        original(self, placement)
         self._bytes = None
 
     monkeypatch.setattr(destinations.MemoryDestination, "__init__", closed)

@@ -58,9 +58,8 @@ def counted(plan: lowmem.LoadPlan) -> int:
     """What RLIMIT_DATA counts besides: mapped files, and stacks of threads and their helpers."""
     mapped = {p.links[0].entry.file for p in plan.placements if p.residency == "map"}
     files = sum(shard.size for shard in plan.checkpoint.shards if shard.file in mapped)
-    import torch
 
-    return files + budget.thread_stacks(budget.workers_here() * torch.get_num_threads())
+    return files + budget.thread_stacks(budget.workers_here())
 
 
 def groups() -> set[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
+import sys
 import threading
 import time
 import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
+
+import torch
 
 from ..errors import BudgetError
 from ..planner import LoadPlan, Placement
@@ -100,6 +104,7 @@ class Crew:
     def _work(self) -> None:
         """A reader thread."""
         try:
+            _compute_alone()
             self._read_all()
             self._events.put(None)
         except BaseException as error:  # handed to the caller's thread, which raises it
@@ -134,3 +139,17 @@ class Crew:
         with turn:
             for move, destination, at in steps:
                 destination.end(move, scratch, at)
+
+
+def _compute_alone() -> None:
+    """Let torch start no helpers of this thread: the readers are the parallel part, and OpenMP ends the process where
+    it may not start a thread. `torch.set_num_threads` would do it for the caller's threads to come as well.
+    """
+    if sys.platform != "linux":
+        return
+    # torch sets the number when it is first asked in a thread.
+    torch.get_num_threads()
+    # In the global scope, where torch puts the runtime that it was built with.
+    limit = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
+    if limit is not None:
+        limit(1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
 import os
-import sys
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +18,11 @@ from ..planner.records import ALIGNMENT, BLOCK, LEAST_DIRECT
 from ..sizes import format_size
 
 _HUGE = 2 * 1024 * 1024
-_MADV_HUGEPAGE = 14
 # PyBUF_WRITE of Python's C API.
 _WRITABLE = 0x200
 _LEAST_APART = 1024 * 1024
+# From here on a huge page of address space is small change, where a limit counts it.
+_WORTH_A_PAGE = 16 * _HUGE
 
 
 class Scratch:
@@ -65,8 +66,8 @@ class Destination(Protocol):
 class MemoryDestination:
     """A tensor, allocated once at its final dtype on its final device."""
 
-    def __init__(self, placement: Placement, apart: bool = False) -> None:
-        self.tensor = allocate(placement, apart)
+    def __init__(self, placement: Placement) -> None:
+        self.tensor = allocate(placement)
         self._bytes: memoryview | None = None
 
     def begin(self, move: Move, scratch: Scratch, at: int) -> memoryview:
@@ -150,23 +151,20 @@ def _pwrite(fd: int, view: memoryview, offset: int) -> int:
     return os.write(fd, view)
 
 
-def allocate(placement: Placement, apart: bool = False) -> torch.Tensor:
+def allocate(placement: Placement) -> torch.Tensor:
     """An uninitialised tensor for `placement`.
 
-    Args:
-        placement: shape, dtype and device.
-        apart: in a mapping of its own when it is large, so that the kernel has every byte back when the tensor ends;
-            the heap would keep some. Its storage cannot be resized then, as that of `torch.from_numpy`.
+    A large one on the CPU is a mapping of its own: huge pages from end to end, and the kernel has every byte back when
+    the tensor ends, where the heap of a thread would keep some. Its storage cannot be resized, as that of a mapped one.
 
     Raises:
         BudgetError: the device or the host refuses the memory.
     """
     on_cpu = placement.device == "cpu"
     try:
-        if apart and on_cpu and placement.nbytes >= _LEAST_APART:
-            tensor = _map_apart(placement)
-        else:
-            tensor = torch.empty(placement.shape, dtype=getattr(torch, placement.dtype), device=placement.device)
+        if on_cpu and placement.nbytes >= _LEAST_APART:
+            return _map_apart(placement)
+        return torch.empty(placement.shape, dtype=getattr(torch, placement.dtype), device=placement.device)
     except (MemoryError, RuntimeError, OSError) as error:
         raise BudgetError(
             f"tensor {placement.target!r}: {placement.device} refused {format_size(placement.nbytes)}: {error}; "
@@ -174,19 +172,22 @@ def allocate(placement: Placement, apart: bool = False) -> torch.Tensor:
             required=placement.nbytes,
             limit=0,
         ) from error
-    if on_cpu and placement.nbytes >= _HUGE:
-        _advise_huge(tensor.data_ptr(), placement.nbytes)
-    return tensor
 
 
 def _map_apart(placement: Placement) -> torch.Tensor:
-    """Begins as far behind a block as the tensor does in its file, so that direct I/O reads it into place."""
+    """Of whole huge pages as far as it goes, because filling fresh memory is bound by page faults."""
     dtype: torch.dtype = getattr(torch, placement.dtype)
-    offset = placement.links[0].entry.offset
-    phase = offset % BLOCK if offset % dtype.itemsize == 0 else 0
-    memory = anonymous_map(placement.nbytes + phase)
-    count = placement.nbytes // dtype.itemsize
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=phase).view(placement.shape)
+    nbytes = placement.nbytes
+    # The kernel begins mappings of whole huge pages at one. The rest of the last is address space and never memory.
+    memory = anonymous_map(nbytes + -nbytes % _HUGE if nbytes >= _WORTH_A_PAGE else nbytes)
+    huge = nbytes // _HUGE * _HUGE
+    if hasattr(mmap, "MADV_HUGEPAGE") and huge:
+        # Advice only; a kernel without huge pages refuses it.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE, 0, huge)
+            if huge < len(memory):
+                memory.madvise(mmap.MADV_NOHUGEPAGE, huge, len(memory) - huge)
+    return torch.frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize).view(placement.shape)
 
 
 def anonymous_map(size: int) -> mmap.mmap:
@@ -195,21 +196,3 @@ def anonymous_map(size: int) -> mmap.mmap:
         # Private: the default is shared memory, which no measure of anonymous memory would show.
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mmap.mmap(-1, size)
-
-
-def _advise_huge(address: int, size: int) -> None:
-    """Ask for huge pages: filling fresh memory is bound by page faults. Advice only; a refusal changes nothing."""
-    madvise = _madvise()
-    if madvise is None:
-        return
-    begin = address + -address % _HUGE
-    length = (address + size - begin) // _HUGE * _HUGE
-    if length > 0:
-        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_HUGEPAGE)
-
-
-@functools.cache
-def _madvise() -> Any:
-    if sys.platform != "linux":
-        return None
-    return getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)

@@ -113,8 +113,7 @@ class Feed:
                 assert self._writer is not None
                 found = self._writer.destination(placement)
             else:
-                # What is handed over soon ends soon.
-                found = MemoryDestination(placement, apart=self._window is not None)
+                found = MemoryDestination(placement)
             self._destinations[placement] = found
             self._pending[placement] = placement.source_bytes
         return found

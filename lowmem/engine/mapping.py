@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import platform
@@ -39,9 +40,12 @@ def map_shard(shard: Shard) -> mmap.mmap:
         else:
             pages = mmap.mmap(fd, shard.size, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
+        limit = "on address space (ulimit -v, ulimit -d)"
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            limit = "on open files (ulimit -n), of which each mapped shard keeps one,"
         raise CheckpointError(
-            f"{shard.file}: cannot be mapped ({error}); a limit on address space (ulimit -v, ulimit -d) may be the "
-            "reason; residency='copy' reads it instead"
+            f"{shard.file}: cannot be mapped ({error}); a limit {limit} may be the reason; residency='copy' reads it "
+            "instead"
         ) from error
     finally:
         os.close(fd)

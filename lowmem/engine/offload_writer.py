@@ -55,9 +55,10 @@ class OffloadWriter:
                 _reserve(self._fds[-1], file.size)
                 write_at(self._fds[-1], memoryview(file.head), 0)
             except OSError as error:
+                few = error.errno in (errno.EMFILE, errno.ENFILE)
+                remedy = "raise the number of open files (ulimit -n)" if few else "give offload_folder on another disk"
                 raise OffloadError(
-                    f"{path}: cannot reserve {format_size(file.size)}: {error.strerror or error}; "
-                    "give offload_folder on another disk"
+                    f"{path}: cannot reserve {format_size(file.size)}: {error.strerror or error}; {remedy}"
                 ) from error
 
     def _make_folder(self) -> None:
@@ -134,8 +135,10 @@ def settle(plan: OffloadPlan) -> None:
     Only when the kernel had the time to write them by itself, so that nobody waits; and only where we may write.
 
     Raises:
-        OffloadError: the disk lost some of them.
+        OffloadError: it is not as it was planned any more, or the disk lost some of it.
     """
+    if not is_finished(plan):
+        raise OffloadError(f"{plan.folder}: was removed or changed since it was planned; load again, to write it anew")
     index = plan.folder / INDEX
     try:
         table = json.loads(index.read_text(encoding="utf-8"))

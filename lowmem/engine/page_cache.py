@@ -5,6 +5,7 @@ Looking changes nothing. Where the system cannot say, everything counts as there
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -45,9 +46,9 @@ class Residency:
         return bool(2 * np.count_nonzero(pages) >= len(pages))
 
     def absent(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """(offset, length) in bytes of each run of whole pages inside this byte range that was not there.
+        """(offset, length) in bytes of each run of pages that was not there, of all that this byte range touches.
 
-        A page that the range shares with its neighbours counts as inside when the range begins it.
+        A page that it shares with its neighbour may be given back before the neighbour is read: a page read twice.
         """
         if self._all or nbytes <= 0:
             return
@@ -80,7 +81,9 @@ def look(fd: int, size: int) -> Residency:
 def give_back(fd: int, offset: int, nbytes: int) -> None:
     """Let the kernel drop these pages; those that are mapped or not yet written stay."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        # Advice only: a file system that cannot is no error.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def ask_for(pages: mmap.mmap, offset: int, nbytes: int) -> None:

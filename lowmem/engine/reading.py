@@ -8,6 +8,7 @@ import errno
 import io
 import mmap
 import os
+import stat
 import threading
 import time
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from .page_cache import Residency, give_back, look
 from .ways import Way, Ways
 
 _COMPARE = 4 * 1024 * 1024
-_PLAIN = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+# Not blocking, for what became a fifo since it was planned; it changes nothing for files.
+_PLAIN = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class ShardReader:
@@ -253,18 +255,26 @@ def open_shard(shard: Shard) -> int:
     try:
         open_into(fds, shard.file, _PLAIN)
         info = os.fstat(fds[0])
-        if (info.st_size, info.st_mtime_ns) != (shard.size, shard.mtime_ns):
+        if not stat.S_ISREG(info.st_mode) or (info.st_size, info.st_mtime_ns) != (shard.size, shard.mtime_ns):
             raise CheckpointError(
-                f"{shard.file}: changed since it was planned (expected {shard.size} bytes, found {info.st_size}); "
-                "plan and load again"
+                f"{shard.file}: changed since it was planned (expected {shard.size} bytes and time "
+                f"{shard.mtime_ns} ns, found {info.st_size} and {info.st_mtime_ns}); plan and load again"
             )
     except BaseException as error:
         for fd in fds:
             os.close(fd)
         if isinstance(error, OSError):
-            raise CheckpointError(f"{shard.file}: cannot be opened: {error.strerror or error}") from error
+            raise CheckpointError(
+                f"{shard.file}: cannot be opened: {error.strerror or error}; {_remedy(error)}"
+            ) from error
         raise
     return fds[0]
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the number of open files (ulimit -n)"
+    return "bring it back, or check its permissions, and load again"
 
 
 def same_bytes(a: TensorEntry, b: TensorEntry, shards: dict[Path, Shard]) -> bool:

@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from .._mounts import memory_file_system
 from ..checkpoint import Checkpoint, TensorEntry
 from ..dtypes import itemsize
@@ -303,8 +301,7 @@ def _bounds(draft: _Draft, placements: Sequence[Placement]) -> list[_Bound]:
     files = {p.links[0].entry.file for p in placements if p.residency == "map"}
     extra = sum(shard.size for shard in draft.checkpoint.shards if shard.file in files)
     if any(p.residency in ("copy", "write") for p in placements):
-        # A reader that casts has torch's helpers.
-        extra += budget.thread_stacks(budget.workers_here() * torch.get_num_threads())
+        extra += budget.thread_stacks(budget.workers_here())
     bounds += [_Bound(name, left - extra, extra) for name, left in memory.limits.items() if name.startswith("RLIMIT_")]
     return bounds
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..checkpoint import Checkpoint
 from ..dtypes import is_floating
 from ..errors import KeysError
-from ..limits import host_memory
+from ..limits import HostMemory, host_memory
 from ..mapping import KeyMapping, Link, whole
 from ..sizes import KIB, MIB, format_size, shown
 from . import budget
@@ -30,17 +30,22 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
         BudgetError: staging or the largest tensor is more than the machine has.
     """
     placements = tuple(_place(checkpoint, key, request) for key in _chosen(checkpoint, request))
-    wanted = budget.MAX_STAGING if request.staging is None else request.staging
+    memory = host_memory()
+    wanted = request.staging
+    if wanted is None:
+        spare = memory.available - _overhead(checkpoint)
+        wanted = max(budget.MIN_STAGING, min(budget.MAX_STAGING, spare))
     need, direct = budget.buffers_for(placements, request.io)
     # The other half is for what is read ahead.
     staging = budget.fit_staging(wanted, max(budget.MIN_STAGING, wanted // 2), need, direct)
     window = max(0, wanted - staging.total)
-    host = _host(checkpoint, placements, staging, max(wanted, staging.total))
+    host = _host(checkpoint, placements, staging, window, memory)
     if host.peak > host.available:
         remedies = [f"a smaller staging (now {format_size(wanted)})"]
         if placements:
             largest = max(placements, key=lambda p: p.nbytes)
-            remedies.append(f"leave out {largest.target!r} ({format_size(largest.nbytes)}) by only=")
+            if largest.nbytes > window:
+                remedies.append(f"leave out {largest.target!r} ({format_size(largest.nbytes)}) by only=")
         budget.refuse(host.peak, host.available, host.bound_by, remedies)
     links = tuple(link for p in placements for link in p.links)
     plan = LoadPlan(
@@ -91,12 +96,19 @@ def _place(checkpoint: Checkpoint, key: str, request: StreamRequest) -> Placemen
     return Placement(key, (key,), entry.shape, dtype, nbytes_of(entry.shape, dtype), request.device, "copy", links)
 
 
-def _host(checkpoint: Checkpoint, placements: tuple[Placement, ...], staging: Staging, wanted: int) -> HostPlan:
+def _overhead(checkpoint: Checkpoint) -> int:
+    return _OVERHEAD + _PER_ENTRY * len(checkpoint)
+
+
+def _host(
+    checkpoint: Checkpoint, placements: tuple[Placement, ...], staging: Staging, window: int, memory: HostMemory
+) -> HostPlan:
     """Nothing is resident: what was given out is the caller's."""
-    memory = host_memory()
-    largest = max((p.nbytes for p in placements if p.device == "cpu"), default=0)
-    overhead = _OVERHEAD + _PER_ENTRY * len(checkpoint)
-    held = max(wanted, largest + staging.total) if placements else 0
+    sizes = [p.nbytes for p in placements if p.device == "cpu"]
+    # As many tensors as the window holds, and always one.
+    ahead = max(min(window, sum(sizes)), max(sizes, default=0))
+    held = staging.total + ahead if placements else 0
+    overhead = _overhead(checkpoint)
     return HostPlan(
         resident=0,
         mapped=0,
