@@ -192,7 +192,8 @@ def plan_tables(plan: LoadPlan) -> Iterator[Table]:
 
 def report_table(report: LoadReport) -> Table:
     """Predicted beside measured."""
-    moved = f", {format_size(int(report.rate))}/s moved" if report.bytes_read else ""
+    ways = ", ".join(f"{format_size(size)} {way}" for way, size in report.read.items())
+    moved = f", {format_size(int(report.rate))}/s moved ({ways})" if report.bytes_read else ""
     table = _table(f"loaded in {report.seconds:.2f} s{moved}")
     table.add_column("anonymous peak")
     table.add_column("predicted", justify="right")

@@ -20,6 +20,7 @@ from test_engine import Net, check_nothing_is_left, linux, net_copy, net_folder,
 from tiny_models import same
 
 import lowmem
+from lowmem import loader
 from lowmem._mounts import memory_file_system
 from lowmem.engine import offload_writer
 from lowmem.engine.locks import hold
@@ -268,6 +269,23 @@ def test_a_folder_that_is_used_again_later_is_believed_for_good(
     assert load(net_copy, off).plan.offload.reused
     assert {name: at for name, at in times(folder).items() if name != INDEX} == before
     assert {p.name for p in folder.iterdir()} == {*before, INDEX}
+
+
+def test_a_folder_that_is_removed_after_planning_is_missed_before_the_model_is_made(
+    net_copy: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load(net_copy, tmp_path / "off")
+    original = loader.check_present
+
+    def late(plan: Any) -> None:
+        original(plan)
+        shutil.rmtree(tmp_path / "off")
+
+    monkeypatch.setattr(loader, "check_present", late)
+    with pytest.raises(OffloadError, match="removed or changed since it was planned"):
+        load(net_copy, tmp_path / "off")
 
 
 @linux

@@ -450,6 +450,31 @@ def plan_of(folder: Path, staging: int, dtype: str, io: IO = "auto") -> tuple[lo
     return planning.make_stream_plan(lowmem.inspect(folder), request)
 
 
+def test_readers_bring_no_helpers(large: Path) -> None:
+    """torch would start some for each reader that casts, and OpenMP ends the process where it may not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        alone = len(list(Path("/proc/self/task").iterdir()))
+        stream = lowmem.stream(large, dtype="float32", staging="16MiB")
+        next(stream)
+        assert len(list(Path("/proc/self/task").iterdir())) <= alone + budget.workers_here()
+        assert torch.get_num_threads() == 4
+        stream.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_fifo_in_the_place_of_a_shard_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"w": torch.zeros(300)}, path)
+    stream = lowmem.stream(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="changed since it was planned"):
+        next(stream)
+
+
 def test_the_plan_of_a_stream_keeps_to_its_staging(large: Path) -> None:
     """Buffers and window together."""
     ways: list[IO] = ["auto", "direct", "mmap"]
