@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from tiny_models import same
 
 import lowmem
 from lowmem.engine import feed
-from lowmem.errors import BudgetError, CheckpointError, KeysError, OptionError, UnsupportedError
+from lowmem.errors import BudgetError, CheckpointError, KeysError, LowmemError, OptionError, UnsupportedError
 from lowmem.limits import HostMemory
 from lowmem.planner import budget, records
 from lowmem.planner import stream as planning
@@ -463,6 +464,24 @@ def test_readers_bring_no_helpers(large: Path) -> None:
         stream.close()
     finally:
         torch.set_num_threads(before)
+
+
+@linux
+def test_a_fork_ends_a_stream_in_the_new_process_only(large: Path) -> None:
+    stream = lowmem.stream(large, staging="1MiB")
+    first = next(stream)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            next(stream)
+        except LowmemError:
+            stream.close()
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    found = dict([first, *stream])
+    assert found.keys() == lowmem.inspect(large).keys()
 
 
 def test_a_fifo_in_the_place_of_a_shard_is_refused_at_once(tmp_path: Path) -> None:

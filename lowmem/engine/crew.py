@@ -16,6 +16,7 @@ import torch
 from ..errors import BudgetError
 from ..planner import LoadPlan, Placement
 from ..planner.records import Read
+from ..sizes import format_size
 from .destinations import Destination, Scratch
 from .feed import Feed, Job
 
@@ -112,9 +113,7 @@ class Crew:
 
     def _read_all(self) -> None:
         """Read after read, through buffers that end with this call."""
-        staging = self._plan.staging
-        scratch = Scratch(staging.each)
-        bounce = Scratch(staging.bounce).memory if staging.bounce else None
+        scratch, bounce = self._make_buffers()
         while (job := self._feed.take()) is not None:
             try:
                 self._carry_out(job, scratch, bounce)
@@ -125,6 +124,18 @@ class Crew:
             del job
             self._events.put(done)
             del done
+
+    def _make_buffers(self) -> tuple[Scratch, memoryview | None]:
+        staging = self._plan.staging
+        try:
+            return Scratch(staging.each), Scratch(staging.bounce).memory if staging.bounce else None
+        except (OSError, MemoryError) as error:
+            raise BudgetError(
+                f"the system refused {format_size(staging.each + staging.bounce)} for a reader's buffer ({error}); "
+                "others took memory since the plan was made; lower staging, or free memory",
+                required=self._plan.host.peak,
+                limit=0,
+            ) from error
 
     def _carry_out(self, job: Job, scratch: Scratch, bounce: memoryview | None) -> None:
         """One read into all its places, and what has to be done to the bytes after that."""

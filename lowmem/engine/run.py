@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import time
 from collections.abc import Generator
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .._collector import paused_collector
+from ..errors import LowmemError
 from ..planner import LoadPlan, Placement, Progress, ProgressCallback
 from .cleanup import undisturbed
 from .crew import Crew, Done
@@ -62,13 +64,19 @@ def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], 
     Raises:
         CheckpointError: a file changed, shrank or cannot be read.
         BudgetError: memory that the plan counted on was taken by others.
+        LowmemError: the process was forked meanwhile, and this is the new one.
     """
     feed = Feed(plan, window=window)
     crew = Crew(plan, feed)
     whole: dict[Placement, torch.Tensor] = {}
+    process = os.getpid()
     try:
         crew.start()
         for placement in plan.placements:
+            if os.getpid() != process:
+                raise LowmemError(
+                    f"{plan.checkpoint.source}: a stream ends at a fork; begin another in the new process"
+                )
             if not placement.source_bytes:
                 yield placement.target, allocate(placement)
                 continue
@@ -79,7 +87,9 @@ def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], 
             yield placement.target, whole.pop(placement)
         feed.finish()
     finally:
-        undisturbed(crew.end)
+        # A fork takes no threads along, and locks as they were.
+        if os.getpid() == process:
+            undisturbed(crew.end)
 
 
 def _collect(done: Done | None, whole: dict[Placement, torch.Tensor]) -> None:
