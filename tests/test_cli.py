@@ -212,7 +212,8 @@ def test_measure_passes_output_and_exit_code_on() -> None:
 
 
 def test_measure_with_json_keeps_stdout_for_the_json() -> None:
-    program = "b = bytearray(b'x') * (64 << 20); print('hello')"
+    # Held for a while, or a machine that is busy ends it between two looks.
+    program = "import time; b = bytearray(b'x') * (64 << 20); print('hello'); time.sleep(0.5)"
     done = command("measure", "--json", "--", sys.executable, "-c", program)
     shown = json.loads(done.stdout)
     assert done.returncode == shown["exit_code"] == 0
