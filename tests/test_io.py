@@ -22,7 +22,7 @@ from lowmem.planner.records import IO
 from lowmem.sizes import MIB
 from lowmem.synthetic import llama_recipe, write_checkpoint
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 FLOATS = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 WAYS: list[IO] = ["auto", "buffered", "direct", "mmap"]
 

@@ -27,7 +27,7 @@ from lowmem.planner import plan as planning
 from lowmem.planner.records import IO
 from lowmem.sizes import MIB
 
-pytestmark = [pytest.mark.timeout(60), needs_cold]
+pytestmark = [pytest.mark.timeout(180), needs_cold]
 # Pages that the kernel may keep or bring by itself: a block of several at each end, and the header.
 FEW = 40
 counted = contextmanager(patched)

@@ -24,7 +24,7 @@ from lowmem.planner.records import BLOCK, IO
 from lowmem.sizes import KIB, MIB
 
 pytestmark = [
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(180),
     pytest.mark.skipif(not hasattr(os, "preadv"), reason="needs positional reads"),
 ]
 SIZE = 3 * MIB + 1234

@@ -27,7 +27,7 @@ from lowmem.planner import LoadPlan, Placement, budget, records
 from lowmem.planner.records import ALIGNMENT, BLOCK, CHUNK, LEAST_DIRECT, HostPlan, Staging
 from lowmem.sizes import KIB, MIB
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 needs_preadv = pytest.mark.skipif(not hasattr(os, "preadv"), reason="needs positional reads")
 counted = contextmanager(patched)
 COUNT = 5000

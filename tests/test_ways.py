@@ -27,7 +27,7 @@ from lowmem.planner import records
 from lowmem.planner.records import LEAST_DIRECT, may_read_directly
 from lowmem.sizes import GIB, MIB
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 DISK, OTHER = 7, 8
 TRIAL = 32 * MIB
 counted = contextmanager(patched)
