@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from bench.cases import Case
+from lowmem._mounts import file_system
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -30,7 +31,7 @@ def describe_machine(folder: Path, versions: dict[str, str]) -> dict[str, Any]:
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": versions,
-        "file_system": _file_system(folder),
+        "file_system": file_system(folder) or "unknown",
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -44,16 +45,6 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _file_system(folder: Path) -> str:
-    """The type of the mount that `folder` is on."""
-    found = max(
-        (part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)),
-        key=lambda part: len(part.mountpoint),
-        default=None,
-    )
-    return found.fstype if found is not None else "unknown"
 
 
 def _commit() -> str:

@@ -21,7 +21,7 @@ from torch import nn
 
 import lowmem
 from lowmem.engine import page_cache
-from lowmem.engine.page_cache import Residency, give_back, look
+from lowmem.engine.page_cache import CachedPages, give_back, look
 from lowmem.limits import HostMemory
 from lowmem.planner import plan as planning
 from lowmem.planner.records import IO
@@ -51,7 +51,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def look_at(path: Path) -> Residency:
+def look_at(path: Path) -> CachedPages:
     with path.open("rb") as opened:
         return look(opened.fileno(), path.stat().st_size)
 
@@ -69,7 +69,7 @@ def absent(pages: list[bool], offset: int, nbytes: int) -> list[int]:
     return [n for n in range(offset // PAGE, -(-(offset + nbytes) // PAGE)) if n < len(pages) and not pages[n]]
 
 
-def check_model(found: Residency, pages: list[bool], offset: int, nbytes: int) -> None:
+def check_model(found: CachedPages, pages: list[bool], offset: int, nbytes: int) -> None:
     assert found.holds(offset, nbytes) == holds(pages, offset, nbytes)
     runs = list(found.absent(offset, nbytes))
     assert all(begin % PAGE == length % PAGE == 0 < length for begin, length in runs)
@@ -90,9 +90,9 @@ def test_what_is_told_of_a_range_is_what_the_pages_say(data: st.DataObject, page
     size = len(pages) * PAGE - data.draw(st.integers(0, PAGE - 1))
     offset = data.draw(st.integers(0, size - 1))
     nbytes = data.draw(st.integers(1, size - offset))
-    check_model(Residency(np.array(pages), len(pages)), pages, offset, nbytes)
+    check_model(CachedPages(np.array(pages), len(pages)), pages, offset, nbytes)
     for whole in (False, True):
-        check_model(Residency(whole, len(pages)), [whole] * len(pages), offset, nbytes)
+        check_model(CachedPages(whole, len(pages)), [whole] * len(pages), offset, nbytes)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

@@ -23,7 +23,7 @@ _STEP = 2 * 1024 * 1024
 _CACHESTAT = 451
 
 
-class Residency:
+class CachedPages:
     """Which pages of a file were in the page cache when it was looked at."""
 
     def __init__(self, pages: npt.NDArray[np.bool_] | bool, count: int) -> None:
@@ -68,14 +68,14 @@ class Residency:
         return bits[first % 8 : first % 8 + last - first].astype(np.bool_)
 
 
-def look(fd: int, size: int) -> Residency:
+def look(fd: int, size: int) -> CachedPages:
     """Which pages of the open file of `size` bytes are in the page cache now."""
     count = -(-size // mmap.PAGESIZE)
     cached = _count_cached(fd, size)
     if cached is not None and cached in (0, count):
-        return Residency(cached == count, count)
+        return CachedPages(cached == count, count)
     pages = _each_cached(fd, size, count)
-    return Residency(True, count) if pages is None or pages.all() else Residency(pages, count)
+    return CachedPages(True, count) if pages is None or pages.all() else CachedPages(pages, count)
 
 
 def give_back(fd: int, offset: int, nbytes: int) -> None:

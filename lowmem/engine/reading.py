@@ -21,7 +21,7 @@ from ..checkpoint import Shard, TensorEntry
 from ..errors import CheckpointError
 from ..planner.records import BLOCK
 from .cleanup import open_into
-from .page_cache import Residency, give_back, look
+from .page_cache import CachedPages, give_back, look
 from .ways import Way, Ways
 
 _COMPARE = 4 * 1024 * 1024
@@ -48,11 +48,11 @@ class ShardReader:
         self._keep_cache = keep_cache
         self._direct_fd = -1
         self._lock = threading.Lock()
-        self._residency = Residency(True, 0)
+        self._cached = CachedPages(True, 0)
         try:
             if direct or not keep_cache:
-                self._residency = look(self._fd, shard.size)
-            if direct and (ways.always_direct or not self._residency.everything):
+                self._cached = look(self._fd, shard.size)
+            if direct and (ways.always_direct or not self._cached.everything):
                 self._open_direct()
             ways.open(self._device, shard.size)
         except BaseException:
@@ -83,7 +83,7 @@ class ShardReader:
             CheckpointError: the file ended early or could not be read.
         """
         nbytes = sum(map(len, views))
-        cached = self._residency.holds(offset, nbytes)
+        cached = self._cached.holds(offset, nbytes)
         can = self._direct_fd >= 0 and bounce is not None
         way = self._ways.choose(self._device, nbytes, cached=cached, direct=can)
         started = time.perf_counter()
@@ -188,9 +188,9 @@ class ShardReader:
             into.take(part)
 
     def _give_back(self, offset: int, nbytes: int) -> None:
-        if self._keep_cache or self._residency.everything:
+        if self._keep_cache or self._cached.everything:
             return
-        for begin, length in self._residency.absent(offset, nbytes):
+        for begin, length in self._cached.absent(offset, nbytes):
             give_back(self._fd, begin, length)
 
     def _ended(self, offset: int) -> CheckpointError:
