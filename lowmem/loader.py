@@ -118,6 +118,7 @@ def load(
     clock.end("inspect")
     # Imports happen here: they are the program's, not the load's.
     origin = find_origin(checkpoint, model, trust_remote_code)
+    clock.end("import")
     with measure() as memory:
         clock.begin()
         skeleton, plan = _prepare(checkpoint, origin, request, settle_ties=True, clock=clock)

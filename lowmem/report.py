@@ -25,8 +25,8 @@ class LoadReport:
 
     Attributes:
         plan: what was decided.
-        phases: seconds of each part: `inspect` (headers), `build` (the model without weights), `plan`, `weights` (every
-            byte moved and installed). Imports are in none.
+        phases: seconds of each part: `inspect` (headers), `import` (the model's class and its config), `build` (the
+            model without weights), `plan`, `weights` (every byte moved and installed).
         memory: the measured peaks, with a mark where each shard was opened.
         read: bytes by the way they were read: `buffered` (through the page cache), `direct` (past it), `mmap`.
     """

@@ -45,7 +45,8 @@ def _read(found: Source) -> Checkpoint:
         # save_pretrained into a folder of shards removes them and leaves their index behind.
         odd = f"{found.index.name} names shards that are gone: {whole.name} beside it was believed"
         return _read(replace(found, index=None, shards=(whole,), warnings=(*found.warnings, odd)))
-    weight_map = {key: str(PurePath(name)) if name else name for key, name in weight_map.items()}
+    as_path = {name: str(PurePath(name)) if name else name for name in set(weight_map.values())}
+    weight_map = {key: as_path[name] for key, name in weight_map.items()}
     first: dict[str, str] = {}
     for key, name in weight_map.items():
         first.setdefault(name, key)

@@ -334,14 +334,16 @@ class TransformersRules(Rules):
     def initialise(self, names: Collection[str]) -> None:
         """`initialize_weights`, which touches only tensors that are not marked as initialised; mark all the rest.
 
-        Modules are never marked: a parent may initialise the weights of its children (T5's attention does).
+        It also skips marked modules, but a parent may initialise the weights of its children (T5's attention does):
+        only modules with nothing to initialise inside are marked.
         """
         wanted = set(names)
+        concerned = {"", *(name[: dot.start()] for name in wanted for dot in re.finditer(r"\.", name))}
         followers = self._set_aside(name for name in self.declared_ties() if name in wanted)
         try:
             for path, module in self.model.named_modules(remove_duplicate=False):
                 prefix = f"{path}." if path else ""
-                module._is_hf_initialized = False
+                module._is_hf_initialized = path not in concerned
                 for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
                     if tensor is not None:
                         ready = prefix + leaf not in wanted or prefix + leaf in followers
