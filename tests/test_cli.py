@@ -328,6 +328,36 @@ def test_a_picture_that_fails_at_the_end_does_not_cost_the_report(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("code", [0, 7])
+def test_a_folder_that_vanishes_meanwhile_costs_only_the_picture(code: int, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    program = f"import os; os.rmdir({str(folder)!r}); raise SystemExit({code})"
+    done = command("measure", "--json", "--plot", folder / "memory.png", "--", sys.executable, "-c", program)
+    assert done.returncode == (code or 1)
+    assert json.loads(done.stdout)["exit_code"] == code
+    assert done.stderr.startswith("lowmem: plot: ")
+    assert "there is no folder" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_vanishes_during_a_load_does_not_cost_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"weight": torch.ones(3, 2), "bias": torch.zeros(3)}, tmp_path / "w.safetensors")
+    body = "import os, torch\ndef make():\n    os.rmdir('pictures')\n    return torch.nn.Linear(2, 3)\n"
+    (tmp_path / "mine_for_plot.py").write_text(body)
+    monkeypatch.chdir(tmp_path)
+    for options in ([], ["--json"]):
+        (tmp_path / "pictures").mkdir()
+        line = ["load", "w.safetensors", "--model", "mine_for_plot:make", "--plot", "pictures/memory.png", *options]
+        code, out, err = run(capsys, *line)
+        assert code == 1
+        assert "measured" in out
+        assert err.startswith("lowmem: plot: ")
+        assert err.count("\n") == 1
+
+
 def test_progress_is_drawn_only_for_a_terminal(llama: Path) -> None:
     done = command("load", llama, "--residency", "copy", "--json")
     assert "loading" not in done.stderr
