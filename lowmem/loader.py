@@ -22,7 +22,7 @@ from .modeling.rules import Rules
 from .modeling.skeleton import ModelSource, Origin, Skeleton, find_origin, make_skeleton
 from .offload import dispatch
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
-from .planner.request import flag, make_request
+from .planner.request import checks_names, flag, make_request
 from .report import LoadReport
 from .sizes import shown
 
@@ -42,6 +42,7 @@ class LoadResult:
     report: LoadReport
 
 
+@checks_names
 def load(
     source: str | os.PathLike[str],
     *,
@@ -130,6 +131,7 @@ def load(
     return LoadResult(skeleton.model, plan, LoadReport(plan, clock.seconds, memory, read))
 
 
+@checks_names
 def plan(
     source: str | os.PathLike[str],
     *,
