@@ -179,13 +179,13 @@ def _prepare(
         clock.end("build")
         mapping = match(checkpoint, skeleton)
         if settle_ties and mapping.doubled:
-            mapping = match(checkpoint, skeleton, _differing(checkpoint, skeleton, mapping))
+            mapping = match(checkpoint, skeleton, _differing(checkpoint, skeleton, mapping, request.keep_cache))
         if request.strict:
             refuse(mapping, checkpoint.source)
         return skeleton, make_plan(checkpoint, skeleton, mapping, request)
 
 
-def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping) -> set[str]:
+def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, keep_cache: bool) -> set[str]:
     """Names that are tied in the model but have values of their own in the checkpoint.
 
     Raises:
@@ -197,7 +197,7 @@ def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping) 
     differing: set[str] = set()
     for name, leader in mapping.doubled.items():
         a, b = checkpoint[keys[name]], checkpoint[keys[leader]]
-        if not same_bytes(a, b, shards):
+        if not same_bytes(a, b, shards, keep_cache=keep_cache):
             if type(skeleton.rules) is Rules:
                 raise KeysError(
                     f"{a.file}: {a.key!r} and {b.key!r} differ, and the model ties them to one tensor; "
