@@ -364,9 +364,9 @@ def _show_load(result: LoadResult, as_json: bool) -> None:
     if as_json:
         print_json(result.report.to_dict())
         return
-    from .report import plan_tables, report_table
+    from .report import phase_table, plan_tables, report_table
 
-    show(*plan_tables(result.plan), report_table(result.report))
+    show(*plan_tables(result.plan), report_table(result.report), phase_table(result.report))
 
 
 def _measure(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import lowmem
 from lowmem.cli import main
-from lowmem.sizes import MIB
+from lowmem.sizes import MIB, format_size
 from lowmem.synthetic import llama_recipe, write_checkpoint
 
 PLAN_KEYS = {
@@ -96,6 +96,33 @@ def test_load_shows_tables_on_stdout(llama: Path, capsys: pytest.CaptureFixture[
     assert code == 0
     assert "predicted" in out
     assert "measured" in out
+
+
+@pytest.mark.parametrize("verb", ["plan", "load"])
+def test_how_files_are_read_is_shown_where_it_was_asked_for(
+    verb: str, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mapped = format_size(lowmem.plan(llama).host.mapped)
+    every = ["--io", "buffered", "--prefetch", "--keep-cache"]
+    rows = [["io", "buffered"], ["prefetch", *mapped.split()], ["keep_cache", "on"]]
+    for flags, expected in (([], []), (["--io", "auto"], []), (["--keep-cache"], rows[2:]), (every, rows)):
+        shown = rows_of(run(capsys, verb, llama, *flags)[1])
+        assert [row for row in shown if row[0] in ("io", "prefetch", "keep_cache")] == expected
+        assert (["reading", "as", "asked"] in shown) == bool(expected)
+
+
+def test_load_shows_the_seconds_of_each_phase(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(run(capsys, "load", llama)[1])
+    at = rows.index(["phase", "seconds"])
+    phases = [row for row in rows[at + 1 :] if len(row) == 2]
+    assert [name for name, _ in phases] == ["inspect", "build", "plan", "weights"]
+    assert all(float(seconds) >= 0 for _, seconds in phases)
+    assert ["phase", "seconds"] not in rows_of(run(capsys, "plan", llama)[1])
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The words of each line that has some."""
+    return [line.split() for line in text.splitlines() if line.strip()]
 
 
 def test_every_option_reaches_the_plan(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
