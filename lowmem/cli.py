@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
     from .loader import LoadResult
+    from .memory import Measurement
 
 FINE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 _MOST_OF_A_MAP = 16 * 1024**2
 
-_EPILOG = """exit codes: 0 fine, 1 the load or plan failed, 2 wrong usage; measure gives the command's own.
+_EPILOG = """exit codes: 0 fine, 1 the load, plan or picture failed, 2 wrong usage; measure gives the command's
+own, or 1 where that is 0 and the picture failed.
 Sizes: 8GiB, 512MiB (powers of 1024), 8GB, 500MB (powers of 1000), or bytes."""
 
 
@@ -349,21 +351,22 @@ def _load(arguments: argparse.Namespace) -> int:
     with progress_bar() as progress:
         result = load(arguments.source, progress=progress, **_options(arguments))
     warn(result.plan.warnings)
+    drawn = FINE
     try:
-        if picture is not None:
-            result.report.plot(picture)
-    finally:
         _show_load(result, arguments.json)
-    return FINE
+    finally:
+        if picture is not None:
+            drawn = _draw(lambda: result.report.plot(picture))
+    return drawn
 
 
 def _show_load(result: LoadResult, as_json: bool) -> None:
     if as_json:
         print_json(result.report.to_dict())
         return
-    from .report import plan_tables, report_table
+    from .report import phase_table, plan_tables, report_table
 
-    show(*plan_tables(result.plan), report_table(result.report))
+    show(*plan_tables(result.plan), report_table(result.report), phase_table(result.report))
 
 
 def _measure(arguments: argparse.Namespace) -> int:
@@ -376,17 +379,22 @@ def _measure(arguments: argparse.Namespace) -> int:
     # With --json, stdout is for the JSON alone; the command's own output goes to stderr.
     with stdout_to_stderr() if arguments.json else contextlib.nullcontext():
         code, memory = measure_command(command, arguments.interval)
+    drawn = FINE
     try:
-        if picture is not None:
-            memory.plot(picture, title=f"{shlex.join(command)}: {memory.seconds:.2f} s")
+        _show_measurement(command, code, memory, arguments.json)
     finally:
-        if arguments.json:
-            print_json({"command": command, "exit_code": code, **memory.to_dict()})
-        else:
-            from .report import measurement_table
+        if picture is not None:
+            drawn = _draw(lambda: memory.plot(picture, title=f"{shlex.join(command)}: {memory.seconds:.2f} s"))
+    return code or drawn
 
-            show(measurement_table(memory))
-    return code
+
+def _show_measurement(command: list[str], code: int, memory: Measurement, as_json: bool) -> None:
+    if as_json:
+        print_json({"command": command, "exit_code": code, **memory.to_dict()})
+        return
+    from .report import measurement_table
+
+    show(measurement_table(memory))
 
 
 def _picture(arguments: argparse.Namespace) -> Path | None:
@@ -396,6 +404,16 @@ def _picture(arguments: argparse.Namespace) -> Path | None:
     from .plots import parse_target
 
     return parse_target(arguments.plot)
+
+
+def _draw(plot: Callable[[], None]) -> int:
+    """Exit code of a picture drawn after the work. What stands in its way only now was no wrong usage."""
+    try:
+        plot()
+    except LowmemError as error:
+        say(f"lowmem: {error}")
+        return FAILED
+    return FINE
 
 
 def _demo(arguments: argparse.Namespace) -> int:

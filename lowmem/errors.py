@@ -54,11 +54,11 @@ class PlacementError(LowmemError):
 
 
 class BudgetError(LowmemError):
-    """The load needs more memory than it is allowed.
+    """The load or stream needs more memory than it is allowed.
 
     Attributes:
         required: least host bytes (anonymous peak) that this plan can do with.
-        limit: bytes that the load may use.
+        limit: bytes that it may use.
     """
 
     def __init__(self, message: str, *, required: int, limit: int) -> None:

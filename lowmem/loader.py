@@ -22,7 +22,7 @@ from .modeling.rules import Rules
 from .modeling.skeleton import ModelSource, Origin, Skeleton, find_origin, make_skeleton
 from .offload import dispatch
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
-from .planner.request import flag, make_request
+from .planner.request import checks_names, flag, make_request
 from .report import LoadReport
 from .sizes import shown
 
@@ -42,6 +42,7 @@ class LoadResult:
     report: LoadReport
 
 
+@checks_names
 def load(
     source: str | os.PathLike[str],
     *,
@@ -131,6 +132,7 @@ def load(
     return LoadResult(skeleton.model, plan, LoadReport(plan, clock.seconds, memory, read))
 
 
+@checks_names
 def plan(
     source: str | os.PathLike[str],
     *,
@@ -178,13 +180,13 @@ def _prepare(
         clock.end("build")
         mapping = match(checkpoint, skeleton)
         if settle_ties and mapping.doubled:
-            mapping = match(checkpoint, skeleton, _differing(checkpoint, skeleton, mapping))
+            mapping = match(checkpoint, skeleton, _differing(checkpoint, skeleton, mapping, request.keep_cache))
         if request.strict:
             refuse(mapping, checkpoint.source)
         return skeleton, make_plan(checkpoint, skeleton, mapping, request)
 
 
-def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping) -> set[str]:
+def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, keep_cache: bool) -> set[str]:
     """Names that are tied in the model but have values of their own in the checkpoint.
 
     Raises:
@@ -196,7 +198,7 @@ def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping) 
     differing: set[str] = set()
     for name, leader in mapping.doubled.items():
         a, b = checkpoint[keys[name]], checkpoint[keys[leader]]
-        if not same_bytes(a, b, shards):
+        if not same_bytes(a, b, shards, keep_cache=keep_cache):
             if type(skeleton.rules) is Rules:
                 raise KeysError(
                     f"{a.file}: {a.key!r} and {b.key!r} differ, and the model ties them to one tensor; "

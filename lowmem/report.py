@@ -163,7 +163,7 @@ def tensor_table(checkpoint: Checkpoint) -> Table:
 
 
 def plan_tables(plan: LoadPlan) -> Iterator[Table]:
-    """A plan for people: bytes per device, then the host's budget."""
+    """A plan for people: bytes per device, then the host's budget, then what was asked of the reading, if anything."""
     devices = _table(f"{plan.checkpoint.source}: {len(plan.placements)} tensors")
     for title in ("device", "weights", "mapped", "resident", "staging", "peak"):
         devices.add_column(title, justify="left" if title == "device" else "right")
@@ -188,6 +188,17 @@ def plan_tables(plan: LoadPlan) -> Iterator[Table]:
     ):
         budget.add_row(name, format_size(size))
     yield budget
+    asked = _table(None)
+    asked.add_column("reading")
+    asked.add_column("as asked", justify="right")
+    if plan.reading.io != "auto":
+        asked.add_row("io", plan.reading.io)
+    if plan.reading.prefetch:
+        asked.add_row("prefetch", format_size(plan.reading.prefetch))
+    if plan.reading.keep_cache:
+        asked.add_row("keep_cache", "on")
+    if asked.row_count:
+        yield asked
 
 
 def report_table(report: LoadReport) -> Table:
@@ -202,6 +213,16 @@ def report_table(report: LoadReport) -> Table:
     for name, peak in report.memory.devices.items():
         if name in report.plan.devices:
             table.add_row(name, format_size(report.plan.devices[name].peak), format_size(peak))
+    return table
+
+
+def phase_table(report: LoadReport) -> Table:
+    """Seconds of each phase of a load."""
+    table = _table(None)
+    table.add_column("phase")
+    table.add_column("seconds", justify="right")
+    for name, seconds in report.phases.items():
+        table.add_row(name, f"{seconds:.3f}")
     return table
 
 

@@ -13,9 +13,10 @@ from .checkpoint import inspect
 from .engine import iterate
 from .loader import check_present
 from .planner import make_stream_plan
-from .planner.request import make_stream_request
+from .planner.request import checks_names, make_stream_request
 
 
+@checks_names
 def stream(
     source: str | os.PathLike[str],
     *,

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import lowmem
 from lowmem.cli import main
-from lowmem.sizes import MIB
+from lowmem.sizes import MIB, format_size
 from lowmem.synthetic import llama_recipe, write_checkpoint
 
 PLAN_KEYS = {
@@ -96,6 +96,33 @@ def test_load_shows_tables_on_stdout(llama: Path, capsys: pytest.CaptureFixture[
     assert code == 0
     assert "predicted" in out
     assert "measured" in out
+
+
+@pytest.mark.parametrize("verb", ["plan", "load"])
+def test_how_files_are_read_is_shown_where_it_was_asked_for(
+    verb: str, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mapped = format_size(lowmem.plan(llama).host.mapped)
+    every = ["--io", "buffered", "--prefetch", "--keep-cache"]
+    rows = [["io", "buffered"], ["prefetch", *mapped.split()], ["keep_cache", "on"]]
+    for flags, expected in (([], []), (["--io", "auto"], []), (["--keep-cache"], rows[2:]), (every, rows)):
+        shown = rows_of(run(capsys, verb, llama, *flags)[1])
+        assert [row for row in shown if row[0] in ("io", "prefetch", "keep_cache")] == expected
+        assert (["reading", "as", "asked"] in shown) == bool(expected)
+
+
+def test_load_shows_the_seconds_of_each_phase(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(run(capsys, "load", llama)[1])
+    at = rows.index(["phase", "seconds"])
+    phases = [row for row in rows[at + 1 :] if len(row) == 2]
+    assert [name for name, _ in phases] == ["inspect", "build", "plan", "weights"]
+    assert all(float(seconds) >= 0 for _, seconds in phases)
+    assert ["phase", "seconds"] not in rows_of(run(capsys, "plan", llama)[1])
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The words of each line that has some."""
+    return [line.split() for line in text.splitlines() if line.strip()]
 
 
 def test_every_option_reaches_the_plan(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,6 +353,36 @@ def test_a_picture_that_fails_at_the_end_does_not_cost_the_report(
         assert json.loads(out)["seconds"] > 0
         assert "No space left on device" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_a_folder_that_vanishes_meanwhile_costs_only_the_picture(code: int, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    program = f"import os; os.rmdir({str(folder)!r}); raise SystemExit({code})"
+    done = command("measure", "--json", "--plot", folder / "memory.png", "--", sys.executable, "-c", program)
+    assert done.returncode == (code or 1)
+    assert json.loads(done.stdout)["exit_code"] == code
+    assert done.stderr.startswith("lowmem: plot: ")
+    assert "there is no folder" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_vanishes_during_a_load_does_not_cost_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"weight": torch.ones(3, 2), "bias": torch.zeros(3)}, tmp_path / "w.safetensors")
+    body = "import os, torch\ndef make():\n    os.rmdir('pictures')\n    return torch.nn.Linear(2, 3)\n"
+    (tmp_path / "mine_for_plot.py").write_text(body)
+    monkeypatch.chdir(tmp_path)
+    for options in ([], ["--json"]):
+        (tmp_path / "pictures").mkdir()
+        line = ["load", "w.safetensors", "--model", "mine_for_plot:make", "--plot", "pictures/memory.png", *options]
+        code, out, err = run(capsys, *line)
+        assert code == 1
+        assert "measured" in out
+        assert err.startswith("lowmem: plot: ")
+        assert err.count("\n") == 1
 
 
 def test_progress_is_drawn_only_for_a_terminal(llama: Path) -> None:

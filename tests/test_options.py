@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,38 @@ def file(tmp_path: Path) -> Path:
 
 def linear() -> nn.Module:
     return nn.Linear(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "nearest"),
+    [
+        ("plan", "devicemap", "device_map"),
+        ("plan", "trust_remote", "trust_remote_code"),
+        ("plan", "zzz", None),
+        ("plan", "progress", None),
+        ("load", "devicemap", "device_map"),
+        ("load", "Progress", "progress"),
+        ("load", "zzz", None),
+        ("stream", "devise", "device"),
+        ("stream", "device_map", "device"),
+        ("stream", "ram", None),
+    ],
+)
+def test_an_unknown_option_names_the_verb_and_the_nearest_option(
+    verb: str, option: str, nearest: str | None, file: Path
+) -> None:
+    with pytest.raises(TypeError) as refused:
+        getattr(lowmem, verb)(file, **{option: 1})
+    hint = f". Did you mean {nearest!r}?" if nearest else ""
+    assert str(refused.value) == f"{verb}() got an unexpected keyword argument {option!r}{hint}"
+
+
+@pytest.mark.parametrize("verb", ["plan", "load", "stream"])
+def test_other_wrong_calls_are_told_in_pythons_own_words(verb: str) -> None:
+    function = getattr(lowmem, verb)
+    with pytest.raises(TypeError, match=rf"^{verb}\(\) missing 1 required positional argument: 'source'"):
+        function()
+    assert (function.__name__, next(iter(inspect.signature(function).parameters))) == (verb, "source")
 
 
 @pytest.mark.parametrize("option", ["strict", "trust_remote_code"])

@@ -249,6 +249,65 @@ def test_a_load_that_fails_gives_back(file: Path) -> None:
     assert leaves(file, fail) <= FEW
 
 
+# -- comparing
+
+
+class Pair(nn.Module):
+    """8 MiB as fp32, under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(2 * MIB, device="meta"))
+        self.b = self.a
+
+
+@pytest.fixture
+def twice(tmp_path: Path) -> Path:
+    """Tied tensors that differ only at their end, so that all is read and nothing is loaded."""
+    values = torch.ones(2 * MIB)
+    save_file({"a": values, "b": torch.cat([values[:-1], values[:1] + 1])}, tmp_path / "twice.safetensors")
+    return tmp_path / "twice.safetensors"
+
+
+def compare(path: Path, **options: Any) -> None:
+    with pytest.raises(lowmem.KeysError, match="differ, and the model ties them"):
+        lowmem.load(path, model=Pair, **options)
+
+
+def test_a_comparison_of_tied_tensors_gives_back_what_it_read(twice: Path) -> None:
+    assert leaves(twice, lambda: compare(twice)) <= FEW
+    values = torch.ones(2 * MIB)
+    save_file({"a": values, "b": values.clone()}, twice)
+    assert leaves(twice, lambda: lowmem.load(twice, model=Pair)) <= FEW
+    assert leaves(twice, lambda: lowmem.load(twice, model=Pair, residency="copy", io="buffered")) <= FEW
+
+
+def test_a_comparison_of_tied_tensors_leaves_what_was_there_and_what_it_is_told_to(twice: Path) -> None:
+    drop(twice)
+    compare(twice, keep_cache=True)
+    assert sum(not page for page in resident(twice)) <= FEW
+    warm(twice)
+    drop(twice, MIB, 2 * MIB)
+    before = resident(twice)
+    assert 0 < sum(before) < len(before)
+    compare(twice)
+    assert all(now for now, then in zip(resident(twice), before, strict=True) if then)
+    warm(twice)
+    compare(twice)
+    assert all(resident(twice))
+
+
+def test_tied_tensors_in_two_shards_are_given_back_too(tmp_path: Path) -> None:
+    paths = []
+    for name in "ab":
+        paths.append(tmp_path / f"model-{name}.safetensors")
+        save_file({name: torch.ones(2 * MIB)}, paths[-1])
+        drop(paths[-1])
+    write_index(tmp_path)
+    assert leaves(paths[0], lambda: lowmem.load(tmp_path, model=Pair)) <= FEW
+    assert leaves(paths[1], lambda: lowmem.load(tmp_path, model=Pair)) <= FEW
+
+
 # -- mapping
 
 

@@ -76,15 +76,15 @@ def thread_stacks(count: int) -> int:
     return count * (threading.stack_size() or (_DEFAULT_STACK if soft == resource.RLIM_INFINITY else soft))
 
 
-def refuse(required: int, limit: int, bound_by: str, remedies: list[str]) -> None:
-    """Raise the refusal.
+def refuse(required: int, limit: int, bound_by: str, remedies: list[str], what: str = "load") -> None:
+    """Raise the refusal of a load, or of `what` else needs the memory.
 
     Raises:
         BudgetError: always.
     """
     advice = "; or ".join(remedies) if remedies else "free memory on this machine, or raise its limit"
     raise BudgetError(
-        f"the load needs at least {format_size(required)} of host memory ({required} bytes), "
+        f"the {what} needs at least {format_size(required)} of host memory ({required} bytes), "
         f"and {bound_by} allows {format_size(limit)}. What helps: {advice}",
         required=required,
         limit=limit,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ParamSpec, TypeVar, get_args
 
 from ..dtypes import parse_dtype
 from ..errors import OptionError
@@ -14,6 +17,31 @@ from ..sizes import parse_size, shown
 from .budget import MIN_STAGING
 from .devices import device_name, parse_device_map, parse_max_memory
 from .records import IO, LoadRequest, StreamRequest
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checks_names(verb: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a verb: an option that it does not have is refused under the verb's own name, with the nearest one.
+
+    As Python 3.13 says it. A verb that takes `**options` has those of `make_request`.
+    """
+    parameters = inspect.signature(verb).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    if len(known) < len(parameters):
+        known += inspect.signature(make_request).parameters
+
+    @functools.wraps(verb)
+    def checked(*args: P.args, **options: P.kwargs) -> R:
+        unknown = next((name for name in options if name not in known), None)
+        if unknown is not None:
+            near = difflib.get_close_matches(unknown, known, n=1)
+            hint = f". Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{verb.__name__}() got an unexpected keyword argument {shown(unknown)}{hint}")
+        return verb(*args, **options)
+
+    return checked
 
 
 def make_request(

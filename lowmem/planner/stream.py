@@ -46,7 +46,7 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
             largest = max(placements, key=lambda p: p.nbytes)
             if largest.nbytes > window:
                 remedies.append(f"leave out {largest.target!r} ({format_size(largest.nbytes)}) by only=")
-        budget.refuse(host.peak, host.available, host.bound_by, remedies)
+        budget.refuse(host.peak, host.available, host.bound_by, remedies, what="stream")
     links = tuple(link for p in placements for link in p.links)
     plan = LoadPlan(
         checkpoint=checkpoint,
