@@ -516,6 +516,7 @@ def test_an_error_from_the_callback_comes_through_and_nothing_is_left(
     net_copy: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], case: str, meta: bool
 ) -> None:
     monkeypatch.setattr(engine_run, "_PROGRESS_EVERY", 0.0)
+    monkeypatch.setattr(crew, "_AT_LEAST_EVERY", 0.0)
     # Many reads, so that the second error comes in the midst of them.
     monkeypatch.setattr(records, "CHUNK", 64 * 1024)
     model = borrowed(meta)
@@ -533,6 +534,25 @@ def test_an_error_from_the_callback_comes_through_and_nothing_is_left(
         before.check()
         check_nothing_is_left(net_copy)
         assert not list(net_copy.glob("off/*"))
+
+
+@pytest.mark.parametrize(("seconds", "some"), [(0.0, False), (3600.0, True)])
+def test_readers_report_several_reads_together(
+    net_folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, some: bool
+) -> None:
+    monkeypatch.setattr(crew, "_AT_LEAST_EVERY", seconds)
+    monkeypatch.setattr(records, "CHUNK", 64 * 1024)
+    together: list[int] = []
+    take = engine_run._Run._take
+
+    def watched(self: Any, feed: Any, finished: list[Any]) -> None:
+        together.append(len(finished))
+        take(self, feed, finished)
+
+    monkeypatch.setattr(engine_run._Run, "_take", watched)
+    result = lowmem.load(net_folder, model=Net, residency="copy")
+    assert sum(together) == len(list(result.plan.reads())) > 8
+    assert (len(together) <= result.plan.staging.workers) is some
 
 
 @linux
@@ -707,6 +727,7 @@ def test_fifty_loads_leave_no_growth(net_folder: Path, tmp_path: Path) -> None:
 
 
 def test_progress_rises_to_the_total_in_the_calling_thread(net_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "_AT_LEAST_EVERY", 0.0)
     monkeypatch.setattr(engine_run, "_PROGRESS_EVERY", 0.0)
     monkeypatch.setattr(records, "CHUNK", 4096)
     seen: list[tuple[Progress, int]] = []

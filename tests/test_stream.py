@@ -386,15 +386,19 @@ result = {}
 for dtype in args["dtypes"]:
     for _ in lowmem.stream(args["folder"], dtype=dtype): pass
     for staging in args["stagings"]:
-        with lowmem.measure(interval=0.0005) as memory:
-            # No enumerate: it would keep the last pair.
-            for key, tensor in lowmem.stream(args["folder"], dtype=dtype, staging=staging):
-                if args["kind"] == "holding" and tensor.nbytes > 100_000:
-                    time.sleep(0.005)
-                large = tensor.nbytes > 100_000
-                del tensor
-                if args["kind"] == "slow" and large:
-                    time.sleep(0.01)
+        # On a busy machine nobody may have looked while the largest tensor was there: then once more.
+        for _ in range(5):
+            with lowmem.measure(interval=0.0005) as memory:
+                # No enumerate: it would keep the last pair.
+                for key, tensor in lowmem.stream(args["folder"], dtype=dtype, staging=staging):
+                    if args["kind"] == "holding" and tensor.nbytes > 100_000:
+                        time.sleep(0.005)
+                    large = tensor.nbytes > 100_000
+                    del tensor
+                    if args["kind"] == "slow" and large:
+                        time.sleep(0.01)
+            if memory.peak >= args["largest"][dtype] - 2**20:
+                break
         result[f"{dtype} {staging}"] = memory.peak
 """
 
@@ -413,9 +417,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_peak_is_the_staging_or_the_largest_tensor(large: Path, kind: str) -> None:
     """Besides the one that the caller has: another is begun as soon as one is given out."""
     dtypes, stagings = ["auto", "float32"], [MIB, 16 * MIB, 64 * MIB]
-    peaks = server().run(PEAKS, folder=str(large), kind=kind, stagings=stagings, dtypes=dtypes)
-    for dtype in dtypes:
-        largest = 24 * MIB * (2 if dtype == "float32" else 1)
+    sizes = {"auto": 24 * MIB, "float32": 48 * MIB}
+    peaks = server().run(PEAKS, folder=str(large), kind=kind, stagings=stagings, dtypes=dtypes, largest=sizes)
+    for dtype, largest in sizes.items():
         for staging in stagings:
             buffers = plan_of(large, staging, dtype)[0].staging.total
             peak, bound = peaks[f"{dtype} {staging}"], max(staging, largest + buffers) + largest

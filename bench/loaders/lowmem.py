@@ -11,7 +11,7 @@ from bench.phases import Phases
 
 
 class Lowmem(Loader):
-    """`lowmem.load`; its weights phase is everything but the model and its config: headers, matching, plan, reading, installing."""
+    """`lowmem.load`; its weights phase is all but the model and its config: headers, plan, reading, installing."""
 
     name = "lowmem"
     title = "lowmem"

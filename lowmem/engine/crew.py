@@ -32,16 +32,27 @@ class Done:
     whole: list[tuple[Placement, Destination]]
 
 
-# What a thread reports: a read, an error, or None when it found no more reads.
-_Event = Done | BaseException | None
+# What a thread reports: reads, an error, or None when it found no more reads.
+_Event = list[Done] | BaseException | None
+
+# Seconds that a thread keeps a report to itself at most, when nobody waits for the tensors.
+_AT_LEAST_EVERY = 0.02
 
 
 class Crew:
-    """The threads of one load."""
+    """The threads of one load.
 
-    def __init__(self, plan: LoadPlan, feed: Feed) -> None:
+    Args:
+        plan: what is read.
+        feed: gives the reads.
+        at_once: report every read when it is in place. Otherwise several together: each report wakes the caller's
+            thread, for which a reader must make room on a machine that has no processor left.
+    """
+
+    def __init__(self, plan: LoadPlan, feed: Feed, *, at_once: bool) -> None:
         self._plan = plan
         self._feed = feed
+        self._patience = 0.0 if at_once else _AT_LEAST_EVERY
         self._threads: list[threading.Thread] = []
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._working = 0
@@ -71,8 +82,8 @@ class Crew:
                 ) from error
         self._working = len(self._threads)
 
-    def next(self) -> Done | None:
-        """Wait for the next read that is in place; None after the last.
+    def next(self) -> list[Done] | None:
+        """Wait for the next reads that are in place; None after the last.
 
         Raises:
             BaseException: whatever ended a thread.
@@ -114,16 +125,21 @@ class Crew:
     def _read_all(self) -> None:
         """Read after read, through buffers that end with this call."""
         scratch, bounce = self._make_buffers()
+        finished: list[Done] = []
+        reported = time.monotonic()
         while (job := self._feed.take()) is not None:
             try:
                 self._carry_out(job, scratch, bounce)
-                done = Done(job.read, self._feed.done(job))
+                finished.append(Done(job.read, self._feed.done(job)))
             finally:
                 self._feed.give_back(job.reader)
             # While this thread waits for more it must hold nothing that the caller has given up.
             del job
-            self._events.put(done)
-            del done
+            if time.monotonic() - reported >= self._patience:
+                self._events.put(finished)
+                finished, reported = [], time.monotonic()
+        if finished:
+            self._events.put(finished)
 
     def _make_buffers(self) -> tuple[Scratch, memoryview | None]:
         staging = self._plan.staging

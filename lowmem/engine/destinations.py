@@ -160,9 +160,8 @@ def allocate(placement: Placement) -> torch.Tensor:
     Raises:
         BudgetError: the device or the host refuses the memory.
     """
-    on_cpu = placement.device == "cpu"
     try:
-        if on_cpu and placement.nbytes >= _LEAST_APART:
+        if is_apart(placement):
             return _map_apart(placement)
         return torch.empty(placement.shape, dtype=getattr(torch, placement.dtype), device=placement.device)
     except (MemoryError, RuntimeError, OSError) as error:
@@ -172,6 +171,11 @@ def allocate(placement: Placement) -> torch.Tensor:
             required=placement.nbytes,
             limit=0,
         ) from error
+
+
+def is_apart(placement: Placement) -> bool:
+    """Whether `allocate` makes a mapping of its own for it."""
+    return placement.device == "cpu" and placement.nbytes >= _LEAST_APART
 
 
 def _map_apart(placement: Placement) -> torch.Tensor:

@@ -11,7 +11,7 @@ from ..checkpoint import Shard
 from ..errors import CheckpointError
 from ..planner import LoadPlan, Placement
 from ..planner.records import Read, may_read_directly
-from .destinations import Destination, MemoryDestination
+from .destinations import Destination, MemoryDestination, is_apart
 from .offload_writer import OffloadWriter
 from .reading import ShardReader
 from .ways import Ways
@@ -67,6 +67,18 @@ class Feed:
         self._rewritten: list[Path] = []
         self._stopped = False
         self.ways = Ways(plan.reading.io)
+
+    def prepare(self) -> None:
+        """Allocate the large destinations of a load, which are address space until they are filled.
+
+        Between the reads, each allocation would wait for the page faults of the other readers.
+
+        Raises:
+            BudgetError: the host refuses the memory.
+        """
+        for placement in self._plan.placements:
+            if placement.residency == "copy" and placement.source_bytes and is_apart(placement):
+                self._destination(placement)
 
     def take(self) -> Job | None:
         """The next read; waits while the window is full. None when there is no more, or after `stop`."""

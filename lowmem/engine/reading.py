@@ -12,19 +12,16 @@ import stat
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import Shard, TensorEntry
+from ..checkpoint import Shard
 from ..errors import CheckpointError
 from ..planner.records import BLOCK
 from .cleanup import open_into
 from .page_cache import CachedPages, give_back, look
 from .ways import Way, Ways
 
-_COMPARE = 4 * 1024 * 1024
 # Not blocking, for what became a fifo since it was planned; it changes nothing for files.
 _PLAIN = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 
@@ -275,22 +272,3 @@ def _remedy(error: OSError) -> str:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "raise the number of open files (ulimit -n)"
     return "bring it back, or check its permissions, and load again"
-
-
-def same_bytes(a: TensorEntry, b: TensorEntry, shards: dict[Path, Shard]) -> bool:
-    """Whether two entries hold the same values, compared piece by piece."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    with ExitStack() as opened:
-        first, second = (
-            opened.enter_context(closing(ShardReader(shards[entry.file], Ways("buffered")))) for entry in (a, b)
-        )
-        buffers = bytearray(min(_COMPARE, a.nbytes)), bytearray(min(_COMPARE, a.nbytes))
-        for at in range(0, a.nbytes, _COMPARE):
-            size = min(_COMPARE, a.nbytes - at)
-            views = [memoryview(buffer)[:size] for buffer in buffers]
-            first.fill(views[:1], a.offset + at)
-            second.fill(views[1:], b.offset + at)
-            if views[0] != views[1]:
-                return False
-    return True

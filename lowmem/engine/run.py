@@ -67,7 +67,7 @@ def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], 
         LowmemError: the process was forked meanwhile, and this is the new one.
     """
     feed = Feed(plan, window=window)
-    crew = Crew(plan, feed)
+    crew = Crew(plan, feed, at_once=True)
     whole: dict[Placement, torch.Tensor] = {}
     process = os.getpid()
     try:
@@ -92,11 +92,12 @@ def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], 
             undisturbed(crew.end)
 
 
-def _collect(done: Done | None, whole: dict[Placement, torch.Tensor]) -> None:
-    assert done is not None, "every placement of the plan is fed"
-    for placement, destination in done.whole:
-        assert isinstance(destination, MemoryDestination)
-        whole[placement] = destination.tensor
+def _collect(finished: list[Done] | None, whole: dict[Placement, torch.Tensor]) -> None:
+    assert finished is not None, "every placement of the plan is fed"
+    for done in finished:
+        for placement, destination in done.whole:
+            assert isinstance(destination, MemoryDestination)
+            whole[placement] = destination.tensor
 
 
 class _Run:
@@ -130,13 +131,14 @@ class _Run:
 
     def _run(self, writer: OffloadWriter | None) -> dict[str, int]:
         feed = Feed(self._plan, writer, on_shard=self._on_shard)
-        crew = Crew(self._plan, feed)
+        crew = Crew(self._plan, feed, at_once=False)
         try:
             with paused_collector() if self._is_all_small() else nullcontext():
+                feed.prepare()
                 crew.start()
                 mapped = self._settle_unmoved()
-                while (done := crew.next()) is not None:
-                    self._take(feed, done)
+                while (finished := crew.next()) is not None:
+                    self._take(feed, finished)
             feed.finish()
             if self._progress is not None and not self._total:
                 # Nothing had to be read; whoever draws a bar still learns that it is done.
@@ -182,13 +184,14 @@ class _Run:
                 ask_for(pages[entry.file], entry.offset, min(entry.nbytes, left))
                 left -= entry.nbytes
 
-    def _take(self, feed: Feed, done: Done) -> None:
+    def _take(self, feed: Feed, finished: list[Done]) -> None:
         with feed.turn:
-            for placement, destination in done.whole:
-                if isinstance(destination, MemoryDestination):
-                    self._installer.install(placement, destination.tensor)
-        self._done += done.read.nbytes
-        self._report(done.read.file)
+            for done in finished:
+                for placement, destination in done.whole:
+                    if isinstance(destination, MemoryDestination):
+                        self._installer.install(placement, destination.tensor)
+                self._done += done.read.nbytes
+        self._report(finished[-1].read.file)
 
     def _report(self, file: Path) -> None:
         if self._progress is None:
