@@ -115,7 +115,7 @@ def test_load_shows_the_seconds_of_each_phase(llama: Path, capsys: pytest.Captur
     rows = rows_of(run(capsys, "load", llama)[1])
     at = rows.index(["phase", "seconds"])
     phases = [row for row in rows[at + 1 :] if len(row) == 2]
-    assert [name for name, _ in phases] == ["inspect", "build", "plan", "weights"]
+    assert [name for name, _ in phases] == ["inspect", "import", "build", "plan", "weights"]
     assert all(float(seconds) >= 0 for _, seconds in phases)
     assert ["phase", "seconds"] not in rows_of(run(capsys, "plan", llama)[1])
 
