@@ -26,6 +26,7 @@ class Case:
         dtype: dtype of the loaded weights.
         residency: `map` (pages of the files), `copy` (memory of its own) or `any` (as the loader likes best).
         on_disk: whether the decoder's layers stay on disk.
+        written: whether those are cast once and written, and not cast at each use.
         cold: whether the files are dropped from the page cache before each load.
         staging: bound on lowmem's buffers, for the cases that compare it.
         least_memory: whether the smallest kernel limit is looked for.
@@ -40,6 +41,7 @@ class Case:
     dtype: str = "bfloat16"
     residency: str = "copy"
     on_disk: bool = False
+    written: bool = False
     cold: bool = False
     staging: str | None = None
     least_memory: bool = False
@@ -81,6 +83,14 @@ _DISK = (
     Case("disk-bf16", "layers on disk, bf16", "layers on disk", residency="map", on_disk=True),
     Case(
         "disk-fp32", "layers on disk, bf16 to fp32", "layers on disk", dtype="float32", on_disk=True, least_memory=True
+    ),
+    Case(
+        "disk-fp32-written",
+        "layers on disk, bf16 to fp32, cast once and written",
+        "layers on disk",
+        dtype="float32",
+        on_disk=True,
+        written=True,
     ),
 )
 _SHAPES = (

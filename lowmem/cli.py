@@ -184,7 +184,7 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-memory", metavar="DEVICE=SIZE,...", help="for instance cpu=6GiB,cuda:0=20GiB")
     add("--ram", metavar="SIZE", help="host memory the load may add (default: what the machine and its limits leave)")
-    add("--offload-folder", metavar="DIR", help="where weights on disk go that must be cast")
+    add("--offload-folder", metavar="DIR", help="where weights on disk go that must be cast; else cast at each use")
     add(
         "--keep-fp32",
         metavar="NAMES",

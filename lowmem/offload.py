@@ -21,7 +21,8 @@ def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
     """Make `model(...)` work wherever its weights are.
 
     On one device nothing is attached. Otherwise `accelerate.dispatch_model` moves weights and inputs at run time; a
-    weight on disk is read from where the plan left it: the checkpoint itself, or the offload folder.
+    weight on disk is read from where the plan left it: the checkpoint itself, cast where its dtype is another, or the
+    offload folder.
     """
     devices = set(plan.device_map.values())
     if devices == {"cpu"}:
@@ -58,12 +59,16 @@ def _quiet() -> Iterator[None]:
 
 
 def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:
-    """Name → file and key, as accelerate's `OffloadedWeightsLoader` reads it, for every weight on disk."""
+    """Name → file and key, and dtype where it is cast, as accelerate's `OffloadedWeightsLoader` reads it, for every
+    weight on disk.
+    """
     index: dict[str, dict[str, str]] = {}
     for placement in plan.placements:
         if placement.residency == "refer":
             entry = placement.links[0].entry
             where = {"safetensors_file": os.fspath(entry.file.absolute()), "weight_name": entry.key}
+            if entry.dtype != placement.dtype:
+                where["dtype"] = placement.dtype
         elif placement.residency == "write":
             assert plan.offload is not None
             file = plan.offload.find(placement.target)

@@ -211,11 +211,13 @@ def test_a_load_of_files_that_stay_cached_has_no_time(folder: Path, tmp_path: Pa
     assert "runs" not in answer
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize(("on_disk", "written"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_reader_of_the_limit_reads_what_is_there(folder: Path, tmp_path: Path, dtype: str, on_disk: bool) -> None:
+def test_every_reader_of_the_limit_reads_what_is_there(
+    folder: Path, tmp_path: Path, dtype: str, on_disk: bool, written: bool
+) -> None:
     source = folder / "llama-125m"
-    case = replace(SMALL, dtype=dtype, on_disk=on_disk, cold=True)
+    case = replace(SMALL, dtype=dtype, on_disk=on_disk, written=written, cold=True)
     limit = Limit()
     job = Job(case, source, None, tmp_path, ())
     limit.imports(job)

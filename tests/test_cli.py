@@ -192,7 +192,6 @@ def test_missing_tensors_are_refused_unless_told(
         (["plan", "LLAMA", "--model", "no_such_module_at_all:x"], 2, "cannot be imported"),
         (["plan", "LLAMA", "--staging", "5KiB"], 2, "at least 1MiB"),
         (["load", "LLAMA", "--device-map", "cuda:7"], 1, "cuda:7 is not on this machine"),
-        (["load", "LLAMA", "--device-map", "disk", "--dtype", "float32"], 1, "offload_folder"),
         (["measure", "--"], 2, "expected a command"),
         (["measure", "--", "no-such-program-at-all"], 1, "no-such-program-at-all"),
         (["demo", "--size", "1KiB"], 2, "size: expected at least"),

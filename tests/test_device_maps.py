@@ -366,9 +366,41 @@ def test_weights_on_disk_of_the_same_dtype_stay_in_the_checkpoint(saved: Folder)
         assert where["weight_name"] == name
 
 
-def test_casting_to_disk_without_a_folder_is_refused(saved: Folder) -> None:
-    with pytest.raises(PlacementError, match=r"change dtype.*give offload_folder="):
-        lowmem.plan(saved("llama"), dtype="bf16", device_map="disk")
+@pytest.mark.parametrize("how", ["half", "all"])
+@pytest.mark.parametrize("kind", HALF)
+def test_without_a_folder_weights_on_disk_are_cast_at_every_use(
+    kind: str, how: str, saved: Folder, tmp_path: Path
+) -> None:
+    folder = saved(kind)
+    theirs = reference(folder, "bfloat16")
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    result = lowmem.load(folder, dtype="bfloat16", device_map=HALF[kind] if how == "half" else "disk")
+    assert result.plan.offload is None
+    assert result.plan.bytes_written == 0
+    assert not any(p.residency == "write" for p in result.plan.placements)
+    assert sum("cast whenever it is used" in text for text in result.plan.warnings) == 1
+    model = result.model
+    assert all(p.is_meta for p in model.parameters()) or how == "half"
+    for name, tensor in every_tensor(theirs).items():
+        found = every_tensor(model)[name]
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+    for _ in range(2):
+        assert same(outputs_of(model), outputs_of(theirs))
+    if theirs.can_generate():
+        ids = torch.tensor([[5, 9, 30, 4]])
+        options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
+        assert torch.equal(model.generate(ids, **options), theirs.generate(ids, **options))
+    assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def test_a_keep_list_is_not_cast_at_use(saved: Folder) -> None:
+    """T5's `wo` stays in fp32 in an fp16 model."""
+    result = lowmem.load(saved("t5"), dtype="float16", device_map="disk")
+    cast = {name for name, where in offload_index(result.plan).items() if "dtype" in where}
+    assert {name for name in offload_index(result.plan) if name not in cast} == {
+        name for name, _ in result.model.named_parameters() if ".wo." in name
+    }
+    assert same(outputs_of(result.model), outputs_of(reference(saved("t5"), "float16")))
 
 
 def test_what_is_written_is_what_torch_casts(saved: Folder, tmp_path: Path) -> None:

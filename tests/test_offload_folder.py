@@ -24,7 +24,7 @@ from lowmem import loader
 from lowmem._mounts import memory_file_system
 from lowmem.engine import offload_writer
 from lowmem.engine.locks import hold
-from lowmem.errors import LowmemError, OffloadError
+from lowmem.errors import OffloadError
 from lowmem.planner import offload
 from lowmem.planner.offload import INDEX
 
@@ -471,6 +471,7 @@ def test_the_folder_of_a_live_writer_is_left_alone(net_copy: Path, tmp_path: Pat
     assert not live.exists()
 
 
-def test_cast_layers_without_a_folder_are_refused(net_copy: Path) -> None:  # noqa: F811
-    with pytest.raises(LowmemError, match="give offload_folder="):
-        lowmem.load(net_copy, model=Net, **DISK)
+def test_cast_layers_without_a_folder_are_cast_at_use(net_copy: Path, tmp_path: Path) -> None:  # noqa: F811
+    x = torch.ones(2, 256)
+    written, used = load(net_copy, tmp_path / "off").model, lowmem.load(net_copy, model=Net, **DISK).model
+    assert torch.equal(written(x.bfloat16()), used(x.bfloat16()))

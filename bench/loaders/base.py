@@ -72,7 +72,7 @@ class Loader:
 
     def can(self, case: Case) -> str | None:
         """Why it cannot do the case, None when it may; what shows only in the doing is not asked here."""
-        return None
+        return "it casts at each use" if case.written else None
 
     def note(self, case: Case) -> str:
         """What a reader of the case's table must know, as the rest of a sentence that its title begins."""

@@ -2,8 +2,8 @@
 
 Copying, it reads with `preadv` from several threads straight into fresh memory that is advised huge pages; casting,
 it reads into a small buffer per thread and casts from there. Mapping, it maps the files and no more. Where layers go
-to disk with a cast, it writes them to one file per shard. Cold, it tries buffered and direct reads with several
-numbers of threads and sizes of requests; the best of them is the limit.
+to disk with a cast, it writes them to one file per shard, or maps them to be cast at use. Cold, it tries buffered and
+direct reads with several numbers of threads and sizes of requests; the best of them is the limit.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Run:
     on_disk: bool
     memory: mmap.mmap | None = None
     written: Path | None = None
+    at_use: bool = False
     keys: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
@@ -70,6 +71,9 @@ class Limit(Loader):
     def __init__(self) -> None:
         self._runs: list[Run] = []
         self._direct = True
+
+    def can(self, case: Case) -> str | None:
+        return None
 
     def imports(self, job: Job) -> None:
         self._runs = find_runs(job.case, job.source)
@@ -90,9 +94,14 @@ class Limit(Loader):
         # One thread per reader: the readers are the parallel part.
         torch.set_num_threads(1)
         try:
+            moved = []
             for number, run in enumerate(runs):
+                if run.on_disk and not case.written:
+                    run.memory, run.at_use = _map(run.file), True
+                    continue
                 _allocate(case, run, job.offload / f"limit-{number}.bin")
-            _read(case, runs, reader)
+                moved.append(run)
+            _read(case, moved, reader)
         finally:
             torch.set_num_threads(before)
         return Image(case, runs, whole_files=False)
@@ -272,6 +281,10 @@ class Image(Mapping[str, torch.Tensor]):
         count = 1
         for length in shape:
             count *= length
+        if run.at_use:
+            assert run.memory is not None
+            stored = getattr(torch, self._case.stored)
+            return torch.frombuffer(run.memory, dtype=stored, count=count, offset=offset).reshape(shape).to(dtype)
         if self._whole_files:
             at = offset
         elif self._case.casts or run.on_disk:

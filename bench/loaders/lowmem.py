@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.cases import Case
 from bench.device_maps import LAYERS_TO_DISK
 from bench.loaders.base import Job, Loader, Model
 from bench.models import plain_module
@@ -18,6 +19,9 @@ class Lowmem(Loader):
     packages = ("lowmem",)
     has_staging = True
 
+    def can(self, case: Case) -> str | None:
+        return None
+
     def imports(self, job: Job) -> None:
         super().imports(job)
         import accelerate  # noqa: F401
@@ -31,7 +35,8 @@ class Lowmem(Loader):
         residency = "copy" if case.residency == "copy" else "map"
         options: dict[str, Any] = {"dtype": case.dtype, "residency": residency, "staging": case.staging}
         if case.on_disk:
-            options.update(device_map=LAYERS_TO_DISK, offload_folder=job.offload)
+            # Without a folder, what must be cast is cast at each use, as the others do it.
+            options.update(device_map=LAYERS_TO_DISK, offload_folder=job.offload if case.written else None)
         if not case.has_config:
             options["model"] = lambda: plain_module(job.shapes)
         result = lowmem.load(job.source, **options)

@@ -161,7 +161,7 @@ def _checked(draft: _Draft, table: Mapping[str, str]) -> LoadPlan:
     warnings += split
     _check_reachable(placements)
     offload = _plan_files(draft, placements)
-    warnings += _offload_warnings(offload)
+    warnings += [*_cast_at_use(placements), *_offload_warnings(offload)]
     bound = min(_bounds(draft, placements), key=lambda b: b.room)
     staging = _stage(draft, placements, offload, bound.room)
     host = _host(draft, placements, staging)
@@ -255,23 +255,27 @@ def _check_reachable(placements: Sequence[Placement]) -> None:
 def _residency(draft: _Draft, device: str, final: str, entry: TensorEntry) -> Residency:
     same = entry.dtype == final
     if device == "disk":
-        return "refer" if same else "write"
+        # Without a folder to write to, it is cast whenever it is used.
+        return "refer" if same or draft.request.offload_folder is None else "write"
     # torch reads a tensor only at a multiple of its element size; odd headers of old writers break that.
     mappable = same and device == "cpu" and draft.request.residency == "map"
     return "map" if mappable and entry.offset % itemsize(final) == 0 else "copy"
 
 
 def _plan_files(draft: _Draft, placements: Sequence[Placement]) -> OffloadPlan | None:
-    cast = [p for p in placements if p.residency == "write"]
+    folder = draft.request.offload_folder
+    return None if folder is None else plan_offload(draft.checkpoint, placements, folder)
+
+
+def _cast_at_use(placements: Sequence[Placement]) -> list[str]:
+    cast = [p for p in placements if p.residency == "refer" and any(link.entry.dtype != p.dtype for link in p.links)]
     if not cast:
-        return None
-    if draft.request.offload_folder is None:
-        size = sum(p.nbytes for p in cast)
-        raise PlacementError(
-            f"{len(cast)} tensors on disk ({cast[0].target!r}, …; {format_size(size)}) change dtype, so they must be "
-            "written somewhere; give offload_folder= (--offload-folder DIR)"
-        )
-    return plan_offload(draft.checkpoint, placements, draft.request.offload_folder)
+        return []
+    size = format_size(sum(p.nbytes for p in cast))
+    return [
+        f"{len(cast)} tensors on disk ({cast[0].target!r}, …; {size}) change dtype: each is cast whenever it is used; "
+        "offload_folder= (--offload-folder DIR) writes them once instead"
+    ]
 
 
 def _offload_warnings(offload: OffloadPlan | None) -> list[str]:
@@ -404,11 +408,7 @@ def _remedies(draft: _Draft, placements: Sequence[Placement], bound: _Bound) -> 
     if plain and draft.request.residency == "copy":
         remedies.append(f"map instead of copying (residency='map', --residency map: {format_size(plain)} less)")
     if on_cpu and draft.request.device_map not in STRATEGIES:
-        remedies.append(
-            "put layers on disk (device_map='auto' with offload_folder=; --device-map auto --offload-folder DIR)"
-        )
-    elif on_cpu and draft.request.offload_folder is None:
-        remedies.append("give offload_folder= (--offload-folder DIR), so that layers can be cast to disk")
+        remedies.append("put layers on disk (device_map='auto'; --device-map auto)")
     if bound.name == "ram":
         remedies.append("raise ram (--ram)")
     if bound.extra:

@@ -75,7 +75,8 @@ class Placement:
         nbytes: its final size in bytes.
         device: `"cpu"`, `"cuda:0"`, …, or `"disk"`.
         residency: `map` (the parameter is file pages), `copy` (read into memory), `refer` (on disk, used where it
-            lies), `write` (on disk, cast into the offload folder), `init` (not in the checkpoint).
+            lies, cast then if its dtype is another), `write` (on disk, cast into the offload folder), `init` (not in
+            the checkpoint).
         links: what feeds it, one link a region; none for `init`.
     """
 
