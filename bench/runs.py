@@ -13,7 +13,7 @@ from bench.cases import Case
 from bench.children import Forks, Fresh
 from bench.kernel_limits import cgroup_kind
 from bench.results import Row, make_row
-from bench.sources import make_checkpoint
+from bench.sources import make_checkpoint, settle
 
 # Loaders that read a format of their own. Named here so that the bench itself imports no torch; a test compares.
 CONVERTING = ("torch", "flashpack", "tensorizer")
@@ -105,6 +105,7 @@ def _convert(children: Fresh | Forks, order: dict[str, Any], converted: Path, se
     converted.mkdir()
     answer = children.ask(order, seconds)
     if answer["status"] == "ok":
+        settle()
         return None
     shutil.rmtree(converted)
     return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,4 +15,11 @@ def make_checkpoint(folder: Path, name: str, dtype: str = "bfloat16", shard: str
         command = [sys.executable, "-m", "bench.make_checkpoint", name, str(target)]
         command += ["--dtype", dtype, "--max-shard-size", shard]
         subprocess.run(command, check=True, stdout=sys.stderr, cwd=Path(__file__).parent.parent)
+        settle()
     return target
+
+
+def settle() -> None:
+    """Wait until what was written is on the disk: writing it back takes time from whoever loads meanwhile."""
+    if hasattr(os, "sync"):
+        os.sync()
