@@ -26,9 +26,6 @@ from .planner.request import checks_names, flag, make_request
 from .report import LoadReport
 from .sizes import shown
 
-# Seconds. A load fills its memory and keeps it, so that looks may be rare; more of them take time from the readers.
-_LOOK_EVERY = 0.005
-
 
 @dataclass(frozen=True, eq=False)
 class LoadResult:
@@ -123,7 +120,7 @@ def load(
     # Imports happen here: they are the program's, not the load's.
     origin = find_origin(checkpoint, model, trust_remote_code)
     clock.end("import")
-    with measure(interval=_LOOK_EVERY) as memory:
+    with measure() as memory:
         clock.begin()
         skeleton, plan = _prepare(checkpoint, origin, request, settle_ties=True, clock=clock)
         check_present(plan)
