@@ -203,10 +203,10 @@ def measure_peak(loader: Loader, job: Job) -> dict[str, Any]:
         model = loader.load(job, phases)
     del model
     shutil.rmtree(job.offload, ignore_errors=True)
-    step = max(1, len(memory.samples) // 400)
+    step = max(1, len(memory.samples) // 200)
     parts = [memory.samples[n : n + step] for n in range(0, len(memory.samples), step)]
     # The highest of each stretch, so that thinning hides no peak.
-    timeline = [[part[0][0], max(s[1] for s in part) - memory.baseline, max(s[2] for s in part)] for part in parts]
+    timeline = [[round(part[0][0], 4), max(s[1] for s in part) - memory.baseline] for part in parts]
     return {"peak": memory.peak, "peak_rss": memory.peak_rss, "timeline": timeline}
 
 

@@ -110,8 +110,10 @@ def make_results(machine: dict[str, Any], cases: Sequence[Case], options: dict[s
 
 
 def write(results: Results, file: Path) -> None:
-    """As JSON."""
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    """As JSON, a row a line: timelines are long, and a change of one row is a change of one line."""
+    rows = ",\n".join(json.dumps(row) for row in results["rows"])
+    head = json.dumps({key: value for key, value in results.items() if key != "rows"}, indent=1)
+    file.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]\n}}\n', encoding="utf-8")
 
 
 def read(file: Path) -> Results:

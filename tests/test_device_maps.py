@@ -313,6 +313,19 @@ HALF = {
 }
 
 
+def check_works_as(model: Any, theirs: Any) -> None:
+    """Same dtypes and shapes, and same outputs, twice: hooks must leave things as they were."""
+    for name, tensor in every_tensor(theirs).items():
+        found = every_tensor(model)[name]
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+    for _ in range(2):
+        assert same(outputs_of(model), outputs_of(theirs))
+    if theirs.can_generate():
+        ids = torch.tensor([[5, 9, 30, 4]])
+        options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
+        assert torch.equal(model.generate(ids, **options), theirs.generate(ids, **options))
+
+
 @pytest.mark.parametrize("how", ["half", "all"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", HALF)
@@ -332,15 +345,7 @@ def test_with_weights_on_disk_the_logits_are_the_same(
         model = result.model
         assert any(p.is_meta for p in model.parameters())
         assert all(p.is_meta for p in model.parameters()) or how == "half"
-        for name, tensor in every_tensor(theirs).items():
-            found = every_tensor(model)[name]
-            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
-        for _ in range(2):
-            assert same(outputs_of(model), outputs_of(theirs))
-    if theirs.can_generate():
-        ids = torch.tensor([[5, 9, 30, 4]])
-        options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
-        assert torch.equal(again.model.generate(ids, **options), theirs.generate(ids, **options))
+        check_works_as(model, theirs)
 
 
 def test_a_keep_list_on_disk_leaves_kept_weights_in_the_checkpoint(saved: Folder, tmp_path: Path) -> None:
@@ -381,15 +386,7 @@ def test_without_a_folder_weights_on_disk_are_cast_at_every_use(
     assert sum("cast whenever it is used" in text for text in result.plan.warnings) == 1
     model = result.model
     assert all(p.is_meta for p in model.parameters()) or how == "half"
-    for name, tensor in every_tensor(theirs).items():
-        found = every_tensor(model)[name]
-        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
-    for _ in range(2):
-        assert same(outputs_of(model), outputs_of(theirs))
-    if theirs.can_generate():
-        ids = torch.tensor([[5, 9, 30, 4]])
-        options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
-        assert torch.equal(model.generate(ids, **options), theirs.generate(ids, **options))
+    check_works_as(model, theirs)
     assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 

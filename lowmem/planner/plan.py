@@ -160,7 +160,8 @@ def _checked(draft: _Draft, table: Mapping[str, str]) -> LoadPlan:
     placements, split = _place(draft, devices)
     warnings += split
     _check_reachable(placements)
-    offload = _plan_files(draft, placements)
+    folder = draft.request.offload_folder
+    offload = None if folder is None else plan_offload(draft.checkpoint, placements, folder)
     warnings += [*_cast_at_use(placements), *_offload_warnings(offload)]
     bound = min(_bounds(draft, placements), key=lambda b: b.room)
     staging = _stage(draft, placements, offload, bound.room)
@@ -260,11 +261,6 @@ def _residency(draft: _Draft, device: str, final: str, entry: TensorEntry) -> Re
     # torch reads a tensor only at a multiple of its element size; odd headers of old writers break that.
     mappable = same and device == "cpu" and draft.request.residency == "map"
     return "map" if mappable and entry.offset % itemsize(final) == 0 else "copy"
-
-
-def _plan_files(draft: _Draft, placements: Sequence[Placement]) -> OffloadPlan | None:
-    folder = draft.request.offload_folder
-    return None if folder is None else plan_offload(draft.checkpoint, placements, folder)
 
 
 def _cast_at_use(placements: Sequence[Placement]) -> list[str]:
