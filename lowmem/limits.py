@@ -35,6 +35,11 @@ class HostMemory:
     bound_by: str
     limits: Mapping[str, int]
 
+    @property
+    def rlimits(self) -> dict[str, int]:
+        """Those of `limits` that count address space: mapped files and the stacks of threads too."""
+        return {name: left for name, left in self.limits.items() if name.startswith("RLIMIT_")}
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:

@@ -24,6 +24,7 @@ ORDER = [
     "dtypes",
     "_collector",
     "_mounts",
+    "_page_cache",
     "_records",
     "limits",
     "_sampler",

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lowmem
-from lowmem.engine import page_cache
-from lowmem.engine.page_cache import CachedPages, give_back, look
+from lowmem import _page_cache as page_cache
+from lowmem._page_cache import CachedPages, cached_share, give_back, look
 from lowmem.limits import HostMemory
 from lowmem.planner import plan as planning
 from lowmem.planner.records import IO
@@ -130,9 +130,29 @@ def test_looking_at_all_and_at_nothing(file: Path, monkeypatch: pytest.MonkeyPat
     assert not any(resident(file))
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_share_that_is_cached(file: Path, monkeypatch: pytest.MonkeyPatch, counts: bool) -> None:
+    if not counts:
+        monkeypatch.setattr(page_cache, "_count_cached", lambda fd, size: None)
+    drop(file)
+    assert cached_share(file) == 0
+    warm(file)
+    assert cached_share(file) == 1
+    drop(file, 0, 4 * MIB)
+    pages = resident(file)
+    assert 0.6 < sum(pages) / len(pages) < 0.9
+    assert cached_share(file) == pytest.approx(sum(pages) / len(pages))
+
+
 def test_an_empty_file_is_there(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     assert look_at(tmp_path / "x").everything
+    assert cached_share(tmp_path / "x") == 1
+
+
+def test_a_file_that_cannot_be_opened_counts_as_there(tmp_path: Path) -> None:
+    """Whoever reads it says what is wrong."""
+    assert cached_share(tmp_path / "none") == 1
 
 
 def test_where_the_system_cannot_say_everything_counts_as_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

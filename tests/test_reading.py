@@ -129,15 +129,11 @@ def test_a_file_of_any_size_is_read_to_its_end(tmp_path_factory: pytest.TempPath
 @needs_direct
 @needs_cold
 def test_memory_that_lies_as_the_file_does_is_read_into_without_a_copy(file: Path) -> None:
-    """All whole blocks in one request, and only the ends through the bounce buffer."""
+    """All in one request, with only the blocks at the ends through the bounce buffer."""
     drop(file)
     with counted() as seen:
         assert read_and_check(file, "direct", 5000, [MIB], 5000 % BLOCK) == {"direct": MIB}
-    assert [(offset, got) for _, direct, offset, got in seen.calls if direct] == [
-        (BLOCK, BLOCK),
-        (2 * BLOCK, MIB - BLOCK),
-        (MIB + BLOCK, BLOCK),
-    ]
+    assert [(offset, got) for _, direct, offset, got in seen.calls] == [(BLOCK, MIB + BLOCK)]
     assert all(call[1] for call in seen.calls)
     with counted() as seen:
         read_and_check(file, "direct", 5000, [MIB], 5000 % BLOCK + 8)
@@ -147,8 +143,7 @@ def test_memory_that_lies_as_the_file_does_is_read_into_without_a_copy(file: Pat
 @needs_direct
 @needs_cold
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
-@pytest.mark.parametrize("phase", [0, 1])
-@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize(("phase", "after"), [(0, 0), (0, 1), (1, 0), (1, 1), (1, 3)])
 def test_refused_direct_reads_become_buffered_ones(file: Path, code: int, phase: int, after: int) -> None:
     """At once, or in the midst of a range, which is then read again from its beginning."""
     left = after
@@ -231,8 +226,12 @@ def test_short_reads_are_taken_up_where_they_ended(
             return int(real(fd, [view for view in short if len(view)], offset))
         # The kernel itself takes whole blocks only.
         whole = memoryview(mmap.mmap(-1, most + -most % BLOCK))
-        got = min(int(real(fd, [whole], offset)), most, len(views[0]))
-        views[0][:got] = whole[:got]
+        got = min(int(real(fd, [whole], offset)), most, sum(map(len, views)))
+        at = 0
+        for view in views:
+            part = whole[at : min(got, at + len(view))]
+            view[: len(part)] = part
+            at += len(part)
         return got
 
     lengths = fitted(lengths, SIZE - offset)

@@ -24,7 +24,8 @@ from lowmem.dtypes import itemsize
 from lowmem.errors import BudgetError
 from lowmem.mapping import KeyMapping, Link, Region, whole
 from lowmem.planner import LoadPlan, Placement, budget, records
-from lowmem.planner.records import ALIGNMENT, BLOCK, CHUNK, LEAST_DIRECT, HostPlan, Staging
+from lowmem.planner.budget import Need
+from lowmem.planner.records import ALIGNMENT, BLOCK, CHUNK, IO, LEAST_DIRECT, HostPlan, Staging
 from lowmem.sizes import KIB, MIB
 
 pytestmark = pytest.mark.timeout(180)
@@ -158,8 +159,9 @@ def plans(draw: Any) -> LoadPlan:
                 )
             )
     moved = [p for p in placements if p.residency == "copy"]
-    need, direct = budget.buffers_for(moved, draw(st.sampled_from(["direct", "mmap"])))
-    staging = budget.fit_staging(draw(st.integers(0, 20 * MIB)), draw(st.integers(MIB, 20 * MIB)), need, direct)
+    io: IO = draw(st.sampled_from(["direct", "mmap"]))
+    need = budget.needs_of(moved, io, spare_threads=draw(st.booleans()))
+    staging = budget.fit_staging(draw(st.integers(0, 20 * MIB)), draw(st.integers(MIB, 20 * MIB)), need)
     table = {entry.key: entry for files in entries for entry in files}
     shards = tuple(shard_at(Path(f"/shard-{n}")) for n in range(2))
     checkpoint = Checkpoint("/", Path("/"), shards, table)
@@ -247,9 +249,7 @@ def test_moves_cover_what_is_fed_once_and_are_cut_where_direct_reads_can_begin(p
 def test_buffers_stay_within_what_there_is(
     room: int, wanted: int | None, need: int, direct: bool, workers: int
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "workers_here", lambda: workers)
-        staging = budget.fit_staging(room, wanted, need, direct)
+    staging = budget.fit_staging(room, wanted, Need(need, direct, workers))
     assert 1 <= staging.workers <= workers
     assert staging.total <= max(MIB if need else 0, min(room, wanted or 64 * MIB))
     assert staging.bounce % BLOCK == staging.each % ALIGNMENT == 0
@@ -293,12 +293,11 @@ def test_a_budget_of_nothing_is_refused_and_not_looped_over(small: Path) -> None
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
 @pytest.mark.parametrize("wanted", [MIB, 16 * MIB, 64 * MIB])
-def test_a_cast_leaves_room_for_direct_reads(monkeypatch: pytest.MonkeyPatch, workers: int, wanted: int) -> None:
-    monkeypatch.setattr(budget, "workers_here", lambda: workers)
-    staging = budget.fit_staging(1 << 40, wanted, 12 * MIB, direct=True)
+def test_a_cast_leaves_room_for_direct_reads(workers: int, wanted: int) -> None:
+    staging = budget.fit_staging(1 << 40, wanted, Need(12 * MIB, True, workers))
     assert staging.bounce >= 64 * KIB
     assert staging.each >= 448 * KIB
-    assert budget.fit_staging(1 << 40, wanted, 12 * MIB).bounce == 0
+    assert budget.fit_staging(1 << 40, wanted, Need(12 * MIB, False, workers)).bounce == 0
 
 
 def test_staging_counts_every_buffer() -> None:

@@ -23,8 +23,10 @@ import lowmem
 from lowmem import _mounts
 from lowmem.engine import reading, ways
 from lowmem.engine.ways import Ways
-from lowmem.planner import records
-from lowmem.planner.records import LEAST_DIRECT, may_read_directly
+from lowmem.limits import HostMemory
+from lowmem.planner import budget, records
+from lowmem.planner import plan as planning
+from lowmem.planner.records import BLOCK, LEAST_DIRECT, may_read_directly
 from lowmem.sizes import GIB, MIB
 
 pytestmark = pytest.mark.timeout(180)
@@ -56,8 +58,8 @@ def opened(io: Any = "auto", size: int = MIB) -> Ways:
         (2.0, 1.0, "buffered"),
         (1.0, 1.0, "direct"),
         # Direct reads leave the page cache alone, so a little slower is still better.
-        (1.05, 1.0, "direct"),
-        (1.2, 1.0, "buffered"),
+        (1.3, 1.0, "direct"),
+        (1.4, 1.0, "buffered"),
         (0.0, 0.0, "direct"),
     ],
 )
@@ -245,6 +247,47 @@ def test_a_cold_file_on_a_disk_is_read_directly_and_leaves_the_page_cache_alone(
     drop(one)
     warm(one)
     assert lowmem.load(one, model=One, residency="copy").report.read == {"buffered": 8 * MIB}
+
+
+@needs_direct
+@needs_cold
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_large_direct_reads_are_one_request_each(one: Path, dtype: str) -> None:
+    """Tensors begin in a block of memory where their bytes do in the file; so do those in buffers for a cast."""
+    with counted() as seen:
+        result = lowmem.load(one, model=One, residency="copy", dtype=dtype, io="direct")
+    entry = result.plan.checkpoint["w"]
+    assert entry.offset % BLOCK
+    # What is left is too small to be read directly.
+    assert [got for _, direct, _, got in seen.calls if direct] == [4 * MIB, 4 * MIB]
+    if dtype == "float32":
+        assert result.model.w.data_ptr() % BLOCK == entry.offset % BLOCK
+
+
+@needs_cold
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_more_threads_than_processors_read_what_is_not_cached(
+    one: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Only then, only where it is worth a thread, and not under limits that count the stacks of threads."""
+
+    def readers() -> int:
+        return lowmem.plan(one, model=One, residency="copy", dtype=dtype).staging.workers
+
+    monkeypatch.setattr(budget, "workers_here", lambda: 2)
+    assert readers() == 2
+    monkeypatch.setattr(budget, "_WORTH_MORE_READERS", 8 * MIB)
+    assert readers() == budget.COLD_WORKERS
+    limited = HostMemory(1 << 40, "physical memory", {"physical memory": 1 << 40, "RLIMIT_AS": 1 << 41})
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "host_memory", lambda: limited)
+        assert readers() == 2
+    warm(one)
+    assert readers() == 2
+    drop(one, 0, 3 * MIB)
+    assert readers() == 2
+    drop(one, 0, 6 * MIB)
+    assert readers() == budget.COLD_WORKERS
 
 
 @needs_cold

@@ -20,7 +20,6 @@ from ..sizes import format_size
 _HUGE = 2 * 1024 * 1024
 # PyBUF_WRITE of Python's C API.
 _WRITABLE = 0x200
-_LEAST_APART = 1024 * 1024
 # From here on a huge page of address space is small change, where a limit counts it.
 _WORTH_A_PAGE = 16 * _HUGE
 
@@ -161,7 +160,7 @@ def allocate(placement: Placement) -> torch.Tensor:
         BudgetError: the device or the host refuses the memory.
     """
     try:
-        if is_apart(placement):
+        if placement.is_apart:
             return _map_apart(placement)
         return torch.empty(placement.shape, dtype=getattr(torch, placement.dtype), device=placement.device)
     except (MemoryError, RuntimeError, OSError) as error:
@@ -173,15 +172,11 @@ def allocate(placement: Placement) -> torch.Tensor:
         ) from error
 
 
-def is_apart(placement: Placement) -> bool:
-    """Whether `allocate` makes a mapping of its own for it."""
-    return placement.device == "cpu" and placement.nbytes >= _LEAST_APART
-
-
 def _map_apart(placement: Placement) -> torch.Tensor:
     """Of whole huge pages as far as it goes, because filling fresh memory is bound by page faults."""
     dtype: torch.dtype = getattr(torch, placement.dtype)
-    nbytes = placement.nbytes
+    begin = _begin_in_block(placement)
+    nbytes = begin + placement.nbytes
     # The kernel begins mappings of whole huge pages at one. The rest of the last is address space and never memory.
     memory = anonymous_map(nbytes + -nbytes % _HUGE if nbytes >= _WORTH_A_PAGE else nbytes)
     huge = nbytes // _HUGE * _HUGE
@@ -191,7 +186,19 @@ def _map_apart(placement: Placement) -> torch.Tensor:
             memory.madvise(mmap.MADV_HUGEPAGE, 0, huge)
             if huge < len(memory):
                 memory.madvise(mmap.MADV_NOHUGEPAGE, huge, len(memory) - huge)
-    return torch.frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize).view(placement.shape)
+    count = placement.nbytes // dtype.itemsize
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(placement.shape)
+
+
+def _begin_in_block(placement: Placement) -> int:
+    """How far behind a block its memory begins: as far as its bytes do in the file, so that a direct read needs no
+    buffer. Products with weights that begin at any element were as fast as with those at a cache line.
+    """
+    if placement.is_staged or not placement.links:
+        return 0
+    link, size = placement.links[0], itemsize(placement.dtype)
+    begin = (link.entry.offset - link.region.offset * size) % BLOCK
+    return 0 if begin % size else begin
 
 
 def anonymous_map(size: int) -> mmap.mmap:

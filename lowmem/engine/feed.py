@@ -11,7 +11,7 @@ from ..checkpoint import Shard
 from ..errors import CheckpointError
 from ..planner import LoadPlan, Placement
 from ..planner.records import Read, may_read_directly
-from .destinations import Destination, MemoryDestination, is_apart
+from .destinations import Destination, MemoryDestination
 from .offload_writer import OffloadWriter
 from .reading import ShardReader
 from .ways import Ways
@@ -77,7 +77,7 @@ class Feed:
             BudgetError: the host refuses the memory.
         """
         for placement in self._plan.placements:
-            if placement.residency == "copy" and placement.source_bytes and is_apart(placement):
+            if placement.residency == "copy" and placement.source_bytes and placement.is_apart:
                 self._destination(placement)
 
     def take(self) -> Job | None:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .._page_cache import CachedPages, give_back, look
 from ..checkpoint import Shard
 from ..errors import CheckpointError
 from ..planner.records import BLOCK
 from .cleanup import open_into
-from .page_cache import CachedPages, give_back, look
 from .ways import Way, Ways
 
 # Not blocking, for what became a fifo since it was planned; it changes nothing for files.
@@ -138,23 +138,26 @@ class ShardReader:
         return "direct"
 
     def _read_into_place(self, view: memoryview, offset: int, bounce: memoryview) -> None:
+        """One request for all of it: whole blocks into place, those at both ends by way of the buffer."""
         end = offset + len(view)
         first, last = offset + -offset % BLOCK, end - end % BLOCK
-        if first >= last:
+        if first >= last or len(bounce) < 2 * BLOCK:
             self._read_by_blocks([view], offset, len(view), bounce)
             return
-        if first > offset:
-            self._read_by_blocks([view[: first - offset]], offset, first - offset, bounce)
-        at = first
-        while at < last:
-            got = os.preadv(self._direct_fd, [view[at - offset : last - offset]], at) // BLOCK * BLOCK
-            if got == 0:
-                # Less than a block: the file ended, or the page cache has the rest.
-                self._fill_buffered([view[at - offset : last - offset]], at)
-                break
-            at += got
-        if last < end:
-            self._read_by_blocks([view[last - offset :]], last, end - last, bounce)
+        head, tail = bounce[:BLOCK], bounce[BLOCK : 2 * BLOCK]
+        parts = [head] * (first > offset) + [view[first - offset : last - offset]] + [tail] * (last < end)
+        begin = offset - offset % BLOCK
+        # The last block of a file is read short.
+        reached = min(begin + os.preadv(self._direct_fd, parts, begin), end)
+        at = reached - reached % BLOCK if reached < end else end
+        if at < first:
+            self._read_by_blocks([view], offset, len(view), bounce)
+            return
+        view[: first - offset] = head[BLOCK - (first - offset) :]
+        if at == end:
+            view[last - offset :] = tail[: end - last]
+        else:
+            self._read_by_blocks([view[at - offset :]], at, end - at, bounce)
 
     def _read_by_blocks(self, views: Sequence[memoryview], offset: int, nbytes: int, bounce: memoryview) -> None:
         size = len(bounce) // BLOCK * BLOCK

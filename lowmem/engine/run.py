@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .._collector import paused_collector
+from .._page_cache import ask_for
 from ..errors import LowmemError
 from ..planner import LoadPlan, Placement, Progress, ProgressCallback
 from .cleanup import undisturbed
@@ -21,7 +22,6 @@ from .feed import Feed, ShardCallback
 from .install import Installer
 from .mapping import map_shard, view_of
 from .offload_writer import OffloadWriter, settle
-from .page_cache import ask_for
 
 _PROGRESS_EVERY = 0.05
 _SMALL = 256 * 1024

@@ -18,7 +18,7 @@ _WORTH_A_TRIAL = 1024 * 1024 * 1024
 # Below this share of a trial's bytes the other readers' requests tell more about the time than our own.
 _ENOUGH = 0.5
 # Direct reads leave everyone else's pages alone, so the page cache must be faster by more than noise.
-_MARGIN = 0.9
+_MARGIN = 0.75
 
 
 @dataclass

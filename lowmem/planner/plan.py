@@ -20,6 +20,7 @@ from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, 
 from .final_dtypes import final_dtypes, nbytes_of
 from .offload import plan_offload
 from .records import (
+    BLOCK,
     DevicePlan,
     HostPlan,
     LoadPlan,
@@ -302,7 +303,7 @@ def _bounds(draft: _Draft, placements: Sequence[Placement]) -> list[_Bound]:
     extra = sum(shard.size for shard in draft.checkpoint.shards if shard.file in files)
     if any(p.residency in ("copy", "write") for p in placements):
         extra += budget.thread_stacks(budget.workers_here())
-    bounds += [_Bound(name, left - extra, extra) for name, left in memory.limits.items() if name.startswith("RLIMIT_")]
+    bounds += [_Bound(name, left - extra, extra) for name, left in memory.rlimits.items()]
     return bounds
 
 
@@ -310,9 +311,11 @@ def _stage(draft: _Draft, placements: Sequence[Placement], offload: OffloadPlan 
     """Buffers as large as the budget leaves; none when every byte is read straight into its place."""
     written = offload is not None and not offload.reused
     moving = ("copy", "write") if written else ("copy",)
-    need, direct = budget.buffers_for([p for p in placements if p.residency in moving], draft.request.io)
+    moved = [p for p in placements if p.residency in moving]
+    # The stacks of more threads could be what an rlimit refuses.
+    need = budget.needs_of(moved, draft.request.io, spare_threads=not draft.memory.rlimits)
     bare = _host(draft, placements, Staging(1, 0))
-    return budget.fit_staging(room - bare.peak, draft.request.staging, need, direct)
+    return budget.fit_staging(room - bare.peak, draft.request.staging, need)
 
 
 def _read_how(draft: _Draft, placements: Sequence[Placement]) -> tuple[Reading, list[str]]:
@@ -340,7 +343,9 @@ def _host(draft: _Draft, placements: Sequence[Placement], staging: Staging) -> H
     if not draft.skeleton.borrowed:
         transient = [t for t in draft.skeleton.targets.values() if not t.persistent]
         resident += sum(nbytes_of(t.shape, t.dtype) for t in transient)
-    overhead = _OVERHEAD + _PER_ENTRY * len(draft.checkpoint) + _PER_COPY * sum(p.residency == "copy" for p in on_cpu)
+    copies = [p for p in on_cpu if p.residency == "copy"]
+    overhead = _OVERHEAD + _PER_ENTRY * len(draft.checkpoint) + _PER_COPY * len(copies)
+    overhead += BLOCK * sum(p.is_apart for p in copies)
     overhead += len(draft.skeleton.targets) * (_PER_TARGET if draft.skeleton.borrowed else _PER_TARGET_BUILT)
     available = draft.memory.available
     ram = draft.request.ram

@@ -24,6 +24,8 @@ ALIGNMENT = 64
 BLOCK = 4096
 # Below this, direct reads gain nothing.
 LEAST_DIRECT = 256 * KIB
+# The heap has room for what is smaller.
+_LEAST_APART = 1024 * KIB
 # Moves of one read: the kernel takes 1024 buffers at once (IOV_MAX).
 _MOST_MOVES = 512
 
@@ -96,6 +98,11 @@ class Placement:
         for link in self.links:
             total += link.entry.nbytes
         return total
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its memory is a mapping of its own, beginning in a block where its bytes do in the file."""
+        return self.device == "cpu" and self.nbytes >= _LEAST_APART
 
     @property
     def is_staged(self) -> bool:

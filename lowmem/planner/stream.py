@@ -35,9 +35,9 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
     if wanted is None:
         spare = memory.available - _overhead(checkpoint)
         wanted = max(budget.MIN_STAGING, min(budget.MAX_STAGING, spare))
-    need, direct = budget.buffers_for(placements, request.io)
+    need = budget.needs_of(placements, request.io, spare_threads=not memory.rlimits)
     # The other half is for what is read ahead.
-    staging = budget.fit_staging(wanted, max(budget.MIN_STAGING, wanted // 2), need, direct)
+    staging = budget.fit_staging(wanted, max(budget.MIN_STAGING, wanted // 2), need)
     window = max(0, wanted - staging.total)
     host = _host(checkpoint, placements, staging, window, memory)
     if host.peak > host.available:

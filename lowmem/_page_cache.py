@@ -12,6 +12,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,13 @@ class CachedPages:
     def everything(self) -> bool:
         """Whether every page was there."""
         return self._all
+
+    @property
+    def share(self) -> float:
+        """How many of the pages were there, 0 to 1."""
+        if self._bits is None:
+            return float(self._all)
+        return float(np.unpackbits(self._bits, count=self._count).mean())
 
     def holds(self, offset: int, nbytes: int) -> bool:
         """Whether at least half of the pages of this byte range were there."""
@@ -76,6 +84,23 @@ def look(fd: int, size: int) -> CachedPages:
         return CachedPages(cached == count, count)
     pages = _each_cached(fd, size, count)
     return CachedPages(True, count) if pages is None or pages.all() else CachedPages(pages, count)
+
+
+def cached_share(file: Path) -> float:
+    """How much of a file is in the page cache now, 0 to 1; 1 where the system cannot say."""
+    try:
+        fd = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        return 1.0  # whoever reads it will say so
+    try:
+        size = os.fstat(fd).st_size
+        count = -(-size // mmap.PAGESIZE)
+        cached = _count_cached(fd, size)
+        return look(fd, size).share if cached is None or not count else min(1.0, cached / count)
+    except OSError:
+        return 1.0
+    finally:
+        os.close(fd)
 
 
 def give_back(fd: int, offset: int, nbytes: int) -> None:
