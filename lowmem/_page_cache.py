@@ -79,28 +79,27 @@ class CachedPages:
 def look(fd: int, size: int) -> CachedPages:
     """Which pages of the open file of `size` bytes are in the page cache now."""
     count = -(-size // mmap.PAGESIZE)
-    cached = _count_cached(fd, size)
-    if cached is not None and cached in (0, count):
-        return CachedPages(cached == count, count)
+    if _count_cached(fd, size) == count:
+        return CachedPages(True, count)
     pages = _each_cached(fd, size, count)
-    return CachedPages(True, count) if pages is None or pages.all() else CachedPages(pages, count)
+    if pages is None or pages.all():
+        return CachedPages(True, count)
+    return CachedPages(pages if pages.any() else False, count)
 
 
 def cached_share(file: Path) -> float:
     """How much of a file is in the page cache now, 0 to 1; 1 where the system cannot say."""
     try:
-        fd = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+        # An object and no descriptor, which a Ctrl-C could leave open. A fifo would keep us waiting.
+        if not file.is_file():
+            return 1.0
+        with file.open("rb", buffering=0) as opened:
+            fd = opened.fileno()
+            size = os.fstat(fd).st_size
+            cached = _count_cached(fd, size)
+            return min(1.0, cached * mmap.PAGESIZE / size) if cached else look(fd, size).share
     except OSError:
         return 1.0  # whoever reads it will say so
-    try:
-        size = os.fstat(fd).st_size
-        count = -(-size // mmap.PAGESIZE)
-        cached = _count_cached(fd, size)
-        return look(fd, size).share if cached is None or not count else min(1.0, cached / count)
-    except OSError:
-        return 1.0
-    finally:
-        os.close(fd)
 
 
 def give_back(fd: int, offset: int, nbytes: int) -> None:
@@ -132,7 +131,11 @@ class _Stat(ctypes.Structure):
 
 
 def _count_cached(fd: int, size: int) -> int | None:
-    """Pages of the file in the cache, by cachestat(2), which is twenty times faster than asking page by page."""
+    """Pages of the file in the cache, by cachestat(2), which is twenty times faster than asking page by page.
+
+    None where it cannot be asked. A zero means nothing: overlayfs gives it for every file, whose pages it keeps under
+    another (linux-mm, "cachestat() reports all zeroes for them"); mincore(2) knows.
+    """
     libc = _libc()
     if libc is None or not hasattr(libc, "syscall"):
         return None

@@ -30,8 +30,8 @@ def stream(
     """Iterate over the tensors of a checkpoint, in file order, read ahead by several threads.
 
     A tensor that was given out is the caller's own: it is never overwritten, and its memory ends with the caller's
-    last reference. What is read ahead and the readers' buffers take at most `staging`, or, where one tensor is
-    larger, that tensor and the buffers.
+    last reference. What is read ahead and the readers' buffers take at most `staging`, or, where one tensor and a MiB
+    are more than that, the tensor and the buffers.
 
     Args:
         source: a folder, an index file or a `.safetensors` file.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cold_files import drop, needs_cold
 from fresh import big_checkpoint, server
 from safetensors.torch import save_file
 from test_engine import Bag, some
@@ -244,10 +245,11 @@ PREDICTED: dict[str, dict[str, Any]] = {
 }
 
 
-def check_prediction(options: dict[str, Any], **given: Any) -> None:
+def check_prediction(options: dict[str, Any], before: Callable[[], None] = lambda: None, **given: Any) -> None:
     """One of five measured peaks must do: a busy machine starves a reader or the sampler, which only hides."""
     for attempt in range(5):
         again = {k: f"{v}{attempt}" if k == "offload_folder" else v for k, v in options.items()}
+        before()
         found = server().run(_MEASURE, options=again, **given)
         if abs(found["predicted"] - found["measured"]) <= max(16 * MIB, 0.02 * found["measured"]):
             return
@@ -262,6 +264,21 @@ def with_folder(options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 def test_the_predicted_peak_is_the_measured_one(case: str, tmp_path: Path) -> None:
     options = with_folder(PREDICTED[case], tmp_path)
     check_prediction(options, source=str(big_checkpoint()))
+
+
+@needs_cold
+@pytest.mark.parametrize("options", [CAST, COPY, {**CAST, "io": "direct"}, {**COPY, "io": "direct"}])
+def test_the_prediction_holds_for_many_readers_of_what_is_on_the_disk_only(options: dict[str, Any]) -> None:
+    folder = big_checkpoint()
+    shards = sorted(folder.glob("*.safetensors"))
+
+    def cold() -> None:
+        for shard in shards:
+            drop(shard)
+
+    cold()
+    assert lowmem.plan(folder, **options).staging.workers == budget.COLD_WORKERS
+    check_prediction(options, before=cold, source=str(folder))
 
 
 @pytest.mark.parametrize("options", [{}, CAST, COPY])

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,8 @@ def test_a_destination_that_cannot_be_read_into_is_filled_through_staging(
     """As on an accelerator, simulated."""
     original = destinations.MemoryDestination.__init__
 
-    def closed(self: Any, placement: Placement) -> None:
-        original(self, placement)
+    def closed(self: Any, placement: Placement, **options: Any) -> None:
+        original(self, placement, **options)
         self._bytes = None
 
     monkeypatch.setattr(destinations.MemoryDestination, "__init__", closed)
@@ -561,14 +562,13 @@ def test_an_error_that_is_kept_keeps_no_weights(net_copy: Path, monkeypatch: pyt
     SPOILS["disk fails"](net_copy, monkeypatch)
     with pytest.raises(CheckpointError) as kept:
         lowmem.load(net_copy, model=Net, dtype="float64")
-    frames, trace = [], kept.value.__traceback__
-    while trace is not None:
-        frames.append(trace.tb_frame)
-        trace = trace.tb_next
-    workers = [
-        frame for frame in frames if frame.f_code.co_name in ("_read_all", "_carry_out", "fill", "_fill_buffered")
-    ]
-    assert workers
+    frames, error = [], kept.value
+    while error is not None:
+        frames += [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        error = error.__cause__
+    names = ("_read_all", "_carry_out", "fill", "_fill_buffered")
+    workers = [frame for frame in frames if frame.f_code.co_name in names]
+    assert {frame.f_code.co_name for frame in workers} == set(names)
     assert not any(frame.f_locals for frame in workers)
 
 

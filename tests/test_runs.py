@@ -160,7 +160,8 @@ def plans(draw: Any) -> LoadPlan:
             )
     moved = [p for p in placements if p.residency == "copy"]
     io: IO = draw(st.sampled_from(["direct", "mmap"]))
-    need = budget.needs_of(moved, io, spare_threads=draw(st.booleans()))
+    share = draw(st.sampled_from([0.0, 0.6, 1.0]))
+    need = budget.needs_of(moved, io, lambda file: share, free_address_space=draw(st.booleans()))
     staging = budget.fit_staging(draw(st.integers(0, 20 * MIB)), draw(st.integers(MIB, 20 * MIB)), need)
     table = {entry.key: entry for files in entries for entry in files}
     shards = tuple(shard_at(Path(f"/shard-{n}")) for n in range(2))
@@ -298,6 +299,13 @@ def test_a_cast_leaves_room_for_direct_reads(workers: int, wanted: int) -> None:
     assert staging.bounce >= 64 * KIB
     assert staging.each >= 448 * KIB
     assert budget.fit_staging(1 << 40, wanted, Need(12 * MIB, False, workers)).bounce == 0
+
+
+@pytest.mark.parametrize("room", [0, 40 * KIB, 64 * KIB, 500 * KIB, 16 * MIB])
+def test_few_readers_that_read_directly_are_better_than_many_that_cannot(room: int) -> None:
+    staging = budget.fit_staging(room, None, Need(0, True, 8))
+    assert (staging.bounce > 0) is (room >= 64 * KIB)
+    assert staging.workers == min(8, max(1, room // (64 * KIB)))
 
 
 def test_staging_counts_every_buffer() -> None:

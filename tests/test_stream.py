@@ -441,12 +441,12 @@ def test_tensors_ahead_of_the_caller_are_within_the_window(
     worst = 0
     original = feed.MemoryDestination
 
-    def counted(placement: Any) -> Any:
+    def counted(placement: Any, **options: Any) -> Any:
         nonlocal made, worst
         with lock:
             made += placement.nbytes
             worst = max(worst, made - given)
-        return original(placement)
+        return original(placement, **options)
 
     monkeypatch.setattr(feed, "MemoryDestination", counted)
     for _, tensor in lowmem.stream(crowd, dtype=dtype, staging=staging, io=io):
@@ -464,8 +464,23 @@ def plan_of(folder: Path, staging: int, dtype: str, io: IO = "auto") -> tuple[lo
     return planning.make_stream_plan(lowmem.inspect(folder), request)
 
 
-def test_readers_bring_no_helpers(large: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2, 8])
+@pytest.mark.parametrize("size", [20, 31, 39, 45])
+def test_a_tensor_that_fits_into_the_staging_takes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, size: int
+) -> None:
+    """The buffers get smaller, however many readers there are."""
+    monkeypatch.setattr(budget, "workers_here", lambda: workers)
+    save_file({"w": torch.ones(size * MIB // 4, dtype=torch.bfloat16)}, tmp_path / "w.safetensors")
+    for staging in (size * MIB + 2 * MIB, 48 * MIB, 64 * MIB):
+        plan, _ = plan_of(tmp_path / "w.safetensors", staging, "float32")
+        assert plan.host.staging <= staging
+        assert plan.staging.total >= MIB // 2
+
+
+def test_readers_bring_no_helpers(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch would start some for each reader that casts, and OpenMP ends the process where it may not."""
+    monkeypatch.setattr(budget, "COLD_WORKERS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:

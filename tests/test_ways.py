@@ -265,6 +265,28 @@ def test_large_direct_reads_are_one_request_each(one: Path, dtype: str) -> None:
 
 
 @needs_cold
+def test_memory_lies_as_the_file_does_only_where_that_is_of_use(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a page more, and huge pages begin where memory does."""
+
+    def begin(**options: Any) -> int:
+        model = lowmem.load(one, model=One, residency="copy", **options).model
+        return int(model.w.data_ptr()) % BLOCK
+
+    begin_in_file = lowmem.inspect(one)["w"].offset % BLOCK
+    if _mounts.is_on_local_disk(one):
+        assert begin() == begin_in_file
+    drop(one)
+    assert begin(io="buffered") == begin(io="mmap") == 0
+    limited = HostMemory(1 << 40, "physical memory", {"physical memory": 1 << 40, "RLIMIT_AS": 1 << 41})
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "host_memory", lambda: limited)
+        assert begin(io="direct") == 0
+    warm(one)
+    assert begin() == 0
+    assert begin(io="direct") == begin_in_file
+
+
+@needs_cold
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_more_threads_than_processors_read_what_is_not_cached(
     one: Path, monkeypatch: pytest.MonkeyPatch, dtype: str

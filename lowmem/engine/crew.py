@@ -93,8 +93,7 @@ class Crew:
             if event is None:
                 self._working -= 1
             elif isinstance(event, BaseException):
-                # Whoever keeps the error keeps its frames, and those hold the buffer and a tensor.
-                traceback.clear_frames(event.__traceback__)
+                _let_go(event)
                 raise event
             else:
                 return event
@@ -166,6 +165,15 @@ class Crew:
         with turn:
             for move, destination, at in steps:
                 destination.end(move, scratch, at)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Whoever keeps an error keeps its frames and those of what caused it, and they hold buffers and tensors."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _compute_alone() -> None:

@@ -65,8 +65,8 @@ class Destination(Protocol):
 class MemoryDestination:
     """A tensor, allocated once at its final dtype on its final device."""
 
-    def __init__(self, placement: Placement) -> None:
-        self.tensor = allocate(placement)
+    def __init__(self, placement: Placement, *, in_place: bool = False) -> None:
+        self.tensor = allocate(placement, in_place=in_place)
         self._bytes: memoryview | None = None
 
     def begin(self, move: Move, scratch: Scratch, at: int) -> memoryview:
@@ -86,6 +86,9 @@ class MemoryDestination:
         region = move.region
         source = scratch.elements(move, scratch.place_of(move, at))
         into = self.tensor.as_strided(region.shape, region.strides, region.offset)
+        if source.dtype != into.dtype:
+            # torch would cast on the CPU what goes to another device, in memory that nobody counts.
+            source = source.to(into.device)
         into.copy_(source if len(region.shape) == 1 else source.view(region.shape))
 
 
@@ -150,18 +153,22 @@ def _pwrite(fd: int, view: memoryview, offset: int) -> int:
     return os.write(fd, view)
 
 
-def allocate(placement: Placement) -> torch.Tensor:
+def allocate(placement: Placement, *, in_place: bool = False) -> torch.Tensor:
     """An uninitialised tensor for `placement`.
 
     A large one on the CPU is a mapping of its own: huge pages from end to end, and the kernel has every byte back when
     the tensor ends, where the heap of a thread would keep some. Its storage cannot be resized, as that of a mapped one.
+
+    Args:
+        placement: whose tensor.
+        in_place: let a large one begin in a block where its bytes do in the file.
 
     Raises:
         BudgetError: the device or the host refuses the memory.
     """
     try:
         if placement.is_apart:
-            return _map_apart(placement)
+            return _map_apart(placement, _begin_in_block(placement) if in_place else 0)
         return torch.empty(placement.shape, dtype=getattr(torch, placement.dtype), device=placement.device)
     except (MemoryError, RuntimeError, OSError) as error:
         raise BudgetError(
@@ -172,13 +179,14 @@ def allocate(placement: Placement) -> torch.Tensor:
         ) from error
 
 
-def _map_apart(placement: Placement) -> torch.Tensor:
+def _map_apart(placement: Placement, begin: int) -> torch.Tensor:
     """Of whole huge pages as far as it goes, because filling fresh memory is bound by page faults."""
     dtype: torch.dtype = getattr(torch, placement.dtype)
-    begin = _begin_in_block(placement)
     nbytes = begin + placement.nbytes
-    # The kernel begins mappings of whole huge pages at one. The rest of the last is address space and never memory.
-    memory = anonymous_map(nbytes + -nbytes % _HUGE if nbytes >= _WORTH_A_PAGE else nbytes)
+    # The kernel begins mappings of whole huge pages at one. The rest of the last is address space and never memory;
+    # a tensor begins behind the first byte only where no limit counts it.
+    rounded = nbytes >= (_HUGE if begin else _WORTH_A_PAGE)
+    memory = anonymous_map(nbytes + -nbytes % _HUGE if rounded else nbytes)
     huge = nbytes // _HUGE * _HUGE
     if hasattr(mmap, "MADV_HUGEPAGE") and huge:
         # Advice only; a kernel without huge pages refuses it.
@@ -191,8 +199,9 @@ def _map_apart(placement: Placement) -> torch.Tensor:
 
 
 def _begin_in_block(placement: Placement) -> int:
-    """How far behind a block its memory begins: as far as its bytes do in the file, so that a direct read needs no
-    buffer. Products with weights that begin at any element were as fast as with those at a cache line.
+    """How far behind the beginning of a block its bytes begin in the file, or 0 where direct reads cannot end in it.
+
+    Products with weights that begin at any element were as fast as with those that begin at a cache line.
     """
     if placement.is_staged or not placement.links:
         return 0

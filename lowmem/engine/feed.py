@@ -125,7 +125,7 @@ class Feed:
                 assert self._writer is not None
                 found = self._writer.destination(placement)
             else:
-                found = MemoryDestination(placement)
+                found = MemoryDestination(placement, in_place=self._plan.reading.in_place)
             self._destinations[placement] = found
             self._pending[placement] = placement.source_bytes
         return found

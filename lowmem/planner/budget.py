@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._page_cache import cached_share
 from ..errors import BudgetError
 from ..sizes import KIB, MIB, format_size
 from .records import ALIGNMENT, BLOCK, IO, Placement, Staging, may_read_directly
@@ -19,6 +18,8 @@ MAX_STAGING = 64 * MIB
 MAX_WORKERS = 8
 # While they wait for a disk. Measured on two processors: eight direct readers were faster than four, four than two.
 COLD_WORKERS = 8
+# As fast with so many of them, and half the memory.
+_COLD_BUFFER = 2 * MIB + BLOCK + 2 * ALIGNMENT
 # Less is there before the threads are.
 _WORTH_MORE_READERS = 64 * MIB
 # A buffer below this spends more time on the calls than on the bytes.
@@ -33,7 +34,7 @@ _DEFAULT_STACK = 2 * MIB
 
 
 def workers_here() -> int:
-    """Reader threads on this machine: the processors that this process may use, at most eight."""
+    """Reader threads for what is in memory: the processors that this process may use, at most eight."""
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(MAX_WORKERS, count))
@@ -47,11 +48,13 @@ class Need:
         each: bytes of one reader's buffer at full size; 0 when every byte is read straight into its place.
         direct: whether files may be read past the page cache, which takes a buffer more where there is room.
         workers: readers.
+        in_place: see `Reading`.
     """
 
     each: int
     direct: bool
     workers: int
+    in_place: bool = False
 
 
 def fit_staging(room: int, wanted: int | None, need: Need) -> Staging:
@@ -68,6 +71,9 @@ def fit_staging(room: int, wanted: int | None, need: Need) -> Staging:
     if need.each:
         total = max(MIN_STAGING, total)
         workers = max(1, min(workers, total // min(need.each, _MIN_BUFFER)))
+    elif need.direct:
+        # Fewer readers rather than none that can read directly.
+        workers = max(1, min(workers, total // _LEAST_BOUNCE))
     share = total // workers
     # Set aside first: a cast takes all that it is given, and direct reads would be lost to it.
     aside = min(_BOUNCE, share // 8) if need.direct and share // 8 >= _LEAST_BOUNCE else 0
@@ -77,14 +83,16 @@ def fit_staging(room: int, wanted: int | None, need: Need) -> Staging:
     return Staging(workers, each, bounce if bounce >= _LEAST_BOUNCE else 0)
 
 
-def needs_of(moved: Sequence[Placement], io: IO, *, spare_threads: bool) -> Need:
+def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float], *, free_address_space: bool) -> Need:
     """What is needed for what will be moved.
+
+    While most of it is not in the page cache, readers wait for the disk, which is at its best with several requests.
 
     Args:
         moved: the placements.
         io: how the user wants files read.
-        spare_threads: whether more readers than processors are welcome while files are not in the page cache: they
-            wait for the disk, which is at its best with several requests.
+        cached: how much of a file is in the page cache, 0 to 1.
+        free_address_space: whether no rlimit counts the stacks of more threads, or memory that is never touched.
     """
     moved = [p for p in moved if p.source_bytes]
     sizes = [p.buffer_size() + 2 * ALIGNMENT for p in moved if p.is_staged]
@@ -94,17 +102,13 @@ def needs_of(moved: Sequence[Placement], io: IO, *, spare_threads: bool) -> Need
     for placement in moved:
         for link in placement.links:
             files[link.entry.file] = files.get(link.entry.file, 0) + link.entry.nbytes
+    total = sum(files.values())
     direct = any(may_read_directly(io, file) for file in files)
     workers = workers_here()
-    if spare_threads and sum(files.values()) >= _WORTH_MORE_READERS and _are_cold(files):
-        workers = max(workers, COLD_WORKERS)
-    return Need(each, direct, workers)
-
-
-def _are_cold(files: Mapping[Path, int]) -> bool:
-    """Whether most of the bytes that will be read are on the disk only."""
-    cached = sum(nbytes * cached_share(file) for file, nbytes in files.items())
-    return 2 * cached < sum(files.values())
+    cold = free_address_space and 2 * sum(nbytes * cached(file) for file, nbytes in files.items()) < total
+    if cold and total >= _WORTH_MORE_READERS and workers < COLD_WORKERS:
+        workers, each = COLD_WORKERS, min(each, _COLD_BUFFER)
+    return Need(each, direct, workers, direct and free_address_space and (cold or io == "direct"))
 
 
 def thread_stacks(count: int) -> int:

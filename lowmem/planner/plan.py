@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import mmap
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from .._mounts import memory_file_system
+from .._page_cache import cached_share
 from ..checkpoint import Checkpoint, TensorEntry
 from ..dtypes import itemsize
 from ..errors import BudgetError, PlacementError
@@ -20,7 +24,6 @@ from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, 
 from .final_dtypes import final_dtypes, nbytes_of
 from .offload import plan_offload
 from .records import (
-    BLOCK,
     DevicePlan,
     HostPlan,
     LoadPlan,
@@ -55,6 +58,8 @@ class _Draft:
     warnings: tuple[str, ...]
     memory: HostMemory
     no_split: tuple[str, ...]
+    # How much of a file is in the page cache: looked at once, however many maps are tried.
+    cached: Callable[[Path], float] = field(default_factory=lambda: functools.cache(cached_share))
 
 
 def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, request: LoadRequest) -> LoadPlan:
@@ -165,13 +170,16 @@ def _checked(draft: _Draft, table: Mapping[str, str]) -> LoadPlan:
     offload = None if folder is None else plan_offload(draft.checkpoint, placements, folder)
     warnings += [*_cast_at_use(placements), *_offload_warnings(offload)]
     bound = min(_bounds(draft, placements), key=lambda b: b.room)
-    staging = _stage(draft, placements, offload, bound.room)
+    need = _need(draft, placements, offload)
+    # As large as the budget leaves.
+    bare = _host(draft, placements, Staging(1, 0))
+    staging = budget.fit_staging(bound.room - bare.peak, draft.request.staging, need)
     host = _host(draft, placements, staging)
     if host.peak > bound.room:
         budget.refuse(
             host.peak + bound.extra, bound.room + bound.extra, bound.name, _remedies(draft, placements, bound)
         )
-    reading, about_reading = _read_how(draft, placements)
+    reading, about_reading = _read_how(draft, placements, need.in_place)
     plan = LoadPlan(
         checkpoint=draft.checkpoint,
         mapping=draft.mapping,
@@ -307,22 +315,19 @@ def _bounds(draft: _Draft, placements: Sequence[Placement]) -> list[_Bound]:
     return bounds
 
 
-def _stage(draft: _Draft, placements: Sequence[Placement], offload: OffloadPlan | None, room: int) -> Staging:
-    """Buffers as large as the budget leaves; none when every byte is read straight into its place."""
+def _need(draft: _Draft, placements: Sequence[Placement], offload: OffloadPlan | None) -> budget.Need:
+    """What the readers could use."""
     written = offload is not None and not offload.reused
     moving = ("copy", "write") if written else ("copy",)
     moved = [p for p in placements if p.residency in moving]
-    # The stacks of more threads could be what an rlimit refuses.
-    need = budget.needs_of(moved, draft.request.io, spare_threads=not draft.memory.rlimits)
-    bare = _host(draft, placements, Staging(1, 0))
-    return budget.fit_staging(room - bare.peak, draft.request.staging, need)
+    return budget.needs_of(moved, draft.request.io, draft.cached, free_address_space=not draft.memory.rlimits)
 
 
-def _read_how(draft: _Draft, placements: Sequence[Placement]) -> tuple[Reading, list[str]]:
+def _read_how(draft: _Draft, placements: Sequence[Placement], in_place: bool) -> tuple[Reading, list[str]]:
     """How files are read, and what may surprise about reading ahead."""
     request = draft.request
     if not request.prefetch:
-        return Reading(request.io, request.keep_cache), []
+        return Reading(request.io, request.keep_cache, in_place=in_place), []
     mapped = sum(p.nbytes for p in placements if p.residency == "map")
     # What is read ahead of more would push out what was read before it.
     ahead = min(mapped, draft.memory.available)
@@ -334,7 +339,7 @@ def _read_how(draft: _Draft, placements: Sequence[Placement]) -> tuple[Reading, 
             f"prefetch: {format_size(mapped)} are mapped and {format_size(ahead)} are free "
             f"({draft.memory.bound_by}): only the first {format_size(ahead)} are read ahead"
         )
-    return Reading(request.io, request.keep_cache, ahead), warnings
+    return Reading(request.io, request.keep_cache, ahead, in_place), warnings
 
 
 def _host(draft: _Draft, placements: Sequence[Placement], staging: Staging) -> HostPlan:
@@ -345,7 +350,8 @@ def _host(draft: _Draft, placements: Sequence[Placement], staging: Staging) -> H
         resident += sum(nbytes_of(t.shape, t.dtype) for t in transient)
     copies = [p for p in on_cpu if p.residency == "copy"]
     overhead = _OVERHEAD + _PER_ENTRY * len(draft.checkpoint) + _PER_COPY * len(copies)
-    overhead += BLOCK * sum(p.is_apart for p in copies)
+    # Those that begin behind the beginning of a page end in one more.
+    overhead += mmap.PAGESIZE * sum(p.is_apart for p in copies)
     overhead += len(draft.skeleton.targets) * (_PER_TARGET if draft.skeleton.borrowed else _PER_TARGET_BUILT)
     available = draft.memory.available
     ram = draft.request.ram
@@ -372,9 +378,9 @@ def _devices(placements: Sequence[Placement], staging: Staging, host: HostPlan) 
         elif name == "disk":
             devices[name] = DevicePlan(size, 0, size, 0, size)
         else:
-            # A chunk arrives there in the file's dtype before it is cast into its place.
-            chunk = min(staging.each, size)
-            devices[name] = DevicePlan(size, 0, size, chunk, size + chunk)
+            # Each reader's chunk arrives there in the file's dtype before it is cast into its place.
+            chunks = min(staging.workers * staging.each, size)
+            devices[name] = DevicePlan(size, 0, size, chunks, size + chunks)
     return devices
 
 

@@ -101,7 +101,7 @@ class Placement:
 
     @property
     def is_apart(self) -> bool:
-        """Whether its memory is a mapping of its own, beginning in a block where its bytes do in the file."""
+        """Whether its memory is a mapping of its own."""
         return self.device == "cpu" and self.nbytes >= _LEAST_APART
 
     @property
@@ -244,11 +244,14 @@ class Reading:
         io: `buffered` (through the page cache), `direct` (past it), `mmap`, or `auto`: what is faster here.
         keep_cache: leave in the page cache what was read for copying and was not there before.
         prefetch: bytes of mapped weights that the kernel is asked to read ahead, in file order.
+        in_place: whether large tensors begin in a block of memory where their bytes do in the file, so that direct
+            reads end there and not in a buffer; for files that are not in the page cache.
     """
 
     io: IO = "auto"
     keep_cache: bool = False
     prefetch: int = 0
+    in_place: bool = False
 
 
 def may_read_directly(io: IO, file: Path) -> bool:
@@ -258,7 +261,7 @@ def may_read_directly(io: IO, file: Path) -> bool:
         io: what the user asked for.
         file: itself and not its folder, for a shard may be a link to another file system.
     """
-    # Python has the flag on Linux only.
+    # Python has the flag where the system has it.
     return hasattr(os, "O_DIRECT") and (io == "direct" or (io == "auto" and is_on_local_disk(file)))
 
 

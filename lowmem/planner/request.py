@@ -1,4 +1,4 @@
-"""The options of a load, parsed into a `LoadRequest`."""
+"""The options of a load or a stream, parsed into a `LoadRequest` or `StreamRequest`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .._page_cache import cached_share
 from ..checkpoint import Checkpoint
 from ..dtypes import is_floating
 from ..errors import KeysError
@@ -22,7 +23,7 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
 
     Returns:
         The plan, and its window: bytes of tensors that may be ahead of the caller. Buffers and window together are no
-        more than the staging; one tensor may always be made, however large.
+        more than the staging; one tensor may always be made, however large, with the least of buffers if need be.
 
     Raises:
         KeysError: `only` names nothing.
@@ -35,17 +36,19 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
     if wanted is None:
         spare = memory.available - _overhead(checkpoint)
         wanted = max(budget.MIN_STAGING, min(budget.MAX_STAGING, spare))
-    need = budget.needs_of(placements, request.io, spare_threads=not memory.rlimits)
-    # The other half is for what is read ahead.
-    staging = budget.fit_staging(wanted, max(budget.MIN_STAGING, wanted // 2), need)
+    need = budget.needs_of(placements, request.io, cached_share, free_address_space=not memory.rlimits)
+    # The other half is for what is read ahead, or more where it takes more to hold the largest tensor.
+    largest = max((p.nbytes for p in placements), default=0)
+    buffers = min(wanted // 2, wanted - largest) if largest < wanted else wanted // 2
+    staging = budget.fit_staging(wanted, max(budget.MIN_STAGING, buffers), need)
     window = max(0, wanted - staging.total)
     host = _host(checkpoint, placements, staging, window, memory)
     if host.peak > host.available:
         remedies = [f"a smaller staging (now {format_size(wanted)})"]
         if placements:
-            largest = max(placements, key=lambda p: p.nbytes)
-            if largest.nbytes > window:
-                remedies.append(f"leave out {largest.target!r} ({format_size(largest.nbytes)}) by only=")
+            first = max(placements, key=lambda p: p.nbytes)
+            if first.nbytes > window:
+                remedies.append(f"leave out {first.target!r} ({format_size(first.nbytes)}) by only=")
         budget.refuse(host.peak, host.available, host.bound_by, remedies, what="stream")
     links = tuple(link for p in placements for link in p.links)
     plan = LoadPlan(
@@ -59,7 +62,7 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
         host=host,
         main_device=request.device,
         warnings=checkpoint.warnings,
-        reading=Reading(request.io, request.keep_cache),
+        reading=Reading(request.io, request.keep_cache, in_place=need.in_place),
     )
     return plan, window
 
@@ -126,4 +129,5 @@ def _device(placements: tuple[Placement, ...], staging: Staging, host: HostPlan,
     if device == "cpu":
         return DevicePlan(weights, 0, 0, host.staging, host.peak)
     largest = max((p.nbytes for p in placements), default=0)
-    return DevicePlan(weights, 0, 0, staging.each, max(host.staging, largest) + staging.each)
+    chunks = staging.workers * staging.each
+    return DevicePlan(weights, 0, 0, chunks, max(host.staging, largest) + chunks)
