@@ -86,8 +86,8 @@ class MemoryDestination:
         region = move.region
         source = scratch.elements(move, scratch.place_of(move, at))
         into = self.tensor.as_strided(region.shape, region.strides, region.offset)
-        if source.dtype != into.dtype:
-            # torch would cast on the CPU what goes to another device, in memory that nobody counts.
+        if into.is_cuda and source.dtype != into.dtype:
+            # torch would cast it on the CPU, in memory that nobody counts. Other devices lack some of the dtypes.
             source = source.to(into.device)
         into.copy_(source if len(region.shape) == 1 else source.view(region.shape))
 
