@@ -82,7 +82,7 @@ def load(
         staging: bound on the readers' buffers, at least 1 MiB.
         no_split: class names of modules that an inferred device map keeps whole. Default: the model's own.
         io: how files are read: `"buffered"` (through the page cache), `"direct"` (past it, where the system can),
-            `"mmap"`, or `"auto"`: by what is in the cache, the file system, and which is faster in this load.
+            `"mmap"`, or `"auto"`: by what is in the cache, the file system, and a trial of both ways.
         prefetch: ask the kernel to read mapped weights ahead, for the first forward.
         keep_cache: leave in the page cache what was read for copying and was not there before.
         trust_remote_code: whether Python files beside the checkpoint may run.

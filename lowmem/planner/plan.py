@@ -67,7 +67,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, r
 
     Raises:
         BudgetError: the host or a device would need more than it may use.
-        PlacementError: a tensor without a device, or cast weights on disk without an offload folder.
+        PlacementError: a tensor without a device.
         UnsupportedError: a dtype that cannot be loaded.
         ModelError: something is missing that the model cannot initialise.
     """
@@ -148,7 +148,7 @@ def _inferred(draft: _Draft, strategy: str) -> LoadPlan:
         except BudgetError as error:
             high, refusal = middle, min(refusal, error, key=lambda e: e.required)
         except PlacementError:
-            # No folder for layers that would be cast onto the disk, or a share that accelerate cannot divide.
+            # A share that accelerate cannot divide.
             high = middle
     if best is None:
         raise refusal

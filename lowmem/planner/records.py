@@ -241,7 +241,7 @@ class Reading:
     """How files are read.
 
     Attributes:
-        io: `buffered` (through the page cache), `direct` (past it), `mmap`, or `auto`: what is faster here.
+        io: `buffered` (through the page cache), `direct` (past it), `mmap`, or `auto`: chosen while reading.
         keep_cache: leave in the page cache what was read for copying and was not there before.
         prefetch: bytes of mapped weights that the kernel is asked to read ahead, in file order.
         in_place: whether large tensors begin in a block of memory where their bytes do in the file, so that direct

@@ -23,7 +23,7 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
 
     Returns:
         The plan, and its window: bytes of tensors that may be ahead of the caller. Buffers and window together are no
-        more than the staging; one tensor may always be made, however large, with the least of buffers if need be.
+        more than the staging where the largest tensor and the least of buffers are; one tensor may always be made.
 
     Raises:
         KeysError: `only` names nothing.
@@ -38,17 +38,15 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
         wanted = max(budget.MIN_STAGING, min(budget.MAX_STAGING, spare))
     need = budget.needs_of(placements, request.io, cached_share, free_address_space=not memory.rlimits)
     # The other half is for what is read ahead, or more where it takes more to hold the largest tensor.
-    largest = max((p.nbytes for p in placements), default=0)
-    buffers = min(wanted // 2, wanted - largest) if largest < wanted else wanted // 2
-    staging = budget.fit_staging(wanted, max(budget.MIN_STAGING, buffers), need)
+    largest = max(placements, key=lambda p: p.nbytes, default=None)
+    beside = wanted if largest is None or largest.nbytes >= wanted else wanted - largest.nbytes
+    staging = budget.fit_staging(wanted, max(budget.MIN_STAGING, min(wanted // 2, beside)), need)
     window = max(0, wanted - staging.total)
     host = _host(checkpoint, placements, staging, window, memory)
     if host.peak > host.available:
         remedies = [f"a smaller staging (now {format_size(wanted)})"]
-        if placements:
-            first = max(placements, key=lambda p: p.nbytes)
-            if first.nbytes > window:
-                remedies.append(f"leave out {first.target!r} ({format_size(first.nbytes)}) by only=")
+        if largest is not None and largest.nbytes > window:
+            remedies.append(f"leave out {largest.target!r} ({format_size(largest.nbytes)}) by only=")
         budget.refuse(host.peak, host.available, host.bound_by, remedies, what="stream")
     links = tuple(link for p in placements for link in p.links)
     plan = LoadPlan(
