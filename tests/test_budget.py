@@ -245,13 +245,19 @@ PREDICTED: dict[str, dict[str, Any]] = {
 }
 
 
-def check_prediction(options: dict[str, Any], before: Callable[[], None] = lambda: None, **given: Any) -> None:
-    """One of five measured peaks must do: a busy machine starves a reader or the sampler, which only hides."""
+def check_prediction(
+    options: dict[str, Any], before: Callable[[], None] = lambda: None, idle: int = 0, **given: Any
+) -> None:
+    """One of five measured peaks must do: a busy machine starves a reader or the sampler, which only hides.
+
+    `idle`: bytes of buffers that may stay unused, because the disk, and not the readers, decides how many are at work.
+    """
     for attempt in range(5):
         again = {k: f"{v}{attempt}" if k == "offload_folder" else v for k, v in options.items()}
         before()
         found = server().run(_MEASURE, options=again, **given)
-        if abs(found["predicted"] - found["measured"]) <= max(16 * MIB, 0.02 * found["measured"]):
+        margin = max(16 * MIB, 0.02 * found["measured"])
+        if -margin <= found["predicted"] - found["measured"] <= margin + idle:
             return
     pytest.fail(f"predicted and measured differ: {found}")
 
@@ -277,8 +283,9 @@ def test_the_prediction_holds_for_many_readers_of_what_is_on_the_disk_only(optio
             drop(shard)
 
     cold()
-    assert lowmem.plan(folder, **options).staging.workers == budget.COLD_WORKERS
-    check_prediction(options, before=cold, source=str(folder))
+    staging = lowmem.plan(folder, **options).staging
+    assert staging.workers == budget.COLD_WORKERS
+    check_prediction(options, before=cold, idle=staging.total, source=str(folder))
 
 
 @pytest.mark.parametrize("options", [{}, CAST, COPY])
