@@ -1,0 +1,88 @@
+"""The verbs that look, plan and load."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from .._terminal import print_json, progress_bar, show, warn
+from .options import add_load_options, add_plot, draw, options, picture_of
+from .parser import FINE, verb
+
+if TYPE_CHECKING:
+    from ..loader import LoadResult
+
+
+def add_inspect(verbs: Any) -> None:
+    """`lowmem inspect`."""
+    parser = verb(verbs, "inspect", "show what a checkpoint holds; reads headers only", _inspect)
+    parser.add_argument("source", metavar="SRC", help="folder, index file or .safetensors file")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor too")
+
+
+def add_plan(verbs: Any) -> None:
+    """`lowmem plan`."""
+    parser = verb(verbs, "plan", "show what a load would do and need; reads no tensor byte", _plan)
+    add_load_options(parser)
+
+
+def add_load(verbs: Any) -> None:
+    """`lowmem load`."""
+    parser = verb(verbs, "load", "load a checkpoint and report predicted beside measured memory", _load)
+    add_load_options(parser)
+    add_plot(parser)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from ..checkpoint import inspect
+
+    checkpoint = inspect(arguments.source)
+    warn(checkpoint.warnings)
+    if arguments.json:
+        print_json(checkpoint.to_dict())
+        return FINE
+    from ..report import checkpoint_tables, tensor_table
+
+    show(*checkpoint_tables(checkpoint))
+    if arguments.tensors:
+        show(tensor_table(checkpoint))
+    return FINE
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from ..loader import plan
+
+    decided = plan(arguments.source, **options(arguments))
+    warn(decided.warnings)
+    if arguments.json:
+        print_json(decided.to_dict())
+        return FINE
+    from ..report import plan_tables
+
+    show(*plan_tables(decided))
+    return FINE
+
+
+def _load(arguments: argparse.Namespace) -> int:
+    from ..loader import load
+
+    picture = picture_of(arguments)
+    with progress_bar() as progress:
+        result = load(arguments.source, progress=progress, **options(arguments))
+    warn(result.plan.warnings)
+    drawn = FINE
+    try:
+        _show_load(result, arguments.json)
+    finally:
+        if picture is not None:
+            drawn = draw(lambda: result.report.plot(picture))
+    return drawn
+
+
+def _show_load(result: LoadResult, as_json: bool) -> None:
+    if as_json:
+        print_json(result.report.to_dict())
+        return
+    from ..report import phase_table, plan_tables, report_table
+
+    show(*plan_tables(result.plan), report_table(result.report), phase_table(result.report))

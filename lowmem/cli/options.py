@@ -1,0 +1,199 @@
+"""The options that several verbs have, and what their texts mean."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .._terminal import say
+from ..errors import LowmemError, OptionError
+from ..sizes import shown
+from .parser import FAILED, FINE
+
+_MOST_OF_A_MAP = 16 * 1024**2
+
+
+def add_plot(parser: argparse.ArgumentParser) -> None:
+    """`--plot FILE`."""
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw memory over time: .png, .svg or .pdf (pip install 'lowmem[plot]')"
+    )
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """The source and everything that decides a load."""
+    add = parser.add_argument
+    add("source", metavar="SRC", help="folder, index file or .safetensors file")
+    add("--dtype", default="auto", help="auto (the checkpoint's, default), float32, bfloat16, float16, ...")
+    add(
+        "--device-map",
+        metavar="MAP",
+        help="cpu (default), cuda:0, disk, auto, balanced, balanced_low_0, sequential, or FILE.json (module to device)",
+    )
+    add("--max-memory", metavar="DEVICE=SIZE,...", help="for instance cpu=6GiB,cuda:0=20GiB")
+    add("--ram", metavar="SIZE", help="host memory the load may add (default: what the machine and its limits leave)")
+    add("--offload-folder", metavar="DIR", help="where weights on disk go that must be cast; else cast at each use")
+    add(
+        "--keep-fp32",
+        metavar="NAMES",
+        action="append",
+        default=[],
+        help="modules or parameters to keep in fp32, a,b,...",
+    )
+    add("--model", metavar="MODULE:CALLABLE", help="makes the model (default: transformers, from config.json)")
+    add(
+        "--residency",
+        choices=("map", "copy"),
+        default="map",
+        help="same dtype on the CPU: map the file (default) or copy",
+    )
+    add("--staging", metavar="SIZE", help="bound on the readers' buffers, at least 1MiB")
+    add(
+        "--io", choices=("auto", "buffered", "direct", "mmap"), default="auto", help="how files are read (default auto)"
+    )
+    add("--prefetch", action="store_true", help="let the kernel read mapped weights ahead")
+    add("--keep-cache", action="store_true", help="leave in the page cache what the load read")
+    add("--no-split", metavar="CLASSES", action="append", help="module classes that stay on one device, A,B,...")
+    add("--no-strict", dest="strict", action="store_false", help="initialise what is missing or mismatched")
+    add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run")
+
+
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `load` and `plan` that the arguments stand for.
+
+    Raises:
+        OptionError: a text that means nothing.
+    """
+    return {
+        "model": None if arguments.model is None else import_callable(arguments.model),
+        "dtype": arguments.dtype,
+        "device_map": _read_device_map(arguments.device_map),
+        "max_memory": _read_max_memory(arguments.max_memory),
+        "ram": arguments.ram,
+        "offload_folder": arguments.offload_folder,
+        "keep_fp32": split(arguments.keep_fp32),
+        "residency": arguments.residency,
+        "strict": arguments.strict,
+        "staging": arguments.staging,
+        "io": arguments.io,
+        "prefetch": arguments.prefetch,
+        "keep_cache": arguments.keep_cache,
+        "no_split": None if arguments.no_split is None else split(arguments.no_split),
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
+def split(values: Sequence[str]) -> list[str]:
+    """Names given as `a,b` or by an option that stands there several times."""
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+
+def _read_device_map(text: str | None) -> Any:
+    if text is None or not (text.endswith(".json") or os.sep in text):
+        return text
+    twice: list[str] = []
+
+    def as_table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        twice.extend(key for key in table if len(table) < len(pairs) and sum(key == k for k, _ in pairs) > 1)
+        return table
+
+    try:
+        with Path(text).open(encoding="utf-8") as file:
+            content = file.read(_MOST_OF_A_MAP + 1)
+        if len(content) > _MOST_OF_A_MAP:
+            raise OptionError(f"--device-map: {text}: too long to be a device map")
+        table = json.loads(content, object_pairs_hook=as_table)
+    except OSError as error:
+        raise OptionError(f"--device-map: {text}: cannot be read: {error.strerror or error}") from error
+    except OptionError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"--device-map: {text}: not valid JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise OptionError(f"--device-map: {text}: expected a JSON object of module to device")
+    if twice:
+        raise OptionError(f"--device-map: {text}: {shown(twice[0])} stands there twice; name each module once")
+    return table
+
+
+def _read_max_memory(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    table = {}
+    for part in text.split(","):
+        device, equals, size = part.partition("=")
+        if not equals or not device.strip():
+            raise OptionError(
+                f"--max-memory: expected DEVICE=SIZE,... such as cpu=6GiB,cuda:0=20GiB; found {shown(part)}"
+            )
+        if device.strip() in table:
+            raise OptionError(f"--max-memory: {shown(device.strip())} is given twice; give each device once")
+        table[device.strip()] = size.strip()
+    return table
+
+
+def import_callable(text: str) -> Callable[..., Any]:
+    """The callable that `MODULE:CALLABLE` names.
+
+    Raises:
+        OptionError: there is none.
+    """
+    module_name, colon, name = text.partition(":")
+    if not colon or not module_name or not name:
+        raise OptionError(f"--model: expected MODULE:CALLABLE, found {shown(text)}")
+    try:
+        # As `python -m` does: a file in the current folder can be named.
+        here = str(Path.cwd())
+    except OSError as error:
+        raise OptionError(f"--model: the current folder is gone ({error.strerror}); change to another") from error
+    sys.path.insert(0, here)
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            value = getattr(value, part)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        # The module's code may raise anything, and may call sys.exit.
+        raise OptionError(f"--model: {shown(text)} cannot be imported: {_reason(error)}") from error
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+    if not callable(value):
+        raise OptionError(f"--model: {shown(text)} is not callable")
+    function: Callable[..., Any] = value
+    return function
+
+
+def _reason(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def picture_of(arguments: argparse.Namespace) -> Path | None:
+    """Where to draw; what stands in the way of that is known before the work."""
+    if arguments.plot is None:
+        return None
+    from ..plots import parse_target
+
+    return parse_target(arguments.plot)
+
+
+def draw(plot: Callable[[], None]) -> int:
+    """Exit code of a picture drawn after the work. What stands in its way only now was no wrong usage."""
+    try:
+        plot()
+    except LowmemError as error:
+        say(f"lowmem: {error}")
+        return FAILED
+    return FINE
