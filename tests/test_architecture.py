@@ -25,6 +25,7 @@ ORDER = [
     "_collector",
     "_mounts",
     "_page_cache",
+    "_patterns",
     "_records",
     "limits",
     "_sampler",

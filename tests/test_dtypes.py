@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lowmem import OptionError, UnsupportedError
+from lowmem._patterns import name_matches
 from lowmem.dtypes import (
     CASTABLE,
     NOT_IN_TORCH,
@@ -15,7 +16,6 @@ from lowmem.dtypes import (
     itemsize,
     parse_dtype,
 )
-from lowmem.planner.final_dtypes import name_matches
 
 TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 

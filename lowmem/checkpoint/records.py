@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .._records import cheap_init
 
@@ -20,9 +20,11 @@ class TensorEntry:
         dtype: name of the torch dtype, such as `"bfloat16"`.
         shape: in elements of that dtype.
         file: the shard that holds it.
-        offset: absolute byte offset in that file.
-        nbytes: length in bytes.
+        offset: absolute byte offset in that file; of a packed tensor an address of its shard (see `Packed`).
+        nbytes: length in bytes of the range that it spans there.
         strides: in elements; None means dense and row-major, as every safetensors tensor is.
+        swapped: the bytes of each element are in big-endian order.
+        packed: the bytes do not lie in the file as they are.
     """
 
     key: str
@@ -32,22 +34,129 @@ class TensorEntry:
     offset: int
     nbytes: int
     strides: tuple[int, ...] | None = None
+    swapped: bool = False
+    packed: bool = False
 
     @property
     def end(self) -> int:
         """Byte offset just behind the tensor."""
         return self.offset + self.nbytes
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bytes in the file are what torch has in memory: dense, in this machine's order, not packed."""
+        return self.strides is None and not self.swapped and not self.packed
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A range of a file whose bytes must be unpacked, one after the other, from its beginning.
+
+    What it unpacks to has addresses of its own behind the file's end, so that an entry's offset tells both.
+
+    Attributes:
+        address: of the first unpacked byte; not below the file's size.
+        size: bytes when unpacked.
+        offset: where the packed bytes begin in the file.
+        nbytes: how many they are.
+        method: `"deflate"` (raw, as in a zip), or `"latin1"`: bytes written as UTF-8 text, one character a byte, as
+            pickles of protocol 2 write numpy arrays.
+        crc: CRC-32 of the unpacked bytes, or None.
+    """
+
+    address: int
+    size: int
+    offset: int
+    nbytes: int
+    method: Literal["deflate", "latin1"]
+    crc: int | None = None
+
+
+Container = Literal["safetensors", "torch zip", "torch legacy"]
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of a checkpoint: size in bytes, modification time, where the data begins, its own metadata."""
+    """One file of a checkpoint.
+
+    Attributes:
+        file: its path.
+        size: in bytes.
+        mtime_ns: modification time.
+        data_offset: where the data begins.
+        metadata: its own, text to text.
+        container: what kind of file it is.
+        packed: the ranges that must be unpacked, by address.
+    """
 
     file: Path
     size: int
     mtime_ns: int
     data_offset: int
     metadata: Mapping[str, str]
+    container: Container = "safetensors"
+    packed: tuple[Packed, ...] = ()
+
+
+@cheap_init
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A tensor as a pickle describes it: what it looks like, and where it lies in a storage of its file.
+
+    Attributes:
+        dtype: name of the torch dtype.
+        shape: in elements.
+        strides: in elements, or None for dense and row-major.
+        storage: the name of its storage in the file.
+        offset: bytes from the beginning of the storage to its first element.
+        nbytes: bytes of the storage that it spans.
+        why_not: why it cannot be read (sparse, quantised, …), or None when it can.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    storage: str
+    offset: int
+    nbytes: int
+    why_not: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A mapping of tensors inside of a pickled checkpoint: weights, averaged weights, or an optimizer's state.
+
+    Attributes:
+        path: the keys that lead to it, joined by dots; empty for the whole file.
+        leaves: key → tensor, in the order they were pickled; those of nested mappings have their keys joined by dots.
+        module: it is a pickled `torch.nn.Module` and not a mapping.
+    """
+
+    path: str
+    leaves: Mapping[str, Leaf] = field(repr=False)
+    module: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors; what several share is counted once."""
+        return sum({(leaf.storage, leaf.offset, leaf.nbytes): leaf.nbytes for leaf in self.leaves.values()}.values())
+
+
+@dataclass(frozen=True, eq=False)
+class PickledFile:
+    """A pickled file, looked at and not executed.
+
+    Attributes:
+        shard: the file.
+        root: what was pickled: dicts, lists, tuples and plain values as they are, tensors as `Leaf`, and everything
+            else as `pickles.Inert`.
+        locate: leaves → their entries in the file, and the shard with the packed ranges that they need. Reads what
+            stands before each storage in the file, and checks that the leaf fits its storage.
+    """
+
+    shard: Shard
+    root: Any = field(repr=False)
+    locate: Callable[[Mapping[str, Leaf]], tuple[dict[str, TensorEntry], Shard]] = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +170,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
         index: the index file that named them, if there is one.
         config: the model's `config.json` beside them, if there is one.
         warnings: what was odd and what was believed.
+        opened: the path of the mapping inside a pickled file that holds the weights; empty for the whole file.
+        unreadable: key → why it cannot be read: sparse, quantised, on no device. An error only for who wants it.
     """
 
     source: str
@@ -70,6 +181,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
     index: Path | None = None
     config: Path | None = None
     warnings: tuple[str, ...] = ()
+    opened: str = ""
+    unreadable: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, key: str) -> TensorEntry:
         return self.entries[key]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .._records import cheap_init
@@ -90,6 +91,27 @@ class Link:
     entry: TensorEntry
     target: str
     region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRules:
+    """What the user said about keys. In this order: `prefix`, `only` and `skip`, `rename`.
+
+    Attributes:
+        prefix: take only the keys inside this module, without it: `"backbone"` makes `backbone.a` into `a`.
+        only: the keys to take, by names or patterns or a function; None for all.
+        skip: the keys to leave, likewise.
+        rename: regular expressions with their replacements, or functions of a key, one applied after the other.
+        reshape: names of the model's tensors, or patterns, that may be fed from another shape of as many elements.
+        ignore_mismatched_sizes: what has another shape is initialised by the model's own rule.
+    """
+
+    prefix: str | None = None
+    only: tuple[str, ...] | Callable[[str], bool] | None = None
+    skip: tuple[str, ...] | Callable[[str], bool] = ()
+    rename: tuple[tuple[re.Pattern[str], str] | Callable[[str], str], ...] = ()
+    reshape: tuple[str, ...] = ()
+    ignore_mismatched_sizes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

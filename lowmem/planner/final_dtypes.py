@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
-import re
 from collections import defaultdict
 
 import torch
 
+from .._patterns import name_matches
 from ..dtypes import is_floating, itemsize
 from ..errors import UnsupportedError
 from ..mapping import KeyMapping
@@ -83,22 +82,6 @@ def _keep(skeleton: Skeleton, final: dict[str, str], dtype: str, keep_fp32: tupl
                 warnings.append(f"keep_fp32: {other!r} is tied to {name!r}, so it stays in fp32 too")
                 final[other] = "float32"
     return warnings
-
-
-def name_matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` names the tensor or a module around it: whole components, anywhere; `*` stands for anything.
-
-    `"norm"` matches `model.norm.weight` but not `input_layernorm.weight`; `"*norm"` matches both;
-    `"layers.0.mlp"` matches everything inside that module.
-    """
-    return _compiled(pattern).match(f".{name}.") is not None
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    # Between dots, so that components stay whole; only `*` is special.
-    literal = pattern.replace("[", "[[]").replace("?", "[?]")
-    return re.compile(fnmatch.translate(f"*.{literal}.*"))
 
 
 def check_cast(name: str, source: str, final: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .._page_cache import cached_share
+from .._patterns import name_matches
 from ..checkpoint import Checkpoint
 from ..dtypes import is_floating
 from ..errors import KeysError
@@ -10,7 +11,7 @@ from ..limits import HostMemory, host_memory
 from ..mapping import KeyMapping, Link, whole
 from ..sizes import KIB, MIB, format_size, shown
 from . import budget
-from .final_dtypes import check_cast, name_matches, nbytes_of
+from .final_dtypes import check_cast, nbytes_of
 from .records import DevicePlan, HostPlan, LoadPlan, Placement, Reading, Staging, StreamRequest
 
 # Python objects, measured with 30,000 small tensors: in all, and for each.
