@@ -12,7 +12,8 @@ from ..mapping import KeyMapping, Link, whole
 from ..sizes import KIB, MIB, format_size, shown
 from . import budget
 from .final_dtypes import check_cast, nbytes_of
-from .records import DevicePlan, HostPlan, LoadPlan, Placement, Reading, Staging, StreamRequest
+from .moves import Placement
+from .records import DevicePlan, HostPlan, LoadPlan, Reading, Staging, StreamRequest
 
 # Python objects, measured with 30,000 small tensors: in all, and for each.
 _OVERHEAD = 2 * MIB
