@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ._collector import paused_collector
-from .checkpoint import Checkpoint, inspect
+from .checkpoint import Checkpoint, Survey, Wish, make_wish, survey
 from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
-from .mapping import KeyMapping, match, refuse
+from .mapping import KeyMapping, cover_of, match, refuse
 from .memory import anonymous_memory, measure
 from .modeling.rules import Rules
 from .modeling.skeleton import ModelSource, Origin, Skeleton, find_origin, make_skeleton
@@ -60,13 +60,17 @@ def load(
     io: str = "auto",
     prefetch: bool = False,
     keep_cache: bool = False,
+    weights: str | None = None,
+    ema: bool | None = None,
+    download: bool = False,
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> LoadResult:
     """Load a checkpoint into a model, within a RAM budget.
 
     Args:
-        source: a folder, an index file or a `.safetensors` file.
+        source: a folder, an index file, a weights file (`.safetensors`, or pickled: `.bin`, `.pt`, `.pth`, `.ckpt`),
+            or a model of the hub that is in its cache (`org/name`).
         model: a module, a callable that makes one (run with its parameters on meta), or None for the transformers
             model that `config.json` describes.
         dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only.
@@ -85,6 +89,10 @@ def load(
             `"mmap"`, or `"auto"`: by what is in the cache, the file system, and a trial of both ways.
         prefetch: ask the kernel to read mapped weights ahead, for the first forward.
         keep_cache: leave in the page cache what was read for copying and was not there before.
+        weights: path of the mapping inside a pickled file that holds the weights, such as `"state_dict"`. Default: the
+            one that fits the model.
+        ema: take averaged weights (True) or those that were trained (False) where a file has both.
+        download: whether a model of the hub may be fetched; otherwise nothing uses the network.
         trust_remote_code: whether Python files beside the checkpoint may run.
         progress: called with a `Progress` from the calling thread.
 
@@ -112,17 +120,18 @@ def load(
     trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     if progress is not None and not callable(progress):
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
+    wish = make_wish(weights, ema)
     clock = _Phases()
     held = anonymous_memory()
-    checkpoint = inspect(source)
+    found = survey(source, download=download)
     held = max(0, anonymous_memory() - held)
     clock.end("inspect")
     # Imports happen here: they are the program's, not the load's.
-    origin = find_origin(checkpoint, model, trust_remote_code)
+    origin = find_origin(found.glance, model, trust_remote_code)
     clock.end("import")
     with measure() as memory:
         clock.begin()
-        skeleton, plan = _prepare(checkpoint, origin, request, settle_ties=True, clock=clock)
+        skeleton, plan = _prepare(found, wish, origin, request, settle_ties=True, clock=clock)
         check_present(plan)
         clock.end("plan")
         read = _execute(skeleton, plan, progress, lambda file: memory.mark(file.name))
@@ -137,6 +146,9 @@ def plan(
     source: str | os.PathLike[str],
     *,
     model: ModelSource = None,
+    weights: str | None = None,
+    ema: bool | None = None,
+    download: bool = False,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> LoadPlan:
@@ -147,10 +159,11 @@ def plan(
     """
     request = make_request(**options)
     trust_remote_code = flag(trust_remote_code, "trust_remote_code")
+    wish = make_wish(weights, ema)
     with paused_collector():
-        checkpoint = inspect(source)
-        origin = find_origin(checkpoint, model, trust_remote_code)
-        return _prepare(checkpoint, origin, request, settle_ties=False, clock=_Phases())[1]
+        found = survey(source, download=download)
+        origin = find_origin(found.glance, model, trust_remote_code)
+        return _prepare(found, wish, origin, request, settle_ties=False, clock=_Phases())[1]
 
 
 class _Phases:
@@ -172,12 +185,13 @@ class _Phases:
 
 
 def _prepare(
-    checkpoint: Checkpoint, origin: Origin, request: LoadRequest, settle_ties: bool, clock: _Phases
+    found: Survey, wish: Wish, origin: Origin, request: LoadRequest, settle_ties: bool, clock: _Phases
 ) -> tuple[Skeleton, LoadPlan]:
     """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
     with paused_collector():
-        skeleton = make_skeleton(origin, checkpoint, request.dtype)
+        skeleton = make_skeleton(origin, found.glance, request.dtype)
         clock.end("build")
+        checkpoint = found.open(wish, cover_of(skeleton))
         mapping = match(checkpoint, skeleton)
         if settle_ties and mapping.doubled:
             mapping = match(checkpoint, skeleton, _differing(checkpoint, skeleton, mapping, request.keep_cache))

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from .._terminal import print_json, progress_bar, show, warn
-from .options import add_load_options, add_plot, draw, options, picture_of
+from .options import add_load_options, add_plot, add_source, draw, options, picture_of, source_options
 from .parser import FINE, verb
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def add_inspect(verbs: Any) -> None:
     """`lowmem inspect`."""
     parser = verb(verbs, "inspect", "show what a checkpoint holds; reads headers only", _inspect)
-    parser.add_argument("source", metavar="SRC", help="folder, index file or .safetensors file")
+    add_source(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor too")
 
 
@@ -36,7 +36,7 @@ def add_load(verbs: Any) -> None:
 def _inspect(arguments: argparse.Namespace) -> int:
     from ..checkpoint import inspect
 
-    checkpoint = inspect(arguments.source)
+    checkpoint = inspect(arguments.source, **source_options(arguments))
     warn(checkpoint.warnings)
     if arguments.json:
         print_json(checkpoint.to_dict())

@@ -27,10 +27,34 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The source, and what of it is wanted."""
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="SRC",
+        help="folder, index, .safetensors, .bin, .pt, .pth or .ckpt file, or a hub model in its cache (org/name)",
+    )
+    add(
+        "--weights", metavar="PATH", help="the mapping inside a pickled file with the weights, such as state_dict"
+    )
+    add(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="averaged weights, or those that were trained, where a pickled file has both",
+    )
+    add("--download", action="store_true", help="fetch a model of the hub that is not in its cache")
+
+
+def source_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments that `add_source` stands for, but for the source."""
+    return {"weights": arguments.weights, "ema": arguments.ema, "download": arguments.download}
+
+
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """The source and everything that decides a load."""
     add = parser.add_argument
-    add("source", metavar="SRC", help="folder, index file or .safetensors file")
+    add_source(parser)
     add("--dtype", default="auto", help="auto (the checkpoint's, default), float32, bfloat16, float16, ...")
     add(
         "--device-map",
@@ -72,6 +96,7 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
         OptionError: a text that means nothing.
     """
     return {
+        **source_options(arguments),
         "model": None if arguments.model is None else import_callable(arguments.model),
         "dtype": arguments.dtype,
         "device_map": _read_device_map(arguments.device_map),

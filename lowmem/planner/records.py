@@ -265,6 +265,7 @@ class LoadPlan:
         """As plain values, as `lowmem plan --json` prints it. Sizes in bytes."""
         return {
             "source": self.checkpoint.source,
+            "opened": self.checkpoint.opened,
             "shards": [{"file": os.fspath(shard.file.name), "size": shard.size} for shard in self.checkpoint.shards],
             "device_map": dict(self.device_map),
             "devices": {name: device.to_dict() for name, device in self.devices.items()},
