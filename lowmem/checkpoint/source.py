@@ -1,23 +1,42 @@
-"""Source to files: which weights a path stands for."""
+"""Source to files: which weights a path, a scheme or a name of the hub stands for."""
 
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import SourceError, UnsupportedError
+from ..errors import SourceError
+from .folder import (
+    PICKLES,
+    SAFETENSORS,
+    canonical_name,
+    choose,
+    instead_of_index,
+    is_index,
+    is_pickled,
+    kind_of,
+    local_place,
+    unsupported,
+)
+from .schemes import follow
 
-INDEX_SUFFIX = ".safetensors.index.json"
-_NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})\.safetensors$")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_EXPECTED = "a folder, an index file (*.safetensors.index.json, *.bin.index.json) or a weights file"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a source resolved to: either an index, or the shards themselves."""
+    """What a source resolved to: either an index, or the shards themselves.
+
+    Attributes:
+        text: as the user gave it.
+        folder: where the files lie.
+        index: the index to believe, or None.
+        shards: without an index, the weight files.
+        config: the `config.json` beside them, if there is one.
+        warnings: what was odd and what was believed.
+        pickled: the weights are pickles by their names, not safetensors.
+    """
 
     text: str
     folder: Path
@@ -25,93 +44,80 @@ class Source:
     shards: tuple[Path, ...]
     config: Path | None
     warnings: tuple[str, ...] = ()
+    pickled: bool = False
 
 
-def resolve(source: str | os.PathLike[str]) -> Source:
-    """Find the weights that `source` stands for: a folder, an index file or one `.safetensors` file.
+def resolve(source: str | os.PathLike[str], *, download: bool = False) -> Source:
+    """Find the weights that `source` stands for.
 
-    In a folder the index is believed before a consolidated file, and `model*` before other names.
+    What exists is believed first: a folder, an index file or a weights file (`.safetensors`, `.bin`, `.pt`, `.pth`,
+    `.ckpt`). Then a text may begin with a scheme (`local:`, `local-dir:`, `hf-hub:`, or one of `register_scheme`), or
+    be the name of a model in the hub's cache, `org/name` or `org/name@revision`. A `Path` is only ever a path.
+    In a folder `folder.choose` decides.
+
+    Args:
+        source: a path, `scheme:rest`, or the name of a model of the hub.
+        download: whether a scheme may use the network.
 
     Raises:
-        SourceError: nothing there, no weights, or several candidates (they are listed).
-        UnsupportedError: only pickled weights are there.
+        SourceError: nothing there, no weights, several candidates (they are listed), or an unknown scheme.
+        UnsupportedError: only weights of kinds that lowmem does not read.
     """
     try:
         text = os.fsdecode(source)
-        path = Path(text).expanduser()
-        there = bool(text) and path.exists()
     except TypeError as error:
         raise SourceError(f"source: expected a path, found {source!r}") from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SourceError(f"{text}: not a path that can be followed: {error}; check it and its permissions") from error
-    if not there:
-        hub = f". For a model of the hub: hf download {text} --local-dir FOLDER" if _HUB_ID.fullmatch(text) else ""
-        raise SourceError(
-            f"{text or repr(text)}: no such file or folder; give a folder, an index file or a .safetensors file{hub}"
-        )
+    path = _existing(text, text)
+    if path is None and not isinstance(source, os.PathLike):
+        led = follow(text, download)
+        path = None if led is None else _existing(text, os.fspath(led))
+    if path is None:
+        raise SourceError(f"{text or repr(text)}: no such file or folder; give {_EXPECTED}")
     if path.is_dir():
         return _in_folder(text, path)
-    config = _config(path.parent)
-    if path.name.endswith(".json"):
-        if not path.name.endswith(INDEX_SUFFIX):
-            raise SourceError(f"{text}: expected an index that ends in {INDEX_SUFFIX}; give that file or its folder")
-        return Source(text, path.parent, path, (), config)
-    if path.suffix == ".safetensors":
-        return Source(text, path.parent, None, (path,), config)
-    if path.suffix in _PICKLES:
-        raise UnsupportedError(_pickle_message(text, [path.name]))
-    raise SourceError(f"{text}: expected a folder, *{INDEX_SUFFIX} or *.safetensors")
+    return _of_file(text, path)
 
 
-def _in_folder(text: str, folder: Path) -> Source:
+def _existing(text: str, path: str) -> Path | None:
+    """The path when something is there; an error when that cannot be told."""
     try:
-        names = sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        raise SourceError(f"{text}: cannot be listed: {error.strerror or error}") from error
-    indexes = [n for n in names if n.endswith(INDEX_SUFFIX)]
-    files = [n for n in names if n.endswith(".safetensors")]
-    config = _config(folder)
-    if indexes:
-        index = _one(text, indexes, "model" + INDEX_SUFFIX, "indexes")
-        return Source(text, folder, folder / index, (), config)
-    if "model.safetensors" in files:
-        beside = [n for n in files if n != "model.safetensors"]
-        odd = (f"{', '.join(beside)}: beside model.safetensors, which was believed",) if beside else ()
-        return Source(text, folder, None, (folder / "model.safetensors",), config, odd)
-    numbered = [n for n in files if _NUMBERED.search(n)]
-    if numbered:
-        return Source(
-            text,
-            folder,
-            None,
-            _complete_set(text, folder, numbered),
-            config,
-            (f"no index beside {numbered[0]}: the shards' own headers were believed",),
-        )
-    if files:
-        return Source(text, folder, None, (folder / _one(text, files, "model.safetensors", "weight files"),), config)
-    pickles = [n for n in names if n.endswith(_PICKLES)]
-    if pickles:
-        raise UnsupportedError(_pickle_message(text, pickles))
-    raise SourceError(f"{text}: no .safetensors file and no index in this folder; is it the model's folder?")
+        found = Path(path).expanduser()
+        return found if path and found.exists() else None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(f"{text}: not a path that can be followed: {error}; check it and its permissions") from error
 
 
-def _one(text: str, names: list[str], preferred: str, what: str) -> str:
-    if len(names) > 1 and preferred not in names:
-        raise SourceError(f"{text}: several {what}: {', '.join(names)}; give the path of the one you mean")
-    return preferred if preferred in names else names[0]
+def _in_folder(text: str, path: Path) -> Source:
+    choice = choose(local_place(text, path))
+    return Source(
+        text,
+        path,
+        path / choice.index if choice.index else None,
+        tuple(path / name for name in choice.files),
+        _config(path),
+        choice.warnings,
+        choice.pickled,
+    )
 
 
-def _complete_set(text: str, folder: Path, names: list[str]) -> tuple[Path, ...]:
-    """Numbered shards without an index can be believed only when the numbering is whole."""
-    stems = {_NUMBERED.sub("", n) for n in names}
-    counts = {int(m[2]) for n in names if (m := _NUMBERED.search(n))}
-    numbers = sorted(int(m[1]) for n in names if (m := _NUMBERED.search(n)))
-    if len(stems) > 1 or counts != {len(names)} or numbers != list(range(1, len(names) + 1)):
+def _of_file(text: str, path: Path) -> Source:
+    config, pickled, name = _config(path.parent), is_pickled(path.name), path.name
+    if is_index(name):
+        whole = path.parent / canonical_name(pickled)
+        instead = instead_of_index(local_place(text, path.parent), name, whole.name) if whole.is_file() else None
+        if instead:
+            return Source(text, path.parent, None, (whole,), config, (instead,), pickled)
+        return Source(text, path.parent, path, (), config, (), pickled)
+    if name.lower().endswith(".json"):
         raise SourceError(
-            f"{text}: shards without an index, and not one whole set: {', '.join(names)}; bring the index"
+            f"{text}: expected an index, which ends in .safetensors.index.json or .bin.index.json; "
+            "give that file or its folder"
         )
-    return tuple(folder / n for n in names)
+    if pickled or name.lower().endswith(SAFETENSORS):
+        return Source(text, path.parent, None, (path,), config, (), pickled)
+    if kind := kind_of(name):
+        raise unsupported(text, {name: kind})
+    raise SourceError(f"{text}: expected {_EXPECTED} ({', '.join((SAFETENSORS, *PICKLES))})")
 
 
 def _config(folder: Path) -> Path | None:
@@ -120,10 +126,3 @@ def _config(folder: Path) -> Path | None:
         return config if config.is_file() else None
     except OSError:
         return None
-
-
-def _pickle_message(text: str, names: list[str]) -> str:
-    return (
-        f"{text}: only pickled weights ({', '.join(names[:5])}); lowmem reads safetensors. "
-        "Convert them, for instance with the model's save_pretrained"
-    )

@@ -1,0 +1,262 @@
+"""Models of the Hugging Face hub: from its cache, and from the network only when the user says so.
+
+The cache's layout (`models--org--name/{refs,snapshots,blobs}`) is huggingface_hub's, which finds and fills it; see
+"Understand caching" in its guides. Nothing here is imported for a source that is a local path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from glob import escape
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import LowmemError, SourceError
+from .folder import PICKLES, SAFETENSORS, Choice, Place, choose, is_index, listed, local_place, shards_named
+
+_PART = r"\w(?:[\w.-]{0,94}\w)?"
+_ID = re.compile(rf"((?:{_PART}/)?{_PART})(?:@(.+))?", re.ASCII)
+_ABBREVIATED = re.compile(r"[0-9a-f]{4,39}")
+# What stands beside the weights and builds a model and its tokenizer: no pictures, no cards, no other weights.
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".codes", ".bpe", ".vocab")
+_NOT_BESIDE = ("trainer_state.json", "requirements.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A model of the hub as a source names it; `name` is the whole source, for messages."""
+
+    name: str
+    repo: str
+    revision: str | None
+
+    @property
+    def remedy(self) -> str:
+        """How to bring what is missing here."""
+        revision = f" --revision {self.revision}" if self.revision else ""
+        return f"download=True (--download) or `hf download {self.repo}{revision}` brings it"
+
+
+def snapshot(text: str, download: bool) -> Path:
+    """The folder of a model's snapshot in the hub's cache: the scheme `hf-hub:`.
+
+    Without `download` nothing is sent: what HF_HUB_CACHE or HF_HOME names is looked at. With it, the weights that
+    `folder.choose` would choose are fetched, and the small files beside them. huggingface_hub draws bars meanwhile
+    (HF_HUB_DISABLE_PROGRESS_BARS=1 stops them).
+
+    Args:
+        text: `org/name` or `name`, and perhaps `@` and a branch, tag or commit (its first digits do when it is cached).
+        download: whether the network may be used.
+
+    Raises:
+        SourceError: no such name, not in the cache or not all of it, huggingface_hub is missing, or the hub refuses.
+        UnsupportedError: only weights of kinds that lowmem does not read.
+    """
+    wanted = _parse(f"hf-hub:{text}", text)
+    if wanted is None:
+        raise SourceError(f"hf-hub:{text}: expected org/name or org/name@revision after the colon; check the name")
+    library = _library()
+    if library is None:
+        raise SourceError(f"{wanted.name}: models of the hub need huggingface_hub; pip install huggingface_hub")
+    return _fetched(library, wanted) if download else _cached(library, wanted)
+
+
+def by_name(text: str, download: bool) -> Path | None:
+    """The snapshot of a bare `org/name[@revision]`; of a bare `name` only when it is in the cache.
+
+    Returns:
+        A folder; None when `text` cannot be such a name, or is one without an owner and not in the cache.
+
+    Raises:
+        SourceError, UnsupportedError: as `snapshot`.
+    """
+    wanted = _parse(text, text)
+    # A file that is not there is more likely than a model with a file's name.
+    if wanted is None or text.lower().endswith((SAFETENSORS, *PICKLES, ".json")):
+        return None
+    library = _library()
+    if "/" not in wanted.repo and (library is None or not _repository(library, wanted).is_dir()):
+        return None
+    if library is None:
+        raise SourceError(
+            f"{text}: no such file or folder; if it is a model of the hub, pip install huggingface_hub and ask again"
+        )
+    return _fetched(library, wanted) if download else _cached(library, wanted)
+
+
+def _parse(name: str, text: str) -> _Wanted | None:
+    """Names as `validate_repo_id` in huggingface_hub takes them; a revision that cannot leave the cache's folders."""
+    found = _ID.fullmatch(text)
+    if found is None or "--" in found[1] or ".." in found[1] or found[1].endswith(".git"):
+        return None
+    revision = found[2]
+    if revision is not None and (
+        revision.startswith("/") or "\\" in revision or ".." in revision.split("/") or not revision.isprintable()
+    ):
+        return None
+    return _Wanted(name, found[1], revision)
+
+
+def _library() -> Any:
+    """huggingface_hub, or None where it is not installed."""
+    try:
+        importlib.import_module("huggingface_hub.constants")
+        return importlib.import_module("huggingface_hub")
+    except ImportError:
+        return None
+
+
+def _repository(library: Any, wanted: _Wanted) -> Path:
+    return Path(library.constants.HF_HUB_CACHE).expanduser() / ("models--" + wanted.repo.replace("/", "--"))
+
+
+def _cached(library: Any, wanted: _Wanted) -> Path:
+    repository = _repository(library, wanted)
+    try:
+        found = library.snapshot_download(
+            wanted.repo, revision=_whole_commit(repository, wanted.revision), local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        # Newer versions say that a snapshot is partial, by all its files; what counts here is the weights.
+        found = getattr(error, "snapshot_path", None)
+        if found is None:
+            raise _not_cached(repository, wanted) from error
+    folder = Path(found)
+    _check(wanted, folder)
+    return folder
+
+
+def _whole_commit(repository: Path, revision: str | None) -> str | None:
+    """The cached commit that begins with `revision`, when that is no branch or tag; else `revision` as it is."""
+    if revision is None or not _ABBREVIATED.fullmatch(revision) or (repository / "refs" / revision).exists():
+        return revision
+    commits = [entry.name for entry in (repository / "snapshots").glob(f"{revision}*")]
+    return commits[0] if len(commits) == 1 else revision
+
+
+def _not_cached(repository: Path, wanted: _Wanted) -> SourceError:
+    path = "" if wanted.name.startswith("hf-hub:") else "no such file or folder, and "
+    what = f"revision {wanted.revision} " if wanted.revision else ""
+    held = _held(repository)
+    cache = f"({repository.parent}{f', where {wanted.repo} is at {held}' if held else ''})"
+    return SourceError(f"{wanted.name}: {path}{what}not in the hub's cache {cache}; {wanted.remedy}")
+
+
+def _held(repository: Path) -> str:
+    """The snapshots in the cache, by branch or tag where one points to them: "main (0123abc), 4567def"."""
+    try:
+        commits = {entry.name: "" for entry in sorted((repository / "snapshots").iterdir())}
+        for ref in sorted(path for path in (repository / "refs").rglob("*") if path.is_file()):
+            commit = ref.read_text(encoding="utf-8").strip()
+            if commit in commits:
+                commits[commit] = ref.relative_to(repository / "refs").as_posix()
+    except (OSError, ValueError):
+        return ""
+    return ", ".join(f"{ref} ({commit[:7]})" if ref else commit[:7] for commit, ref in commits.items())
+
+
+def _check(wanted: _Wanted, folder: Path) -> None:
+    """A snapshot holds what was fetched, which may be a part: its weights must be there, and all of them."""
+    place = replace(
+        local_place(wanted.name, folder),
+        incomplete=f"in the cache it is {folder}; {wanted.remedy}",
+        empty=f"a part of it is cached in {folder}; {wanted.remedy}",
+    )
+    choice = choose(place)
+    named = (place.shards(choice.index) if choice.index else None) or choice.files
+    missing = sorted(name for name in named if not place.has(name))
+    if missing:
+        raise SourceError(
+            f"{wanted.name}: not all of it is cached: of {len(named)} weight files {len(missing)} are missing in "
+            f"{folder} ({listed(missing)}); {wanted.remedy}"
+        )
+
+
+def _fetched(library: Any, wanted: _Wanted) -> Path:
+    revision = _whole_commit(_repository(library, wanted), wanted.revision)
+    try:
+        names = library.list_repo_files(wanted.repo, revision=revision)
+        files = _needed(library, wanted, revision, names)
+        folder = Path(library.snapshot_download(wanted.repo, revision=revision, allow_patterns=[*map(escape, files)]))
+    except LowmemError:
+        raise
+    except Exception as error:
+        # Which classes a broken network raises depends on the HTTP library, and that on huggingface_hub's version.
+        raise _refusal(library, wanted, error) from error
+    _check(wanted, folder)
+    return folder
+
+
+def _needed(library: Any, wanted: _Wanted, revision: str | None, names: Sequence[str]) -> list[str]:
+    """The files of a repository that a load needs: one set of weights, and the small ones beside it."""
+    every = frozenset(names)
+
+    @cache
+    def shards(index: str) -> frozenset[str] | None:
+        return shards_named(Path(library.hf_hub_download(wanted.repo, index, revision=revision)))
+
+    place = Place(
+        wanted.name,
+        sorted(name for name in names if "/" not in name),
+        lambda: _by_folder(names),
+        shards,
+        lambda name: name in every,
+        lambda folder: f"FOLDER/{folder} after `hf download {wanted.repo} --local-dir FOLDER`",
+        "the repository itself lacks some",
+        "it is the repository of something else",
+    )
+    choice = choose(place)
+    weights = _of_index(wanted, choice, place) if choice.index else choice.files
+    beside = [
+        name
+        for name in place.names
+        if name.lower().endswith(_BESIDE) and name not in _NOT_BESIDE and not is_index(name)
+    ]
+    return sorted({*weights, *beside})
+
+
+def _of_index(wanted: _Wanted, choice: Choice, place: Place) -> tuple[str, ...]:
+    assert choice.index
+    shards = place.shards(choice.index)
+    lacking = sorted(name for name in shards or () if not place.has(name))
+    if not shards or lacking:
+        what = f"shards that the repository lacks ({', '.join(lacking[:3])})" if lacking else "no shards"
+        raise SourceError(f"{wanted.name}: {choice.index} names {what}; try another revision, or ask its owner")
+    return (choice.index, *shards)
+
+
+def _by_folder(names: Sequence[str]) -> dict[str, list[str]]:
+    below: dict[str, list[str]] = {}
+    for path in map(PurePosixPath, names):
+        if len(path.parts) == 2:
+            below.setdefault(path.parts[0], []).append(path.name)
+    return below
+
+
+def _refusal(library: Any, wanted: _Wanted, error: Exception) -> SourceError:
+    """What the hub or the network said, in one line, and what would help; by the names of huggingface_hub's errors."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    page = f"{library.constants.ENDPOINT}/{wanted.repo}"
+    if "GatedRepoError" in kinds:
+        what, remedy = "its owner asks for consent", f"accept the conditions at {page}, and `hf auth login`"
+    elif "RepositoryNotFoundError" in kinds:
+        what, remedy = f"not found at {page}", "check the name; `hf auth login` if it is private"
+    elif "RevisionNotFoundError" in kinds:
+        what, remedy = f"no revision {wanted.revision} at {page}", "check the branch, tag or commit"
+    elif "OfflineModeIsEnabled" in kinds:
+        what, remedy = "HF_HUB_OFFLINE forbids the network", "unset it, or leave out download to use what is cached"
+    elif "LocalEntryNotFoundError" in kinds or not isinstance(error, OSError) or error.errno is None:
+        what = f"cannot be fetched: {_line(error)}"
+        remedy = "check the network and ask again, which goes on where it stopped; without download the cache is used"
+    else:
+        what, remedy = f"cannot be fetched: {_line(error)}", f"check {library.constants.HF_HUB_CACHE} and its disk"
+    return SourceError(f"{wanted.name}: {what}; {remedy}")
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"
