@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import CheckpointError
+from .folder import is_weights
 from .records import TensorEntry
 from .safetensors import MAX_HEADER, decode_json, short
-from .source import INDEX_SUFFIX, Source
+from .source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,27 +33,22 @@ class Listing:
     total_size: Any
 
 
-def read_listing(found: Source) -> tuple[Source, Listing | None]:
-    """The index of a source, and the source as it is to be believed.
+def read_listing(found: Source) -> Listing | None:
+    """The index of a source, if it has one.
 
     Raises:
         CheckpointError: the index is damaged, or names files that are not there.
     """
     if found.index is None:
-        return found, None
+        return None
     weight_map, total_size = _read_index(found.index)
-    whole = found.folder / ("model.safetensors" if found.index.name.endswith(INDEX_SUFFIX) else "pytorch_model.bin")
-    if whole.is_file() and not all((found.folder / name).exists() for name in set(weight_map.values())):
-        # save_pretrained into a folder of shards removes them and leaves their index behind.
-        odd = f"{found.index.name} names shards that are gone: {whole.name} beside it was believed"
-        return replace(found, index=None, shards=(whole,), warnings=(*found.warnings, odd)), None
     as_path = {name: str(PurePath(name)) if name else name for name in set(weight_map.values())}
     weight_map = {key: as_path[name] for key, name in weight_map.items()}
     first: dict[str, str] = {}
     for key, name in weight_map.items():
         first.setdefault(name, key)
     files = {name: _inside(found.index, found.folder, name, first[name]) for name in sorted(first)}
-    return found, Listing(found.index, weight_map, files, total_size)
+    return Listing(found.index, weight_map, files, total_size)
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], Any]:
@@ -157,9 +153,10 @@ def oddities(found: Source, listing: Listing, entries: Mapping[str, TensorEntry]
         odd.append(
             f"the index claims {short(listing.total_size)} bytes, the shards hold {sizes[0]}; the shards were believed"
         )
-    suffix = ".safetensors" if listing.index.name.endswith(INDEX_SUFFIX) else ".bin"
     named = {file.name for file in listing.files.values()}
-    stray = sorted(file.name for file in found.folder.glob(f"*{suffix}") if file.name not in named)
+    stray = sorted(
+        file.name for file in found.folder.iterdir() if is_weights(file.name, found.pickled) and file.name not in named
+    )
     if stray:
         odd.append(f"{', '.join(stray)}: beside the index, which does not name it; the index was believed")
     return odd

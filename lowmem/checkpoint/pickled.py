@@ -85,9 +85,9 @@ def _other(file: Path, head: bytes, size: int) -> LowmemError:
             "load it where you trust it, and save its tensors with torch.save or safetensors"
         )
     if all(byte >= 0x20 or byte in b"\t\r\n" for byte in head):
-        begin = head[:40].decode("utf-8", "replace").strip()
+        words = head[:40].decode("utf-8", "replace").strip()
         return UnsupportedError(
-            f"{file}: expected a file of torch.save, found text that begins with {begin!r}; "
+            f"{file}: expected a file of torch.save, found text that begins with {words!r}; "
             "look what was downloaded, and download it again"
         )
     return CheckpointError(

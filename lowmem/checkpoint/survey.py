@@ -12,7 +12,7 @@ from .._collector import paused_collector
 from ..errors import CheckpointError, OptionError, SourceError
 from ..sizes import shown
 from .index import Listing, check_keys, oddities, read_listing
-from .pickled import is_pickled_name, read_pickled
+from .pickled import read_pickled
 from .records import Candidate, Checkpoint, PickledFile, Shard, TensorEntry
 from .safetensors import read_shard
 from .source import Source, resolve
@@ -121,9 +121,9 @@ def survey(source: str | os.PathLike[str], *, download: bool = False) -> Survey:
         raise OptionError(f"download: expected True or False, found {shown(download)}")
     found = resolve(source, download=download)
     with paused_collector():
-        found, listing = read_listing(found)
+        listing = read_listing(found)
         files = tuple(listing.files.values()) if listing is not None else found.shards
-        if any(is_pickled_name(file.name) for file in files):
+        if found.pickled:
             opened = [read_pickled(file) for file in files]
             return Survey(found, listing, pickled=tuple((f, find_candidates(f.root, f.shard.file)) for f in opened))
         shards: list[Shard] = []

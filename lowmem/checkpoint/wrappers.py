@@ -133,7 +133,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         pairs = value.items()
     elif isinstance(value, Inert):
-        pairs = value.pairs
+        pairs = value.pairs.items() if value.pairs is not None else ()
     elif isinstance(value, (list, tuple)) and len(value) <= _LONGEST_LIST:
         pairs = enumerate(value)
     for key, child in pairs:
@@ -169,7 +169,10 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
         return
     state = value.state
     transient = state.get("_non_persistent_buffers_set")
-    lost = set(transient) if isinstance(transient, (set, frozenset, list, tuple)) else set()
+    if isinstance(transient, Inert):
+        # A set as protocols before 4 write it: a call with a list.
+        transient = transient.args[0] if transient.args else ()
+    lost = {n for n in transient if isinstance(n, str)} if isinstance(transient, (set, list, tuple)) else set()
     yield from _children(state["_parameters"])
     for key, child in _children(state.get("_buffers")):
         if key not in lost:
@@ -250,8 +253,8 @@ def _named(source: str, candidates: Sequence[Candidate], path: str) -> Candidate
 
 
 def listed(candidates: Sequence[Candidate]) -> str:
-    """The candidates, a line each, the largest first; for messages."""
-    few = sorted(candidates, key=lambda c: -c.nbytes)[:12]
+    """The candidates, a line each, those that may be weights first, and of them the largest; for messages."""
+    few = sorted(candidates, key=lambda c: (_is_auxiliary(c.path), not c.path, -c.nbytes))[:12]
     lines = [
         f"  weights={c.path!r}: {len(c.leaves)} tensors, {format_size(c.nbytes)} ({next(iter(c.leaves))!r}, …)"
         for c in few
@@ -312,7 +315,7 @@ def _by_name(candidates: Sequence[Candidate]) -> list[Candidate]:
         known = [c for c in inner if _is_known(c)]
         if known and 2 * sum(c.nbytes for c in known) > level[0].nbytes:
             level = known
-        elif len(inner) == 1 and not level[0].own:
+        elif len(inner) == 1 and not level[0].own and not _is_known(level[0]):
             level = inner
         else:
             return level

@@ -35,9 +35,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="folder, index, .safetensors, .bin, .pt, .pth or .ckpt file, or a hub model in its cache (org/name)",
     )
-    add(
-        "--weights", metavar="PATH", help="the mapping inside a pickled file with the weights, such as state_dict"
-    )
+    add("--weights", metavar="PATH", help="the mapping inside a pickled file with the weights, such as state_dict")
     add(
         "--ema",
         action=argparse.BooleanOptionalAction,
