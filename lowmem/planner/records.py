@@ -13,7 +13,7 @@ from .._mounts import is_on_local_disk
 from .._records import cheap_init
 from ..checkpoint import Checkpoint
 from ..dtypes import itemsize
-from ..mapping import KeyMapping, Link, Region
+from ..mapping import NO_RULES, KeyMapping, KeyRules, Link, Region
 from ..sizes import KIB, MIB
 
 # Largest move, in bytes of the source: larger ones are no faster, and several threads share a tensor.
@@ -50,6 +50,7 @@ class LoadRequest:
     io: IO = "auto"
     prefetch: bool = False
     keep_cache: bool = False
+    keys: KeyRules = NO_RULES
 
 
 @dataclass(frozen=True, slots=True)
