@@ -22,7 +22,7 @@ from .modeling.rules import Rules
 from .modeling.skeleton import ModelSource, Origin, Skeleton, find_origin, make_skeleton
 from .offload import dispatch
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
-from .planner.request import checks_names, flag, make_request
+from .planner.request import Names, Renames, checks_names, flag, make_request
 from .report import LoadReport
 from .sizes import shown
 
@@ -63,6 +63,12 @@ def load(
     weights: str | None = None,
     ema: bool | None = None,
     download: bool = False,
+    prefix: str | None = None,
+    only: Names = None,
+    skip: Names = None,
+    rename: Renames = None,
+    reshape: str | Iterable[str] | None = None,
+    ignore_mismatched_sizes: bool = False,
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> LoadResult:
@@ -93,6 +99,12 @@ def load(
             one that fits the model.
         ema: take averaged weights (True) or those that were trained (False) where a file has both.
         download: whether a model of the hub may be fetched; otherwise nothing uses the network.
+        prefix: take only the keys inside this module, without it: `"backbone"` makes `backbone.a` into `a`.
+        only: the checkpoint's tensors to take: names, modules, patterns with `*`, or a function of a key.
+        skip: those to leave, likewise; the model's own rule initialises what they would have fed.
+        rename: regular expression → replacement as `re.sub` takes them, a function of a key, or a list of these.
+        reshape: the model's tensors, or patterns, that may be fed from another shape of as many elements.
+        ignore_mismatched_sizes: the model's own rule initialises what has another shape, though `strict`.
         trust_remote_code: whether Python files beside the checkpoint may run.
         progress: called with a `Progress` from the calling thread.
 
@@ -116,6 +128,12 @@ def load(
         io=io,
         prefetch=prefetch,
         keep_cache=keep_cache,
+        prefix=prefix,
+        only=only,
+        skip=skip,
+        rename=rename,
+        reshape=reshape,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
     trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     if progress is not None and not callable(progress):
@@ -192,11 +210,11 @@ def _prepare(
         skeleton = make_skeleton(origin, found.glance, request.dtype)
         clock.end("build")
         checkpoint = found.open(wish, cover_of(skeleton))
-        mapping = match(checkpoint, skeleton)
+        mapping = match(checkpoint, skeleton, rules=request.keys)
         if settle_ties and mapping.doubled:
-            mapping = match(checkpoint, skeleton, _differing(checkpoint, skeleton, mapping, request.keep_cache))
-        if request.strict:
-            refuse(mapping, checkpoint.source)
+            untied = _differing(checkpoint, skeleton, mapping, request.keep_cache)
+            mapping = match(checkpoint, skeleton, untied, request.keys)
+        refuse(mapping, checkpoint.source, request.strict, request.keys)
         return skeleton, make_plan(checkpoint, skeleton, mapping, request)
 
 
@@ -206,8 +224,7 @@ def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, 
     Raises:
         KeysError: a plain module cannot hold two values in one tensor.
     """
-    names = skeleton.rules.rename(checkpoint, skeleton.targets)
-    keys = {name: key for key, name in names.items()}
+    keys = mapping.sources
     shards = {shard.file: shard for shard in checkpoint.shards}
     differing: set[str] = set()
     for name, leader in mapping.doubled.items():

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from .._mounts import is_on_local_disk
 from ..checkpoint import Checkpoint
-from ..mapping import KeyMapping, Link
+from ..mapping import NO_RULES, KeyMapping, KeyRules, Link
 from .moves import Move, Placement, Read, cut, join
 
 IO = Literal["auto", "buffered", "direct", "mmap"]
@@ -34,6 +34,7 @@ class LoadRequest:
     io: IO = "auto"
     prefetch: bool = False
     keep_cache: bool = False
+    keys: KeyRules = NO_RULES
 
 
 @dataclass(frozen=True, slots=True)
