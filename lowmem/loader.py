@@ -16,7 +16,7 @@ from ._collector import paused_collector
 from .checkpoint import Checkpoint, Survey, Wish, make_wish, survey
 from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
-from .mapping import KeyMapping, cover_of, match, refuse
+from .mapping import KeyDiff, KeyMapping, cover_of, diff_of, match, refuse
 from .memory import anonymous_memory, measure
 from .modeling.rules import Rules
 from .modeling.skeleton import ModelSource, Origin, Skeleton, find_origin, make_skeleton
@@ -184,6 +184,39 @@ def plan(
         return _prepare(found, wish, origin, request, settle_ties=False, clock=_Phases())[1]
 
 
+@checks_names
+def diff(
+    source: str | os.PathLike[str],
+    *,
+    model: ModelSource = None,
+    weights: str | None = None,
+    ema: bool | None = None,
+    download: bool = False,
+    trust_remote_code: bool = False,
+    prefix: str | None = None,
+    only: Names = None,
+    skip: Names = None,
+    rename: Renames = None,
+    reshape: str | Iterable[str] | None = None,
+) -> KeyDiff:
+    """What differs between the keys and shapes of a checkpoint and those of a model, and what would mend it.
+
+    Reads no tensor byte. Takes the options of `load` that say what the source is and what its keys mean.
+
+    Raises:
+        LowmemError: the source or the model cannot be read, or a rule fits nothing.
+    """
+    request = make_request(prefix=prefix, only=only, skip=skip, rename=rename, reshape=reshape)
+    trust_remote_code = flag(trust_remote_code, "trust_remote_code")
+    wish = make_wish(weights, ema)
+    with paused_collector():
+        found = survey(source, download=download)
+        origin = find_origin(found.glance, model, trust_remote_code)
+        skeleton = make_skeleton(origin, found.glance, "auto")
+        checkpoint = found.open(wish, cover_of(skeleton))
+        return diff_of(match(checkpoint, skeleton, rules=request.keys), checkpoint, skeleton)
+
+
 class _Phases:
     """Seconds of each phase of a load."""
 
@@ -294,4 +327,4 @@ def _unfed(plan: LoadPlan) -> set[str]:
     return {*mapping.missing, *mapping.excused, *mapping.tied, *(m.target for m in mapping.mismatched)}
 
 
-__all__ = ["LoadResult", "check_present", "load", "plan"]
+__all__ = ["LoadResult", "check_present", "diff", "load", "plan"]

@@ -93,7 +93,7 @@ def _to_initialise(skeleton: Skeleton, mapping: KeyMapping) -> list[list[str]]:
 
 
 def _mapping_warnings(mapping: KeyMapping, absent: Sequence[str]) -> list[str]:
-    warnings = []
+    warnings = list(mapping.steps)
     if mapping.unexpected:
         warnings.append(
             f"{len(mapping.unexpected)} keys of the checkpoint are not in the model and are not read "
