@@ -71,7 +71,12 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, r
         mapping,
         request,
         final,
-        (*checkpoint.warnings, *warnings, *_mapping_warnings(mapping, absent), *_unknown_classes(skeleton, request)),
+        (
+            *checkpoint.warnings,
+            *warnings,
+            *_mapping_warnings(checkpoint, mapping, absent),
+            *_unknown_classes(skeleton, request),
+        ),
         host_memory(),
         tuple(skeleton.rules.no_split) if request.no_split is None else request.no_split,
     )
@@ -92,7 +97,7 @@ def _to_initialise(skeleton: Skeleton, mapping: KeyMapping) -> list[list[str]]:
     return list(groups.values())
 
 
-def _mapping_warnings(mapping: KeyMapping, absent: Sequence[str]) -> list[str]:
+def _mapping_warnings(checkpoint: Checkpoint, mapping: KeyMapping, absent: Sequence[str]) -> list[str]:
     warnings = list(mapping.steps)
     if mapping.unexpected:
         warnings.append(
@@ -102,6 +107,9 @@ def _mapping_warnings(mapping: KeyMapping, absent: Sequence[str]) -> list[str]:
     if absent:
         warnings.append(f"{len(absent)} tensors are initialised by the model's own rule ({absent[0]!r}, …)")
     for name, leader in mapping.doubled.items():
+        a, b = (checkpoint[mapping.sources[n]] for n in (name, leader))
+        if (a.file, a.offset, a.strides) == (b.file, b.offset, b.strides):
+            continue  # one tensor of a pickle, under two names
         warnings.append(f"{name!r} and {leader!r} are tied and both in the checkpoint: compared when loaded, read once")
     warnings.extend(mapping.suggestions)
     return warnings
