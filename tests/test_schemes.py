@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -34,6 +35,7 @@ COMMIT = "0123abc" + "0" * 33
 OTHER = "0123fff" + "1" * 33
 ST_INDEX = "model.safetensors.index.json"
 PT_INDEX = "pytorch_model.bin.index.json"
+CANONICAL = ["model.safetensors", ST_INDEX, "pytorch_model.bin", PT_INDEX]
 
 
 def put(folder: Path, *names: str) -> Path:
@@ -46,8 +48,13 @@ def put(folder: Path, *names: str) -> Path:
 
 def put_index(folder: Path, name: str, *shards: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(json.dumps({"weight_map": {f"key{i}": shard for i, shard in enumerate(shards)}}))
+    weight_map = {f"key{i}": shard for i, shard in enumerate(shards)}
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder / name
+
+
+def read_index(index: Path) -> set[str]:
+    return set(json.loads(index.read_text())["weight_map"].values())
 
 
 def chosen(source: Source) -> list[str]:
@@ -114,6 +121,7 @@ def test_a_folder_leads_to_its_weights_without_a_warning(names: list[str], expec
         "lr_scheduler.pt", "scaler.pt", "grad_scaler.pth", "rng_state.pth", "rng_state_0.pth", "random_states_0.pt",
         "zero_pp_rank_0_mp_rank_00_optim_states.pt", "trainer_state.pt", "sampler.bin", "dl_state_dict.bin",
         "distrib_optim.pt", "optimizer.safetensors", "Optimizer.PT", "optimizer_states.pt",
+        "._model.safetensors", ".hidden.pt",
     ],
 )  # fmt: skip
 def test_what_a_trainer_leaves_is_never_the_weights(name: str, tmp_path: Path) -> None:
@@ -409,6 +417,40 @@ def test_any_folder_leads_to_what_is_in_it_or_to_an_error_that_names_it(
     assert {is_pickled(n) for n in chosen(found)} == {found.pickled}
     if found.pickled:
         assert not any(is_weights(n, False) or (is_index(n) and not is_pickled(n)) for n in names)
+
+
+@pytest.mark.parametrize("names", [names for n in range(1, 5) for names in combinations(CANONICAL, n)])
+def test_transformers_believes_the_same_but_for_an_index_beside_a_whole_file(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    """There the index goes before, as `shared/CHECKPOINTS.md` wants it; transformers never looks at it."""
+    modeling = pytest.importorskip("transformers.modeling_utils")
+    for name in names:
+        shards = [f"{name.partition('.')[0]}-0000{i}-of-00002{Path(name[:-11]).suffix}" for i in (1, 2)]
+        if is_index(name):
+            put_index(tmp_path, name, *shards)
+        put(tmp_path, *(shards if is_index(name) else [name]))
+    files, _ = modeling._get_resolved_checkpoint_files(str(tmp_path), None, None, None, {}, False)
+    found = resolve(tmp_path)
+    assert found.pickled == files[0].endswith(".bin")
+    whole = canonical_name(found.pickled)
+    if {whole, f"{whole}.index.json"} <= {*names}:
+        assert chosen(found) == [f"{whole}.index.json"]
+    else:
+        assert [Path(f).name for f in files] == (sorted(read_index(found.index)) if found.index else chosen(found))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", ST_INDEX, PT_INDEX])
+def test_the_variants_that_transformers_writes_are_known(name: str, tmp_path: Path) -> None:
+    hub_utils = pytest.importorskip("transformers.modeling_utils")
+    variant = hub_utils._add_variant(name, "fp16")
+    assert (is_index(variant), is_pickled(variant)) == (is_index(name), is_pickled(name))
+    for other in (variant, name):
+        if is_index(other):
+            put_index(tmp_path, other, "s.bin", "s.safetensors")
+        else:
+            put(tmp_path, other)
+        assert chosen(resolve(tmp_path)) == [other]
 
 
 # Schemes
@@ -718,6 +760,7 @@ def response_error(kind: str) -> Exception:
         (RuntimeError("connection\nlost"), ["cannot be fetched: connection lost", "check the network", "the cache"]),
         (ConnectionError(), ["cannot be fetched: ConnectionError", "check the network"]),
         (RuntimeError("x" * 5000), ["cannot be fetched: xxx", "x…", "check the network"]),
+        (ConnectionRefusedError(111, "refused"), ["cannot be fetched: [Errno 111] refused", "check the network"]),
         (OSError(28, "No space left on device"), ["No space left on device", "check", "hub and its disk"]),
     ],
 )
