@@ -30,7 +30,9 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, TensorEntry, inspect
-    from .loader import LoadResult, load, plan
+    from .checkpoint.schemes import register_scheme
+    from .loader import LoadResult, diff, load, plan
+    from .mapping import KeyDiff
     from .memory import Measurement, measure
     from .planner import LoadPlan, Progress
     from .report import LoadReport
@@ -42,6 +44,9 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "TensorEntry": "checkpoint",
     "inspect": "checkpoint",
+    "register_scheme": "checkpoint.schemes",
+    "diff": "loader",
+    "KeyDiff": "mapping",
     "LoadResult": "loader",
     "load": "loader",
     "plan": "loader",
@@ -57,6 +62,7 @@ __all__ = [
     "BudgetError",
     "Checkpoint",
     "CheckpointError",
+    "KeyDiff",
     "KeysError",
     "LoadPlan",
     "LoadReport",
@@ -76,10 +82,12 @@ __all__ = [
     "TensorEntry",
     "UnsupportedError",
     "__version__",
+    "diff",
     "inspect",
     "load",
     "measure",
     "plan",
+    "register_scheme",
     "stream",
 ]
 

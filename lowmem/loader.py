@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from ._collector import paused_collector
-from .checkpoint import Checkpoint, inspect
+from .checkpoint import Checkpoint, Survey, Wish, make_wish, survey
 from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
-from .mapping import KeyMapping, match, refuse
+from .mapping import KeyDiff, KeyMapping, cover_of, diff_of, match, refuse
 from .memory import anonymous_memory, measure
 from .modeling.rules import Rules
 from .modeling.skeleton import ModelSource, Origin, Skeleton, find_origin, make_skeleton
 from .offload import dispatch
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
-from .planner.request import checks_names, flag, make_request
+from .planner.request import Names, Renames, checks_names, flag, make_request
 from .report import LoadReport
 from .sizes import shown
 
@@ -60,13 +60,23 @@ def load(
     io: str = "auto",
     prefetch: bool = False,
     keep_cache: bool = False,
+    weights: str | None = None,
+    ema: bool | None = None,
+    download: bool = False,
+    prefix: str | None = None,
+    only: Names = None,
+    skip: Names = None,
+    rename: Renames = None,
+    reshape: str | Iterable[str] | None = None,
+    ignore_mismatched_sizes: bool = False,
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> LoadResult:
     """Load a checkpoint into a model, within a RAM budget.
 
     Args:
-        source: a folder, an index file or a `.safetensors` file.
+        source: a folder, an index file, a weights file (`.safetensors`, or pickled: `.bin`, `.pt`, `.pth`, `.ckpt`),
+            or a model of the hub that is in its cache (`org/name`).
         model: a module, a callable that makes one (run with its parameters on meta), or None for the transformers
             model that `config.json` describes.
         dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only.
@@ -85,6 +95,16 @@ def load(
             `"mmap"`, or `"auto"`: by what is in the cache, the file system, and a trial of both ways.
         prefetch: ask the kernel to read mapped weights ahead, for the first forward.
         keep_cache: leave in the page cache what was read for copying and was not there before.
+        weights: path of the mapping inside a pickled file that holds the weights, such as `"state_dict"`. Default: the
+            one that fits the model.
+        ema: take averaged weights (True) or those that were trained (False) where a file has both.
+        download: whether a model of the hub may be fetched; otherwise nothing uses the network.
+        prefix: take only the keys inside this module, without it: `"backbone"` makes `backbone.a` into `a`.
+        only: the checkpoint's tensors to take: names, modules, patterns with `*`, or a function of a key.
+        skip: those to leave, likewise; the model's own rule initialises what they would have fed.
+        rename: regular expression → replacement as `re.sub` takes them, a function of a key, or a list of these.
+        reshape: the model's tensors, or patterns, that may be fed from another shape of as many elements.
+        ignore_mismatched_sizes: the model's own rule initialises what has another shape, though `strict`.
         trust_remote_code: whether Python files beside the checkpoint may run.
         progress: called with a `Progress` from the calling thread.
 
@@ -108,21 +128,28 @@ def load(
         io=io,
         prefetch=prefetch,
         keep_cache=keep_cache,
+        prefix=prefix,
+        only=only,
+        skip=skip,
+        rename=rename,
+        reshape=reshape,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
     trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     if progress is not None and not callable(progress):
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
+    wish = make_wish(weights, ema)
     clock = _Phases()
     held = anonymous_memory()
-    checkpoint = inspect(source)
+    found = survey(source, download=download)
     held = max(0, anonymous_memory() - held)
     clock.end("inspect")
     # Imports happen here: they are the program's, not the load's.
-    origin = find_origin(checkpoint, model, trust_remote_code)
+    origin = find_origin(found.glance, model, trust_remote_code)
     clock.end("import")
     with measure() as memory:
         clock.begin()
-        skeleton, plan = _prepare(checkpoint, origin, request, settle_ties=True, clock=clock)
+        skeleton, plan = _prepare(found, wish, origin, request, settle_ties=True, clock=clock)
         check_present(plan)
         clock.end("plan")
         read = _execute(skeleton, plan, progress, lambda file: memory.mark(file.name))
@@ -137,6 +164,9 @@ def plan(
     source: str | os.PathLike[str],
     *,
     model: ModelSource = None,
+    weights: str | None = None,
+    ema: bool | None = None,
+    download: bool = False,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> LoadPlan:
@@ -147,10 +177,44 @@ def plan(
     """
     request = make_request(**options)
     trust_remote_code = flag(trust_remote_code, "trust_remote_code")
+    wish = make_wish(weights, ema)
     with paused_collector():
-        checkpoint = inspect(source)
-        origin = find_origin(checkpoint, model, trust_remote_code)
-        return _prepare(checkpoint, origin, request, settle_ties=False, clock=_Phases())[1]
+        found = survey(source, download=download)
+        origin = find_origin(found.glance, model, trust_remote_code)
+        return _prepare(found, wish, origin, request, settle_ties=False, clock=_Phases())[1]
+
+
+@checks_names
+def diff(
+    source: str | os.PathLike[str],
+    *,
+    model: ModelSource = None,
+    weights: str | None = None,
+    ema: bool | None = None,
+    download: bool = False,
+    trust_remote_code: bool = False,
+    prefix: str | None = None,
+    only: Names = None,
+    skip: Names = None,
+    rename: Renames = None,
+    reshape: str | Iterable[str] | None = None,
+) -> KeyDiff:
+    """What differs between the keys and shapes of a checkpoint and those of a model, and what would mend it.
+
+    Reads no tensor byte. Takes the options of `load` that say what the source is and what its keys mean.
+
+    Raises:
+        LowmemError: the source or the model cannot be read, or a rule fits nothing.
+    """
+    request = make_request(prefix=prefix, only=only, skip=skip, rename=rename, reshape=reshape)
+    trust_remote_code = flag(trust_remote_code, "trust_remote_code")
+    wish = make_wish(weights, ema)
+    with paused_collector():
+        found = survey(source, download=download)
+        origin = find_origin(found.glance, model, trust_remote_code)
+        skeleton = make_skeleton(origin, found.glance, "auto")
+        checkpoint = found.open(wish, cover_of(skeleton))
+        return diff_of(match(checkpoint, skeleton, rules=request.keys), checkpoint, skeleton)
 
 
 class _Phases:
@@ -172,17 +236,18 @@ class _Phases:
 
 
 def _prepare(
-    checkpoint: Checkpoint, origin: Origin, request: LoadRequest, settle_ties: bool, clock: _Phases
+    found: Survey, wish: Wish, origin: Origin, request: LoadRequest, settle_ties: bool, clock: _Phases
 ) -> tuple[Skeleton, LoadPlan]:
     """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
     with paused_collector():
-        skeleton = make_skeleton(origin, checkpoint, request.dtype)
+        skeleton = make_skeleton(origin, found.glance, request.dtype)
         clock.end("build")
-        mapping = match(checkpoint, skeleton)
+        checkpoint = found.open(wish, cover_of(skeleton))
+        mapping = match(checkpoint, skeleton, rules=request.keys)
         if settle_ties and mapping.doubled:
-            mapping = match(checkpoint, skeleton, _differing(checkpoint, skeleton, mapping, request.keep_cache))
-        if request.strict:
-            refuse(mapping, checkpoint.source)
+            untied = _differing(checkpoint, skeleton, mapping, request.keep_cache)
+            mapping = match(checkpoint, skeleton, untied, request.keys)
+        refuse(mapping, checkpoint.source, request.strict, request.keys)
         return skeleton, make_plan(checkpoint, skeleton, mapping, request)
 
 
@@ -192,8 +257,7 @@ def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, 
     Raises:
         KeysError: a plain module cannot hold two values in one tensor.
     """
-    names = skeleton.rules.rename(checkpoint, skeleton.targets)
-    keys = {name: key for key, name in names.items()}
+    keys = mapping.sources
     shards = {shard.file: shard for shard in checkpoint.shards}
     differing: set[str] = set()
     for name, leader in mapping.doubled.items():
@@ -263,4 +327,4 @@ def _unfed(plan: LoadPlan) -> set[str]:
     return {*mapping.missing, *mapping.excused, *mapping.tied, *(m.target for m in mapping.mismatched)}
 
 
-__all__ = ["LoadResult", "check_present", "load", "plan"]
+__all__ = ["LoadResult", "check_present", "diff", "load", "plan"]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .engine.mapping import map_shard, view_of
 from .modeling.rules import Rules
 from .modeling.targets import tensor_of
-from .planner import LoadPlan
+from .planner import LoadPlan, Placement
 
 
 def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
@@ -22,7 +25,7 @@ def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
 
     On one device nothing is attached. Otherwise `accelerate.dispatch_model` moves weights and inputs at run time; a
     weight on disk is read from where the plan left it: the checkpoint itself, cast where its dtype is another, or the
-    offload folder.
+    offload folder. safetensors files are opened by accelerate, pickled ones are mapped here.
     """
     devices = set(plan.device_map.values())
     if devices == {"cpu"}:
@@ -38,7 +41,7 @@ def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
             model,
             device_map={module: _as_accelerate(device) for module, device in plan.device_map.items()},
             main_device=_as_accelerate(plan.main_device),
-            state_dict=_kept_in_memory(model, plan),
+            state_dict=_held(model, plan),
             offload_index=offload_index(plan),
             skip_keys=list(rules.skip_keys) or None,
         )
@@ -60,12 +63,15 @@ def _quiet() -> Iterator[None]:
 
 def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:
     """Name → file and key, and dtype where it is cast, as accelerate's `OffloadedWeightsLoader` reads it, for every
-    weight on disk.
+    weight on disk that it can open.
     """
+    files = _safetensors(plan)
     index: dict[str, dict[str, str]] = {}
     for placement in plan.placements:
         if placement.residency == "refer":
             entry = placement.links[0].entry
+            if entry.file not in files:
+                continue
             where = {"safetensors_file": os.fspath(entry.file.absolute()), "weight_name": entry.key}
             if entry.dtype != placement.dtype:
                 where["dtype"] = placement.dtype
@@ -77,6 +83,64 @@ def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:
             continue
         index.update(dict.fromkeys(placement.names, where))
     return index
+
+
+def _safetensors(plan: LoadPlan) -> set[Path]:
+    return {shard.file for shard in plan.checkpoint.shards if shard.container == "safetensors"}
+
+
+def _held(model: nn.Module, plan: LoadPlan) -> Mapping[str, torch.Tensor] | None:
+    """What accelerate is to take from here: weights that wait in memory, and those in files that it cannot open."""
+    kept = _kept_in_memory(model, plan)
+    files = _safetensors(plan)
+    lying = {
+        name: p
+        for p in plan.placements
+        if p.residency == "refer" and p.links[0].entry.file not in files
+        for name in p.names
+    }
+    return PickledWeights(kept or {}, lying, plan) if lying else kept
+
+
+class PickledWeights(Mapping[str, torch.Tensor]):
+    """Weights that stay in pickled files, mapped when they are first used, beside others that are in memory.
+
+    Args:
+        kept: name → tensor in memory.
+        lying: name → where it lies.
+        plan: gives the files.
+    """
+
+    def __init__(self, kept: Mapping[str, torch.Tensor], lying: Mapping[str, Placement], plan: LoadPlan) -> None:
+        self._kept = kept
+        self._lying = lying
+        self._shards = {shard.file: shard for shard in plan.checkpoint.shards}
+        self._pages: dict[Path, mmap.mmap] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor at its final dtype: pages of the file where nothing changes.
+
+        Raises:
+            CheckpointError: the file changed since the load.
+        """
+        if name in self._kept:
+            return self._kept[name]
+        placement = self._lying[name]
+        entry = placement.links[0].entry
+        if entry.file not in self._pages:
+            self._pages[entry.file] = map_shard(self._shards[entry.file])
+        tensor = view_of(self._pages[entry.file], entry)
+        return tensor.to(getattr(torch, placement.dtype))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kept or name in self._lying
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._kept
+        yield from self._lying
+
+    def __len__(self) -> int:
+        return len(self._kept) + len(self._lying)
 
 
 def _kept_in_memory(model: nn.Module, plan: LoadPlan) -> dict[str, torch.Tensor] | None:

@@ -62,6 +62,11 @@ class LoadReport:
         return self.plan.bytes_written
 
     @property
+    def opened(self) -> str:
+        """The path of the mapping inside a pickled file that held the weights; empty for the whole file."""
+        return self.plan.checkpoint.opened
+
+    @property
     def initialised(self) -> tuple[str, ...]:
         """Names that no key fed, so the model's own rule gave them their values."""
         return tuple(name for p in self.plan.placements if p.residency == "init" for name in p.names)
@@ -132,7 +137,8 @@ class LoadReport:
 
 def checkpoint_tables(checkpoint: Checkpoint) -> Iterator[Table]:
     """A checkpoint for people: its shards, then its dtypes."""
-    shards = _table(f"{checkpoint.source}: {len(checkpoint)} tensors, {format_size(checkpoint.nbytes)}")
+    opened = f" in {checkpoint.opened!r}" if checkpoint.opened else ""
+    shards = _table(f"{checkpoint.source}: {len(checkpoint)} tensors, {format_size(checkpoint.nbytes)}{opened}")
     for title in ("shard", "size", "tensors"):
         shards.add_column(title, justify="left" if title == "shard" else "right")
     counts: dict[Any, int] = {}
@@ -164,7 +170,8 @@ def tensor_table(checkpoint: Checkpoint) -> Table:
 
 def plan_tables(plan: LoadPlan) -> Iterator[Table]:
     """A plan for people: bytes per device, then the host's budget, then what was asked of the reading, if anything."""
-    devices = _table(f"{plan.checkpoint.source}: {len(plan.placements)} tensors")
+    opened = f" of {plan.checkpoint.opened!r}" if plan.checkpoint.opened else ""
+    devices = _table(f"{plan.checkpoint.source}: {len(plan.placements)} tensors{opened}")
     for title in ("device", "weights", "mapped", "resident", "staging", "peak"):
         devices.add_column(title, justify="left" if title == "device" else "right")
     for name, device in plan.devices.items():

@@ -26,6 +26,9 @@ def stream(
     staging: int | str | None = None,
     io: str = "auto",
     keep_cache: bool = False,
+    weights: str | None = None,
+    ema: bool | None = None,
+    download: bool = False,
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Iterate over the tensors of a checkpoint, in file order, read ahead by several threads.
 
@@ -34,7 +37,7 @@ def stream(
     are more than that, the tensor and the buffers.
 
     Args:
-        source: a folder, an index file or a `.safetensors` file.
+        source: what `load` takes.
         only: the tensors to give: names of tensors or modules, patterns with `*`, or a function of the key. Bytes of
             the others are not read.
         dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only.
@@ -42,6 +45,9 @@ def stream(
         staging: bytes that may be in flight, at least 1 MiB. Default: 64 MiB.
         io: how files are read, as in `load`.
         keep_cache: leave in the page cache what was not there before.
+        weights: path of the mapping inside a pickled file, as in `inspect`.
+        ema: averaged weights or others, as in `inspect`.
+        download: whether a model of the hub may be fetched.
 
     Returns:
         A generator of (key, tensor). Everything is decided when it is made; its threads start with the first tensor
@@ -51,7 +57,7 @@ def stream(
         LowmemError: see `lowmem.errors`. A file that changes while it is read is known only at the end.
     """
     request = make_stream_request(only=only, dtype=dtype, device=device, staging=staging, io=io, keep_cache=keep_cache)
-    checkpoint = inspect(source)
+    checkpoint = inspect(source, weights=weights, ema=ema, download=download)
     with paused_collector():
         plan, window = make_stream_plan(checkpoint, request)
     check_present(plan, "device")

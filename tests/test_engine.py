@@ -30,7 +30,7 @@ from lowmem.engine import Installer, crew, destinations, run
 from lowmem.errors import BudgetError, CheckpointError
 from lowmem.mapping import KeyMapping, Link, Region
 from lowmem.memory import anonymous_memory
-from lowmem.planner import LoadPlan, Move, Placement, Progress, budget, records
+from lowmem.planner import LoadPlan, Move, Placement, Progress, budget, moves
 from lowmem.planner.records import HostPlan, Staging
 from lowmem.sizes import MIB
 
@@ -120,7 +120,7 @@ def open_files(below: Path) -> list[str]:
 
 def tuned(chunk: int, workers: int) -> pytest.MonkeyPatch:
     patch = pytest.MonkeyPatch()
-    patch.setattr(records, "CHUNK", chunk)
+    patch.setattr(moves, "CHUNK", chunk)
     patch.setattr(budget, "workers_here", lambda: workers)
     return patch
 
@@ -233,7 +233,7 @@ def test_slices_and_transposed_parts_of_one_tensor_are_fed_in_place(
             part.copy_(tensors[key])
             feeds[key] = Region(part.storage_offset(), tuple(part.shape), tuple(part.stride()))
     save_file(tensors, tmp_path / "m.safetensors")
-    monkeypatch.setattr(records, "CHUNK", chunk)
+    monkeypatch.setattr(moves, "CHUNK", chunk)
     model = nn.Module()
     model.register_parameter("experts", nn.Parameter(torch.empty(shape, device="meta")))
     plan = fused(tmp_path / "m.safetensors", shape, feeds, dtype, max(chunk, 64) + 128)
@@ -248,7 +248,7 @@ def test_dense_slices_are_read_straight_into_place(tmp_path: Path, monkeypatch: 
     tensors = {str(i): some("bfloat16", (6, 8), i) for i in range(4)}
     save_file(tensors, tmp_path / "m.safetensors")
     feeds = {str(i): Region(i * 48, (48,), (1,)) for i in range(4)}
-    monkeypatch.setattr(records, "CHUNK", 32)
+    monkeypatch.setattr(moves, "CHUNK", 32)
     model = nn.Module()
     model.register_parameter("experts", nn.Parameter(torch.empty(4, 6, 8, device="meta")))
     run(fused(tmp_path / "m.safetensors", (4, 6, 8), feeds, "bfloat16", 0), Installer(model))
@@ -519,7 +519,7 @@ def test_an_error_from_the_callback_comes_through_and_nothing_is_left(
     monkeypatch.setattr(engine_run, "_PROGRESS_EVERY", 0.0)
     monkeypatch.setattr(crew, "_AT_LEAST_EVERY", 0.0)
     # Many reads, so that the second error comes in the midst of them.
-    monkeypatch.setattr(records, "CHUNK", 64 * 1024)
+    monkeypatch.setattr(moves, "CHUNK", 64 * 1024)
     model = borrowed(meta)
     before = Before(model)
     for calls in (1, 9):
@@ -542,7 +542,7 @@ def test_readers_report_several_reads_together(
     net_folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, some: bool
 ) -> None:
     monkeypatch.setattr(crew, "_AT_LEAST_EVERY", seconds)
-    monkeypatch.setattr(records, "CHUNK", 64 * 1024)
+    monkeypatch.setattr(moves, "CHUNK", 64 * 1024)
     together: list[int] = []
     take = engine_run._Run._take
 
@@ -729,7 +729,7 @@ def test_fifty_loads_leave_no_growth(net_folder: Path, tmp_path: Path) -> None:
 def test_progress_rises_to_the_total_in_the_calling_thread(net_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew, "_AT_LEAST_EVERY", 0.0)
     monkeypatch.setattr(engine_run, "_PROGRESS_EVERY", 0.0)
-    monkeypatch.setattr(records, "CHUNK", 4096)
+    monkeypatch.setattr(moves, "CHUNK", 4096)
     seen: list[tuple[Progress, int]] = []
     result = lowmem.load(
         net_folder, model=Net, dtype="bfloat16", progress=lambda p: seen.append((p, threading.get_ident()))
@@ -809,9 +809,9 @@ def test_models_that_two_threads_build_at_once_are_right(net_folder: Path) -> No
 
 
 def test_moves_never_exceed_a_chunk_and_cover_every_byte(net_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "CHUNK", 1000)
+    monkeypatch.setattr(moves, "CHUNK", 1000)
     plan = lowmem.plan(net_folder, model=Net, dtype="bfloat16")
-    moves: list[Move] = list(plan.moves())
-    assert max(move.nbytes for move in moves) <= 1000
-    assert sum(move.nbytes for move in moves) == plan.bytes_read
-    assert [(m.file, m.offset) for m in moves] == sorted((m.file, m.offset) for m in moves)
+    cuts: list[Move] = list(plan.moves())
+    assert max(move.nbytes for move in cuts) <= 1000
+    assert sum(move.nbytes for move in cuts) == plan.bytes_read
+    assert [(m.file, m.offset) for m in cuts] == sorted((m.file, m.offset) for m in cuts)

@@ -20,7 +20,8 @@ from lowmem.engine import reading
 from lowmem.engine.reading import ShardReader
 from lowmem.engine.ways import Ways
 from lowmem.errors import CheckpointError
-from lowmem.planner.records import BLOCK, IO
+from lowmem.planner.moves import BLOCK
+from lowmem.planner.records import IO
 from lowmem.sizes import KIB, MIB
 
 pytestmark = [

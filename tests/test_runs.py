@@ -23,9 +23,10 @@ from lowmem.checkpoint import Checkpoint, TensorEntry
 from lowmem.dtypes import itemsize
 from lowmem.errors import BudgetError
 from lowmem.mapping import KeyMapping, Link, Region, whole
-from lowmem.planner import LoadPlan, Placement, budget, records
+from lowmem.planner import LoadPlan, Placement, budget, moves
 from lowmem.planner.budget import Need
-from lowmem.planner.records import ALIGNMENT, BLOCK, CHUNK, IO, LEAST_DIRECT, HostPlan, Staging
+from lowmem.planner.moves import ALIGNMENT, BLOCK, CHUNK, LEAST_DIRECT
+from lowmem.planner.records import IO, HostPlan, Staging
 from lowmem.sizes import KIB, MIB
 
 pytestmark = pytest.mark.timeout(180)
@@ -266,7 +267,7 @@ def test_buffers_stay_within_what_there_is(
 def test_sizes_in_any_order_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     """Small and large, staged and not, by turns, and every buffer as small as it may be."""
     monkeypatch.setattr(budget, "workers_here", lambda: workers)
-    monkeypatch.setattr(records, "CHUNK", 64 * KIB)
+    monkeypatch.setattr(moves, "CHUNK", 64 * KIB)
     rng = random.Random(workers)
     made = {
         f"t{n:03d}{'k' if n % 3 else ''}": torch.full((rng.choice([1, 3, 500, 20_000, 70_001]),), n, dtype=torch.int16)

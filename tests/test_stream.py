@@ -26,7 +26,7 @@ import lowmem
 from lowmem.engine import feed
 from lowmem.errors import BudgetError, CheckpointError, KeysError, LowmemError, OptionError, UnsupportedError
 from lowmem.limits import HostMemory
-from lowmem.planner import budget, records
+from lowmem.planner import budget, moves, records
 from lowmem.planner import stream as planning
 from lowmem.planner.records import IO
 from lowmem.sizes import KIB, MIB
@@ -156,7 +156,7 @@ def test_every_tensor_arrives_once(
     made = [(f"t{i}", some(*spec, seed=i)) for i, spec in enumerate(tensors)]
     folder = write(tmp_path_factory.mktemp("any"), *(dict(made[i::cuts]) for i in range(min(cuts, len(made)))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "CHUNK", chunk)
+        patch.setattr(moves, "CHUNK", chunk)
         patch.setattr(budget, "workers_here", lambda: workers)
         if window is not None:
             original = lowmem.streaming.make_stream_plan

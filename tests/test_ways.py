@@ -26,7 +26,8 @@ from lowmem.engine.ways import Ways
 from lowmem.limits import HostMemory
 from lowmem.planner import budget, records
 from lowmem.planner import plan as planning
-from lowmem.planner.records import BLOCK, LEAST_DIRECT, may_read_directly
+from lowmem.planner.moves import BLOCK, LEAST_DIRECT
+from lowmem.planner.records import may_read_directly
 from lowmem.sizes import GIB, MIB
 
 pytestmark = pytest.mark.timeout(180)

@@ -4,87 +4,51 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from .._collector import paused_collector
 from ..errors import CheckpointError
-from .records import Checkpoint, Shard, TensorEntry
-from .safetensors import MAX_HEADER, decode_json, read_shard, short
-from .source import Source, resolve
+from .folder import is_weights
+from .records import TensorEntry
+from .safetensors import MAX_HEADER, decode_json, short
+from .source import Source
 
 
-def inspect(source: str | os.PathLike[str]) -> Checkpoint:
-    """Read the headers of a checkpoint, and nothing else: no tensor byte, no torch.
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What an index says.
 
-    Args:
-        source: a folder, an index file (`*.safetensors.index.json`) or a `.safetensors` file.
+    Attributes:
+        index: the index file.
+        weight_map: key → file name.
+        files: file name → path, sorted by name.
+        total_size: bytes of all tensors, as the index claims; anything may stand there.
+    """
 
-    Returns:
-        The checkpoint: a mapping of key to `TensorEntry`.
+    index: Path
+    weight_map: Mapping[str, str]
+    files: Mapping[str, Path]
+    total_size: Any
+
+
+def read_listing(found: Source) -> Listing | None:
+    """The index of a source, if it has one.
 
     Raises:
-        SourceError: nothing that can be loaded is there.
-        CheckpointError: index and headers contradict each other, or a file is damaged.
-        UnsupportedError: the weights are of a kind that lowmem does not read.
+        CheckpointError: the index is damaged, or names files that are not there.
     """
-    found = resolve(source)
-    with paused_collector():
-        return _read(found)
-
-
-def _read(found: Source) -> Checkpoint:
     if found.index is None:
-        shards, entries = _read_all(found.shards)
-        return _checkpoint(found, shards, entries, found.warnings)
+        return None
     weight_map, total_size = _read_index(found.index)
-    whole = found.folder / "model.safetensors"
-    if whole.is_file() and not all((found.folder / name).exists() for name in set(weight_map.values())):
-        # save_pretrained into a folder of shards removes them and leaves their index behind.
-        odd = f"{found.index.name} names shards that are gone: {whole.name} beside it was believed"
-        return _read(replace(found, index=None, shards=(whole,), warnings=(*found.warnings, odd)))
     as_path = {name: str(PurePath(name)) if name else name for name in set(weight_map.values())}
     weight_map = {key: as_path[name] for key, name in weight_map.items()}
     first: dict[str, str] = {}
     for key, name in weight_map.items():
         first.setdefault(name, key)
     files = {name: _inside(found.index, found.folder, name, first[name]) for name in sorted(first)}
-    shards, entries = _read_all(files.values())
-    unlisted = _check_keys(found.index, weight_map, files, entries)
-    warnings = [*found.warnings, *_oddities(found, files, entries, unlisted, total_size)]
-    return _checkpoint(found, shards, entries, warnings)
-
-
-def _checkpoint(
-    found: Source, shards: list[Shard], entries: dict[str, TensorEntry], warnings: Iterable[str]
-) -> Checkpoint:
-    return Checkpoint(
-        source=found.text,
-        folder=found.folder,
-        shards=tuple(shards),
-        entries=entries,
-        index=found.index,
-        config=found.config,
-        warnings=tuple(warnings),
-    )
-
-
-def _read_all(files: Iterable[Path]) -> tuple[list[Shard], dict[str, TensorEntry]]:
-    shards: list[Shard] = []
-    entries: dict[str, TensorEntry] = {}
-    for file in files:
-        shard, held = read_shard(file)
-        shards.append(shard)
-        found = {entry.key: entry for entry in held}
-        for key in entries.keys() & found.keys():
-            raise CheckpointError(
-                f"{file}: tensor {key!r}: expected in one shard, found also in {entries[key].file.name}; "
-                "remove the shard that does not belong, or download both again"
-            )
-        entries.update(found)
-    return shards, entries
+    return Listing(found.index, weight_map, files, total_size)
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], Any]:
@@ -153,36 +117,46 @@ def _blobs(root: Path) -> Path | None:
     return None
 
 
-def _check_keys(
-    index: Path, weight_map: dict[str, str], files: dict[str, Path], entries: dict[str, TensorEntry]
-) -> list[str]:
-    """Every key lies where the index says; returns the keys that the index does not mention."""
-    for key, name in weight_map.items():
+def check_keys(listing: Listing, entries: Mapping[str, TensorEntry], unreadable: Collection[str] = ()) -> list[str]:
+    """Every key lies where the index says; returns the keys that the index does not mention.
+
+    Raises:
+        CheckpointError: a key lies elsewhere, or nowhere.
+    """
+    for key, name in listing.weight_map.items():
         entry = entries.get(key)
         if entry is None:
+            if key in unreadable:
+                continue
             raise CheckpointError(
-                f"{files[name]}: tensor {key!r}: expected here by {index.name}, found in no shard; "
+                f"{listing.files[name]}: tensor {key!r}: expected here by {listing.index.name}, found in no shard; "
                 "bring the matching index, or download the shard again"
             )
-        if entry.file is not files[name]:
+        if entry.file is not listing.files[name]:
             raise CheckpointError(
-                f"{index}: tensor {key!r}: expected in {name}, found in {entry.file.name}; bring the matching index"
+                f"{listing.index}: tensor {key!r}: expected in {name}, found in {entry.file.name}; "
+                "bring the matching index"
             )
-    return [] if len(entries) == len(weight_map) else [key for key in entries if key not in weight_map]
+    listed = listing.weight_map
+    return [] if len(entries) == len(listed) else [key for key in entries if key not in listed]
 
 
-def _oddities(
-    found: Source, files: dict[str, Path], entries: dict[str, TensorEntry], unlisted: list[str], total_size: Any
-) -> list[str]:
+def oddities(found: Source, listing: Listing, entries: Mapping[str, TensorEntry], unlisted: Sequence[str]) -> list[str]:
     """What contradicts the index without stopping a load: said, with what was believed."""
     odd = []
     if unlisted:
         odd.append(f"{len(unlisted)} tensors are in the shards but not in the index ({unlisted[0]}, …); they are used")
-    size = sum(entry.nbytes for entry in entries.values())
-    if isinstance(total_size, int | float) and total_size != size:
-        odd.append(f"the index claims {short(total_size)} bytes, the shards hold {size}; the shards were believed")
-    named = {file.name for file in files.values()}
-    stray = sorted(file.name for file in found.folder.glob("*.safetensors") if file.name not in named)
+    # A tensor that is there under two names may have been counted once or twice.
+    places = {(id(entry.file), entry.offset, entry.nbytes): entry.nbytes for entry in entries.values()}
+    sizes = sum(places.values()), sum(entry.nbytes for entry in entries.values())
+    if isinstance(listing.total_size, int | float) and listing.total_size not in sizes:
+        odd.append(
+            f"the index claims {short(listing.total_size)} bytes, the shards hold {sizes[0]}; the shards were believed"
+        )
+    named = {file.name for file in listing.files.values()}
+    stray = sorted(
+        file.name for file in found.folder.iterdir() if is_weights(file.name, found.pickled) and file.name not in named
+    )
     if stray:
         odd.append(f"{', '.join(stray)}: beside the index, which does not name it; the index was believed")
     return odd

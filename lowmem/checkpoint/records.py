@@ -130,11 +130,13 @@ class Candidate:
         path: the keys that lead to it, joined by dots; empty for the whole file.
         leaves: key → tensor, in the order they were pickled; those of nested mappings have their keys joined by dots.
         module: it is a pickled `torch.nn.Module` and not a mapping.
+        own: it holds tensors itself, and not only in mappings inside of it.
     """
 
     path: str
     leaves: Mapping[str, Leaf] = field(repr=False)
     module: bool = False
+    own: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -195,8 +197,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.nbytes for entry in self.entries.values())
+        """Bytes of all tensors; what is there under several names is counted once."""
+        return sum({(id(e.file), e.offset, e.nbytes): e.nbytes for e in self.entries.values()}.values())
 
     def dtypes(self) -> dict[str, tuple[int, int]]:
         """dtype → (tensors, bytes)."""
@@ -215,12 +217,14 @@ class Checkpoint(Mapping[str, TensorEntry]):
             "source": self.source,
             "folder": str(self.folder),
             "index": self.index.name if self.index else None,
+            "opened": self.opened,
             "config": self.config.name if self.config else None,
             "bytes": self.nbytes,
             "dtypes": {name: {"tensors": n, "bytes": b} for name, (n, b) in self.dtypes().items()},
             "shards": [
                 {
                     "file": shard.file.name,
+                    "container": shard.container,
                     "size": shard.size,
                     "tensors": len(held[shard.file]),
                     "metadata": dict(shard.metadata),
@@ -234,8 +238,16 @@ class Checkpoint(Mapping[str, TensorEntry]):
                     "file": entry.file.name,
                     "offset": entry.offset,
                     "bytes": entry.nbytes,
+                    **({} if entry.is_plain else _oddness(entry)),
                 }
                 for entry in self.entries.values()
             },
+            "unreadable": dict(self.unreadable),
             "warnings": list(self.warnings),
         }
+
+
+def _oddness(entry: TensorEntry) -> dict[str, Any]:
+    """How a pickled tensor lies, where it is not what torch has in memory."""
+    strides = None if entry.strides is None else list(entry.strides)
+    return {"strides": strides, "swapped": entry.swapped, "packed": entry.packed}

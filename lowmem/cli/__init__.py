@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     loading.add_inspect(verbs)
+    loading.add_diff(verbs)
     loading.add_plan(verbs)
     loading.add_load(verbs)
     measuring.add_measure(verbs)

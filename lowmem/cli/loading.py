@@ -6,8 +6,18 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from .._terminal import print_json, progress_bar, show, warn
-from .options import add_load_options, add_plot, draw, options, picture_of
-from .parser import FINE, verb
+from .options import (
+    add_fit_options,
+    add_load_options,
+    add_plot,
+    add_source,
+    draw,
+    fit_options,
+    options,
+    picture_of,
+    source_options,
+)
+from .parser import FAILED, FINE, verb
 
 if TYPE_CHECKING:
     from ..loader import LoadResult
@@ -16,7 +26,7 @@ if TYPE_CHECKING:
 def add_inspect(verbs: Any) -> None:
     """`lowmem inspect`."""
     parser = verb(verbs, "inspect", "show what a checkpoint holds; reads headers only", _inspect)
-    parser.add_argument("source", metavar="SRC", help="folder, index file or .safetensors file")
+    add_source(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor too")
 
 
@@ -24,6 +34,13 @@ def add_plan(verbs: Any) -> None:
     """`lowmem plan`."""
     parser = verb(verbs, "plan", "show what a load would do and need; reads no tensor byte", _plan)
     add_load_options(parser)
+
+
+def add_diff(verbs: Any) -> None:
+    """`lowmem diff`."""
+    parser = verb(verbs, "diff", "show which keys and shapes differ from the model's, and what would mend it", _diff)
+    add_source(parser)
+    add_fit_options(parser)
 
 
 def add_load(verbs: Any) -> None:
@@ -36,7 +53,7 @@ def add_load(verbs: Any) -> None:
 def _inspect(arguments: argparse.Namespace) -> int:
     from ..checkpoint import inspect
 
-    checkpoint = inspect(arguments.source)
+    checkpoint = inspect(arguments.source, **source_options(arguments))
     warn(checkpoint.warnings)
     if arguments.json:
         print_json(checkpoint.to_dict())
@@ -61,6 +78,20 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     show(*plan_tables(decided))
     return FINE
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from ..loader import diff
+
+    found = diff(arguments.source, **source_options(arguments), **fit_options(arguments))
+    code = FAILED if found.missing or found.mismatched else FINE
+    if arguments.json:
+        print_json(found.to_dict())
+        return code
+    from ..report import plain
+
+    show(plain(found.text()))
+    return code
 
 
 def _load(arguments: argparse.Namespace) -> int:

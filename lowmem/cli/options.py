@@ -27,10 +27,96 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The source, and what of it is wanted."""
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="SRC",
+        help="folder, index, .safetensors, .bin, .pt, .pth or .ckpt file, or a hub model in its cache (org/name)",
+    )
+    add("--weights", metavar="PATH", help="the mapping inside a pickled file with the weights, such as state_dict")
+    add(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="averaged weights, or those that were trained, where a pickled file has both",
+    )
+    add("--download", action="store_true", help="fetch a model of the hub that is not in its cache")
+
+
+def source_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments that `add_source` stands for, but for the source."""
+    return {"weights": arguments.weights, "ema": arguments.ema, "download": arguments.download}
+
+
+def add_key_options(parser: argparse.ArgumentParser) -> None:
+    """Which keys are taken, and under which names."""
+    add = parser.add_argument
+    add("--prefix", metavar="MODULE", help="take only the keys inside this module, without it")
+    add("--only", metavar="NAMES", action="append", help="tensors, modules or patterns to take, a,b,...")
+    add("--skip", metavar="NAMES", action="append", help="tensors, modules or patterns to leave, a,b,...")
+    add(
+        "--rename",
+        metavar="OLD=NEW",
+        action="append",
+        help="regular expression and replacement (the last = parts them); several are applied in order",
+    )
+
+
+def key_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments that `add_key_options` stands for.
+
+    Raises:
+        OptionError: a rule without `=`.
+    """
+    rules = []
+    for text in arguments.rename or ():
+        old, equals, new = text.rpartition("=")
+        if not equals or not old:
+            raise OptionError(
+                f"--rename: expected OLD=NEW, a regular expression and its replacement; found {shown(text)}"
+            )
+        rules.append((old, new))
+    return {
+        "prefix": arguments.prefix,
+        "only": None if arguments.only is None else split(arguments.only),
+        "skip": None if arguments.skip is None else split(arguments.skip),
+        "rename": rules or None,
+    }
+
+
+def add_fit_options(parser: argparse.ArgumentParser) -> None:
+    """The model, and what may feed it."""
+    add = parser.add_argument
+    add("--model", metavar="MODULE:CALLABLE", help="makes the model (default: transformers, from config.json)")
+    add_key_options(parser)
+    add(
+        "--reshape",
+        metavar="NAMES",
+        action="append",
+        help="the model's tensors that may be fed from another shape of as many elements, a,b,...",
+    )
+    add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run")
+
+
+def fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments that `add_fit_options` stands for.
+
+    Raises:
+        OptionError: a text that means nothing.
+    """
+    return {
+        **key_options(arguments),
+        "model": None if arguments.model is None else import_callable(arguments.model),
+        "reshape": None if arguments.reshape is None else split(arguments.reshape),
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """The source and everything that decides a load."""
     add = parser.add_argument
-    add("source", metavar="SRC", help="folder, index file or .safetensors file")
+    add_source(parser)
     add("--dtype", default="auto", help="auto (the checkpoint's, default), float32, bfloat16, float16, ...")
     add(
         "--device-map",
@@ -47,7 +133,6 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="modules or parameters to keep in fp32, a,b,...",
     )
-    add("--model", metavar="MODULE:CALLABLE", help="makes the model (default: transformers, from config.json)")
     add(
         "--residency",
         choices=("map", "copy"),
@@ -61,8 +146,9 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     add("--prefetch", action="store_true", help="let the kernel read mapped weights ahead")
     add("--keep-cache", action="store_true", help="leave in the page cache what the load read")
     add("--no-split", metavar="CLASSES", action="append", help="module classes that stay on one device, A,B,...")
+    add_fit_options(parser)
     add("--no-strict", dest="strict", action="store_false", help="initialise what is missing or mismatched")
-    add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run")
+    add("--ignore-mismatched-sizes", action="store_true", help="initialise what is mismatched only")
 
 
 def options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -72,7 +158,8 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
         OptionError: a text that means nothing.
     """
     return {
-        "model": None if arguments.model is None else import_callable(arguments.model),
+        **source_options(arguments),
+        **fit_options(arguments),
         "dtype": arguments.dtype,
         "device_map": _read_device_map(arguments.device_map),
         "max_memory": _read_max_memory(arguments.max_memory),
@@ -81,12 +168,12 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
         "keep_fp32": split(arguments.keep_fp32),
         "residency": arguments.residency,
         "strict": arguments.strict,
+        "ignore_mismatched_sizes": arguments.ignore_mismatched_sizes,
         "staging": arguments.staging,
         "io": arguments.io,
         "prefetch": arguments.prefetch,
         "keep_cache": arguments.keep_cache,
         "no_split": None if arguments.no_split is None else split(arguments.no_split),
-        "trust_remote_code": arguments.trust_remote_code,
     }
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import BudgetError
 from ..planner import LoadPlan, Placement
-from ..planner.records import Read
+from ..planner.moves import Read
 from ..sizes import format_size
 from .destinations import Destination, Scratch
 from .feed import Feed, Job
@@ -131,7 +131,7 @@ class Crew:
                 self._carry_out(job, scratch, bounce)
                 finished.append(Done(job.read, self._feed.done(job)))
             finally:
-                self._feed.give_back(job.reader)
+                self._feed.give_back(job)
             # While this thread waits for more it must hold nothing that the caller has given up.
             del job
             if time.monotonic() - reported >= self._patience:
@@ -161,7 +161,7 @@ class Crew:
                 steps.append((move, destination, at))
                 at += move.scratch
             views = [destination.begin(move, scratch, at) for move, destination, at in steps]
-        job.reader.fill(views, job.read.offset, bounce)
+        job.reader.fill(views, job.read.offset, bounce, job.ticket)
         with turn:
             for move, destination, at in steps:
                 destination.end(move, scratch, at)

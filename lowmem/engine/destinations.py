@@ -9,12 +9,14 @@ import mmap
 import os
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from ..dtypes import itemsize
 from ..errors import BudgetError, OffloadError
+from ..mapping import Region
 from ..planner import Move, Placement
-from ..planner.records import ALIGNMENT, BLOCK, LEAST_DIRECT
+from ..planner.moves import ALIGNMENT, BLOCK, LEAST_DIRECT
 from ..sizes import format_size
 
 _HUGE = 2 * 1024 * 1024
@@ -45,8 +47,16 @@ class Scratch:
         return begin
 
     def elements(self, move: Move, begin: int) -> torch.Tensor:
-        """The bytes of `move`, which lie at `begin`, as elements of its dtype."""
-        return torch.frombuffer(self.memory, dtype=getattr(torch, move.dtype), count=move.region.count, offset=begin)
+        """The bytes of `move`, which lie at `begin`, as elements of its dtype: of the shape of its source, if any."""
+        dtype: torch.dtype = getattr(torch, move.dtype)
+        if move.swapped:
+            # The parts of a complex number are swapped each for itself.
+            word = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
+            np.frombuffer(self.memory[begin : begin + move.nbytes], dtype=f"u{word}").byteswap(inplace=True)
+        if move.source is None:
+            return torch.frombuffer(self.memory, dtype=dtype, count=move.region.count, offset=begin)
+        spanned = torch.frombuffer(self.memory, dtype=dtype, count=move.nbytes // dtype.itemsize, offset=begin)
+        return spanned.as_strided(move.source.shape, move.source.strides)
 
 
 class Destination(Protocol):
@@ -89,7 +99,7 @@ class MemoryDestination:
         if into.is_cuda and source.dtype != into.dtype:
             # torch would cast it on the CPU, in memory that nobody counts. Other devices lack some of the dtypes.
             source = source.to(into.device)
-        into.copy_(source if len(region.shape) == 1 else source.view(region.shape))
+        into.copy_(source if source.shape == into.shape else source.view(region.shape))
 
 
 class FileDestination:
@@ -99,7 +109,9 @@ class FileDestination:
         self._dtype: torch.dtype = getattr(torch, placement.dtype)
         self._fd = fd
         self._offset = offset
+        self._nbytes = placement.nbytes
         self._path = path
+        self._pages: mmap.mmap | None = None
 
     def begin(self, move: Move, scratch: Scratch, at: int) -> memoryview:
         """Behind the room for the result."""
@@ -109,9 +121,13 @@ class FileDestination:
     def end(self, move: Move, scratch: Scratch, at: int) -> None:
         """Cast and write. The result lies in front of the source."""
         size = self._size(move)
-        cast = scratch.tensor[at : at + size]
-        cast.view(self._dtype).copy_(scratch.elements(move, scratch.place_of(move, at + size)))
-        self._write(scratch.memory[at : at + size], self._offset + move.region.offset * self._dtype.itemsize)
+        cast = scratch.tensor[at : at + size].view(self._dtype)
+        source = scratch.elements(move, scratch.place_of(move, at + size))
+        if move.region.dense:
+            cast.view(source.shape).copy_(source)
+            self._write(scratch.memory[at : at + size], self._offset + move.region.offset * self._dtype.itemsize)
+        else:
+            self._scatter(move.region, source)
 
     def _size(self, move: Move) -> int:
         return move.region.count * self._dtype.itemsize
@@ -121,6 +137,20 @@ class FileDestination:
             write_at(self._fd, view, offset)
         except OSError as error:
             raise OffloadError(f"{self._path}: writing failed: {error.strerror or error}") from error
+
+    def _scatter(self, region: Region, source: torch.Tensor) -> None:
+        """Elements that do not lie one behind the other in the file: through a mapping, or each would be a write."""
+        try:
+            if self._pages is None:
+                begin = self._offset - self._offset % mmap.ALLOCATIONGRANULARITY
+                self._pages = mmap.mmap(self._fd, self._offset + self._nbytes - begin, offset=begin)
+        except (OSError, ValueError) as error:
+            raise OffloadError(f"{self._path}: cannot be mapped for writing: {error}") from error
+        begin = self._offset % mmap.ALLOCATIONGRANULARITY
+        whole = torch.frombuffer(
+            self._pages, dtype=self._dtype, count=self._nbytes // self._dtype.itemsize, offset=begin
+        )
+        whole.as_strided(region.shape, region.strides, region.offset).copy_(source.view(region.shape))
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -10,7 +10,8 @@ from pathlib import Path
 from ..checkpoint import Shard
 from ..errors import CheckpointError
 from ..planner import LoadPlan, Placement
-from ..planner.records import Read, may_read_directly
+from ..planner.moves import Read
+from ..planner.records import may_read_directly
 from .destinations import Destination, MemoryDestination
 from .offload_writer import OffloadWriter
 from .reading import ShardReader
@@ -23,11 +24,14 @@ ShardCallback = Callable[[Path], None]
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One read, with all that it needs: the open shard, and the destination of each of its moves."""
+    """One read, with all that it needs: the open shard, the destination of each of its moves, and its place in the
+    queue of those that must be unpacked, if it is one of them.
+    """
 
     read: Read
     reader: ShardReader
     destinations: list[Destination]
+    ticket: int | None = None
 
 
 class Feed:
@@ -97,7 +101,7 @@ class Feed:
             reader = self._reader_of(read.file)
             destinations = [self._destination(move.placement) for move in read.moves]
             self._open[reader] += 1
-            return Job(read, reader, destinations)
+            return Job(read, reader, destinations, reader.ticket(read.offset))
 
     def _fresh(self, read: Read) -> int:
         """Bytes of tensors that this read begins."""
@@ -127,7 +131,7 @@ class Feed:
             else:
                 found = MemoryDestination(placement, in_place=self._plan.reading.in_place)
             self._destinations[placement] = found
-            self._pending[placement] = placement.source_bytes
+            self._pending[placement] = placement.source_elements
         return found
 
     def done(self, job: Job) -> list[tuple[Placement, Destination]]:
@@ -135,7 +139,7 @@ class Feed:
         whole = []
         with self.turn:
             for move in job.read.moves:
-                left = self._pending[move.placement] - move.nbytes
+                left = self._pending[move.placement] - move.region.count
                 if left:
                     self._pending[move.placement] = left
                 else:
@@ -143,8 +147,11 @@ class Feed:
                     whole.append((move.placement, self._destinations.pop(move.placement)))
         return whole
 
-    def give_back(self, reader: ShardReader) -> None:
-        """A job of this shard has ended, well or not."""
+    def give_back(self, job: Job) -> None:
+        """The job has ended, well or not."""
+        reader = job.reader
+        if job.ticket is not None:
+            reader.give_back(job.ticket)
         with self.turn:
             self._open[reader] -= 1
             if not self._open[reader] and reader is not self._reader:

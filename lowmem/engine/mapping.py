@@ -54,11 +54,14 @@ def map_shard(shard: Shard) -> mmap.mmap:
 
 def view_of(pages: mmap.mmap, entry: TensorEntry) -> torch.Tensor:
     """The tensor of `entry` inside its mapped shard, with a storage of its own, so that saving or copying it takes
-    its own bytes and not the shard's. The entry must lie at a multiple of its element size; no page is touched.
+    its own bytes and not the shard's. No page is touched, unless the entry does not lie at a multiple of its element
+    size, where torch could not read it: then it is copied.
     """
     dtype: torch.dtype = getattr(torch, entry.dtype)
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
     count = entry.nbytes // dtype.itemsize
+    if entry.offset % dtype.itemsize:
+        return torch.frombuffer(bytearray(pages[entry.offset : entry.end]), dtype=dtype).reshape(entry.shape)
     # Resized in place: the same elements under another shape, for less than a view, and without a base to keep.
     return torch.frombuffer(pages, dtype=dtype, count=count, offset=entry.offset).resize_(entry.shape)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from .._mounts import is_on_local_disk
 from ..errors import OffloadError
+from ..planner.moves import Placement
 from ..planner.offload import INDEX, boot_id, index_of, is_finished
-from ..planner.records import OffloadPlan, Placement
+from ..planner.records import OffloadPlan
 from ..sizes import format_size
 from .cleanup import open_into
 from .destinations import FileDestination, write_at

@@ -18,8 +18,9 @@ import numpy as np
 from .._page_cache import CachedPages, give_back, look
 from ..checkpoint import Shard
 from ..errors import CheckpointError
-from ..planner.records import BLOCK
+from ..planner.moves import BLOCK
 from .cleanup import open_into
+from .unpacking import PackedRanges
 from .ways import Way, Ways
 
 # Not blocking, for what became a fifo since it was planned; it changes nothing for files.
@@ -46,6 +47,7 @@ class ShardReader:
         self._direct_fd = -1
         self._lock = threading.Lock()
         self._cached = CachedPages(True, 0)
+        self._packed = PackedRanges(shard, self._read_packed) if shard.packed else None
         try:
             if direct or not keep_cache:
                 self._cached = look(self._fd, shard.size)
@@ -68,18 +70,46 @@ class ShardReader:
         else:
             os.close(fds[0])
 
-    def fill(self, views: Sequence[memoryview], offset: int, bounce: memoryview | None = None) -> None:
+    def ticket(self, offset: int) -> int | None:
+        """The place in the queue of a read at `offset` that must be unpacked; None for one that need not be.
+
+        For readers that share this one: they ask in the order of the file, one at a time, and all of them must read.
+        """
+        return None if self._packed is None or offset < self.shard.size else self._packed.ticket()
+
+    def give_back(self, ticket: int) -> None:
+        """A read with this ticket has ended, or will never be; may be called again."""
+        if self._packed is not None:
+            self._packed.give_back(ticket)
+
+    def fill(
+        self,
+        views: Sequence[memoryview],
+        offset: int,
+        bounce: memoryview | None = None,
+        ticket: int | None = None,
+    ) -> None:
         """Fill the views, one after the other, from byte `offset` on.
 
         Args:
             views: writable bytes.
-            offset: in the file.
+            offset: in the file, or the address of packed bytes.
             bounce: the calling thread's buffer for direct reads, beginning at a multiple of `BLOCK`.
+            ticket: what `ticket` gave for this read.
 
         Raises:
-            CheckpointError: the file ended early or could not be read.
+            CheckpointError: the file ended early, could not be read, or its packed bytes are damaged.
         """
         nbytes = sum(map(len, views))
+        if ticket is not None:
+            assert self._packed is not None
+            started = time.perf_counter()
+            try:
+                self._packed.fill(views, offset, ticket)
+            finally:
+                self._packed.give_back(ticket)
+            self._ways.record(self._device, "buffered", nbytes, time.perf_counter() - started, cached=True)
+            return
         cached = self._cached.holds(offset, nbytes)
         can = self._direct_fd >= 0 and bounce is not None
         way = self._ways.choose(self._device, nbytes, cached=cached, direct=can)
@@ -98,6 +128,15 @@ class ShardReader:
         if way != "direct":
             self._give_back(offset, nbytes)
         self._ways.record(self._device, way, nbytes, time.perf_counter() - started, cached=cached)
+
+    def _read_packed(self, view: memoryview, offset: int) -> None:
+        try:
+            self._fill_buffered([view], offset)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.shard.file}: reading {len(view)} bytes at byte {offset} failed: {error.strerror or error}"
+            ) from error
+        self._give_back(offset, len(view))
 
     def _fill_buffered(self, views: Sequence[memoryview], offset: int) -> None:
         left = [view for view in views if len(view)]

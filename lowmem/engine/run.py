@@ -140,9 +140,9 @@ class _Run:
                 while (finished := crew.next()) is not None:
                     self._take(feed, finished)
             feed.finish()
-            if self._progress is not None and not self._total:
-                # Nothing had to be read; whoever draws a bar still learns that it is done.
-                self._progress(Progress(0, 0, 0.0, 0.0, ""))
+            if self._progress is not None and (self._done < self._total or not self._total):
+                # Whoever draws a bar still learns that it is done.
+                self._progress(Progress(self._total, self._total, 0.0, 0.0, ""))
         finally:
             undisturbed(crew.end)
         # Last, so that nothing that is given back was asked for.
@@ -191,6 +191,8 @@ class _Run:
                     if isinstance(destination, MemoryDestination):
                         self._installer.install(placement, destination.tensor)
                 self._done += done.read.nbytes
+            # The gaps of views are read where they are small, and cuts leave some of them out.
+            self._done = min(self._done, self._total)
         self._report(finished[-1].read.file)
 
     def _report(self, file: Path) -> None:

@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..planner.records import IO, LEAST_DIRECT
+from ..planner.moves import LEAST_DIRECT
+from ..planner.records import IO
 
 Way = Literal["buffered", "direct", "mmap"]
 

@@ -1,6 +1,22 @@
 """Key → target region: renames, ties, and the difference between checkpoint and model."""
 
+from .cover import cover_of
+from .diff import KeyDiff, KeyGroup, diff_of
 from .match import match, refuse
-from .records import KeyMapping, Link, Mismatch, Region, whole
+from .records import NO_RULES, KeyMapping, KeyRules, Link, Mismatch, Region, whole
 
-__all__ = ["KeyMapping", "Link", "Mismatch", "Region", "match", "refuse", "whole"]
+__all__ = [
+    "NO_RULES",
+    "KeyDiff",
+    "KeyGroup",
+    "KeyMapping",
+    "KeyRules",
+    "Link",
+    "Mismatch",
+    "Region",
+    "cover_of",
+    "diff_of",
+    "match",
+    "refuse",
+    "whole",
+]

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from ..checkpoint import Checkpoint, TensorEntry
-from ..errors import KeysError
+from ..errors import KeysError, UnsupportedError
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
-from .records import KeyMapping, Link, Mismatch, whole
+from .diff import KeyDiff, Naming, make_diff
+from .evidence import NOTHING, Evidence, find_evidence
+from .names import Given, choose, collision, give_names
+from .records import NO_RULES, KeyMapping, KeyRules, Link, Mismatch, whole
+
+Fits = Callable[[TensorEntry, Target], bool]
 
 
-def match(checkpoint: Checkpoint, skeleton: Skeleton, untied: Collection[str] = ()) -> KeyMapping:
+def match(
+    checkpoint: Checkpoint, skeleton: Skeleton, untied: Collection[str] = (), rules: KeyRules = NO_RULES
+) -> KeyMapping:
     """Find the entry of every target.
 
     Args:
@@ -21,48 +30,153 @@ def match(checkpoint: Checkpoint, skeleton: Skeleton, untied: Collection[str] = 
         skeleton: the targets and the rules that rename keys.
         untied: targets that stand for themselves although the model ties them, because their values differ from those
             that the rest of their group gets.
+        rules: what the user said about keys.
 
     Raises:
-        KeysError: two keys become the same target after renaming.
+        KeysError: two keys become the same target after renaming, or a rule of the user fits nothing.
+        OptionError: a function of the user fails.
     """
-    targets = skeleton.targets
-    state = {name: target for name, target in targets.items() if target.persistent}
-    names = skeleton.rules.rename(checkpoint, targets)
-    links: list[Link] = []
-    mismatched: list[Mismatch] = []
-    unexpected: list[str] = []
-    feeds: dict[str, str] = {}
-    for key, entry in checkpoint.entries.items():
-        name = names[key]
-        target = state.get(name)
-        if target is None:
-            unexpected.append(key)
-            continue
-        if name in feeds:
-            raise KeysError(
-                f"{entry.file}: tensor {key!r} and tensor {feeds[name]!r} both become {name!r}; expected one key each"
-            )
-        feeds[name] = key
-        if entry.shape != target.shape:
-            mismatched.append(Mismatch(key, name, entry.shape, target.shape))
-        else:
-            links.append(Link(entry, name, whole(target.shape)))
+    state = {name: target for name, target in skeleton.targets.items() if target.persistent}
+    named = _resolve(checkpoint, skeleton, state, rules)
+    links, mismatched, unexpected, sources = _link(named, state)
     links, tied, doubled = _resolve_ties(links, state, untied, set(skeleton.rules.declared_ties().values()))
-    missing = [name for name in state if name not in feeds and name not in tied]
+    missing = [name for name in state if name not in sources and name not in tied]
     excused = skeleton.rules.may_miss(missing)
+    if named.left_out:
+        excused = {*excused, *(name for name in missing if name in named.left_out)}
     ignored = skeleton.rules.may_ignore(unexpected)
-    left_over = [key for key in unexpected if key not in ignored]
     missing = [name for name in missing if name not in excused]
-    return KeyMapping(
+    mapping = KeyMapping(
         links=tuple(links),
         tied=tied,
         doubled=doubled,
         missing=tuple(missing),
         excused=tuple(name for name in state if name in excused) if excused else (),
-        unexpected=tuple(left_over),
+        unexpected=tuple(key for key in unexpected if key not in ignored),
         mismatched=tuple(mismatched),
-        suggestions=tuple(_suggest(checkpoint, state, missing, left_over)),
+        suggestions=(),
+        sources=sources,
+        steps=named.evidence.sentences,
+        unreadable={name: named.unreadable[name] for name in missing if name in named.unreadable},
     )
+    if not mapping.missing and not mapping.mismatched:
+        return mapping
+    diff = _explain(mapping, checkpoint, skeleton, state, rules, named)
+    return replace(mapping, diff=diff, suggestions=diff.suggestions)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Every chosen tensor under the name of the target that it is for.
+
+    Attributes:
+        given: by the names that the user's rules gave.
+        finals: given name → target name.
+        evidence: what was done in between.
+        left_out: target names of tensors that the user left out.
+        unreadable: target name → the key that cannot be read, and why.
+        fits: whether an entry may feed a target.
+    """
+
+    given: Given = field(repr=False)
+    finals: Mapping[str, str] = field(repr=False)
+    evidence: Evidence
+    left_out: Collection[str]
+    unreadable: Mapping[str, str]
+    fits: Fits
+
+
+def _resolve(checkpoint: Checkpoint, skeleton: Skeleton, state: Mapping[str, Target], rules: KeyRules) -> _Named:
+    """User's names, evidence, and the renames of the model's kind, in this order."""
+    given = give_names(checkpoint, rules)
+    fits = _fits(checkpoint.source, state, rules)
+    finals = skeleton.rules.rename(given.entries, state)
+    evidence = NOTHING
+    if _leaves_both(finals, state):
+        evidence = find_evidence(given.entries, finals, skeleton, state, fits)
+    beside = {**given.left_out, **given.unreadable}
+    others = _others(beside, evidence, checkpoint.folder, skeleton, state) if beside else {}
+    if evidence.names or others:
+        # Once more and of all keys: the model's kind remembers what it renamed.
+        names = {name: evidence.names.get(name, name) for name in given.entries}
+        changed = skeleton.rules.rename({names[n]: entry for n, entry in given.entries.items()}, state)
+        finals = {name: changed[new] for name, new in names.items()}
+    return _Named(
+        given,
+        finals,
+        evidence,
+        {others[name] for name in given.left_out},
+        {others[name]: f"{key!r}: {checkpoint.unreadable[key]}" for name, key in given.unreadable.items()},
+        fits,
+    )
+
+
+def _leaves_both(finals: Mapping[str, str], state: Mapping[str, Target]) -> bool:
+    """Whether there are names that feed nothing and targets that nothing feeds."""
+    fed = set(finals.values())
+    return not fed <= state.keys() and not state.keys() <= fed
+
+
+def _fits(source: str, state: Mapping[str, Target], rules: KeyRules) -> Fits:
+    if not rules.reshape:
+        return lambda entry, target: entry.shape == target.shape
+    free = choose(source, list(state), rules.reshape, "reshape", "model")
+
+    def fits(entry: TensorEntry, target: Target) -> bool:
+        same = entry.shape == target.shape
+        return same or (target.name in free and math.prod(entry.shape) == math.prod(target.shape))
+
+    return fits
+
+
+def _others(
+    names: Collection[str], evidence: Evidence, folder: Path, skeleton: Skeleton, state: Mapping[str, Target]
+) -> dict[str, str]:
+    """Target names of tensors that are not read: name → target name."""
+    entry = TensorEntry("", "", (), folder, 0, 0)
+    changed = {}
+    for name in names:
+        new = name
+        for step in evidence.steps if name not in state else ():
+            new = step.apply(new)
+        changed[name] = new
+    try:
+        finals = skeleton.rules.rename(dict.fromkeys(changed.values(), entry), state)
+    except UnsupportedError:
+        # What is not loaded need not be loadable.
+        finals = {}
+    return {name: finals.get(new, new) for name, new in changed.items()}
+
+
+def _link(named: _Named, state: Mapping[str, Target]) -> tuple[list[Link], list[Mismatch], list[str], dict[str, str]]:
+    """Links, mismatched and unexpected keys, and the key of each target.
+
+    Raises:
+        KeysError: two keys become the same target.
+    """
+    links: list[Link] = []
+    mismatched: list[Mismatch] = []
+    unexpected: list[str] = []
+    sources: dict[str, str] = {}
+    finals, fits = named.finals, named.fits
+    for given, entry in named.given.entries.items():
+        name, key = finals[given], entry.key
+        target = state.get(name)
+        if target is None:
+            unexpected.append(key)
+            continue
+        if name in sources:
+            raise KeysError(collision(entry.file, key, sources[name], name))
+        sources[name] = key
+        if entry.shape == target.shape:
+            links.append(Link(entry, name, whole(target.shape)))
+        elif not fits(entry, target):
+            mismatched.append(Mismatch(key, name, entry.shape, target.shape, entry.dtype))
+        else:
+            # The same bytes under another shape; with strides the shape is needed to find them.
+            reshaped = replace(entry, shape=target.shape) if entry.strides is None else entry
+            links.append(Link(reshaped, name, whole(target.shape)))
+    return links, mismatched, unexpected, sources
 
 
 def _resolve_ties(
@@ -98,82 +212,78 @@ def _resolve_ties(
     return [link for link in links if link.target not in dropped], tied, doubled
 
 
-def _suggest(
-    checkpoint: Checkpoint, state: Mapping[str, Target], missing: Sequence[str], unexpected: Sequence[str]
-) -> list[str]:
-    """Sentences that name the likely cause, when keys are both missing and left over."""
-    if not missing or not unexpected:
-        return []
-    prefix = _common_prefix(checkpoint, state, missing, unexpected)
-    if prefix is not None:
-        return [prefix]
-    keys = {key: checkpoint[key] for key in unexpected}
-    hints = []
-    for name in missing[:3]:
-        close = _closest(name, state[name], keys)
-        if close is not None:
-            hints.append(f"{name!r} may be the checkpoint's {close!r}")
-    return hints
+def _explain(
+    mapping: KeyMapping,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    state: Mapping[str, Target],
+    rules: KeyRules,
+    named: _Named,
+) -> KeyDiff:
+    """The difference, with rules that were tried before they are offered."""
+
+    def attempt(rules: KeyRules) -> Naming | None:
+        try:
+            other = _resolve(checkpoint, skeleton, state, rules)
+            links, mismatched, _, _ = _link(other, state)
+        except (KeysError, UnsupportedError):
+            return None
+        return Naming({link.target for link in links}, mismatched)
+
+    given = named.given.entries
+    names = {entry.key: named.evidence.names.get(name, name) for name, entry in given.items()}
+    diff = make_diff(mapping, checkpoint, state, rules, named.evidence.steps, names, attempt)
+    # The model's kind remembers what it renamed: that of the mapping, and not of a trial.
+    skeleton.rules.rename({names[entry.key]: entry for entry in given.values()}, state)
+    return diff
 
 
-def _common_prefix(
-    checkpoint: Checkpoint, state: Mapping[str, Target], missing: Sequence[str], unexpected: Sequence[str]
-) -> str | None:
-    """A prefix that, stripped or added, explains most of the keys left over, shapes included."""
-    wanted = set(missing)
-    votes: Counter[tuple[str, str]] = Counter()
-    for key in unexpected:
-        shape = checkpoint[key].shape
-        for at in (i for i, c in enumerate(key) if c == "."):
-            if key[at + 1 :] in wanted and state[key[at + 1 :]].shape == shape:
-                votes["strip", key[: at + 1]] += 1
-    by_tail = {name[at + 1 :]: name for name in missing for at in (i for i, c in enumerate(name) if c == ".")}
-    for key in unexpected:
-        name = by_tail.get(key)
-        if name is not None and state[name].shape == checkpoint[key].shape:
-            votes["add", name[: -len(key)]] += 1
-    if not votes:
-        return None
-    (action, prefix), count = votes.most_common(1)[0]
-    if count * 2 < len(unexpected):
-        return None
-    if action == "strip":
-        return f"{count} keys of the checkpoint begin with {prefix!r}, which the model's names lack"
-    return f"{count} names of the model begin with {prefix!r}, which the checkpoint's keys lack"
+def refuse(mapping: KeyMapping, source: str, strict: bool = True, rules: KeyRules = NO_RULES) -> None:
+    """Refuse a mapping that lacks too much.
 
-
-def _closest(name: str, target: Target, keys: Mapping[str, TensorEntry]) -> str | None:
-    same_shape = [key for key, entry in keys.items() if entry.shape == target.shape]
-    close = difflib.get_close_matches(name, same_shape[:2000], n=1, cutoff=0.6)
-    return close[0] if close else None
-
-
-def refuse(mapping: KeyMapping, source: str) -> None:
-    """The strict rule.
+    Args:
+        mapping: what `match` found.
+        source: the checkpoint, for messages.
+        strict: refuse whatever is missing or mismatched; otherwise only next to nothing.
+        rules: what the user said about keys.
 
     Raises:
         KeysError: something is missing or mismatched; says what, and what would help.
+        UnsupportedError: a tensor that the model needs cannot be read.
     """
-    if not mapping.missing and not mapping.mismatched:
-        return
-    lines = [f"{source}: the checkpoint does not fit the model"]
-    if mapping.mismatched:
-        lines.append(f"{len(mapping.mismatched)} tensors have another shape:")
-        lines += [f"  {m.key!r}: expected {list(m.expected)}, found {list(m.found)}" for m in mapping.mismatched[:5]]
-    if mapping.missing:
-        lines.append(
-            f"{len(mapping.missing)} of the model's tensors are not in the checkpoint: {_few(mapping.missing)}"
+    if strict and mapping.unreadable:
+        name, why = next(iter(mapping.unreadable.items()))
+        more = f" ({len(mapping.unreadable)} such)" if len(mapping.unreadable) > 1 else ""
+        raise UnsupportedError(
+            f"{source}: tensor {why}{more}; expected a tensor that can be read for the model's {name!r}; leave it out "
+            f"by skip= (--skip), or give strict=False (--no-strict): the model's own rule initialises it then"
         )
-    if mapping.unexpected:
-        lines.append(
-            f"{len(mapping.unexpected)} keys of the checkpoint are not in the model: {_few(mapping.unexpected)}"
+    bad_shapes = mapping.mismatched and not rules.ignore_mismatched_sizes
+    if strict and (mapping.missing or bad_shapes):
+        raise KeysError(
+            f"{source}: the checkpoint does not fit the model\n{_text(mapping)}\n"
+            "with strict=False (--no-strict) these are initialised by the model's own rule and named in the report"
         )
-    lines += mapping.suggestions
-    lines.append(
-        "with strict=False (--no-strict) these are initialised by the model's own rule and named in the report"
-    )
-    raise KeysError("\n".join(lines))
+    if _is_next_to_nothing(mapping):
+        fed = len(mapping.links)
+        keys = fed + len(mapping.doubled) + len(mapping.unexpected) + len(mapping.mismatched)
+        raise KeysError(
+            f"{source}: next to nothing of the checkpoint fits the model ({fed} of {keys} keys), which is refused "
+            f"although strict=False: the model would be as good as untrained\n{_text(mapping)}"
+        )
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(repr(n) for n in names[:5]) + (", …" if len(names) > 5 else "")
+def _text(mapping: KeyMapping) -> str:
+    assert mapping.diff is not None
+    return mapping.diff.text()
+
+
+def _is_next_to_nothing(mapping: KeyMapping) -> bool:
+    """None, or less than a tenth of the model and of the keys: a head or an adapter is small in the one only."""
+    lacking = len(mapping.missing) + len(mapping.mismatched)
+    if not lacking:
+        return False
+    fed = len(mapping.links) + len(mapping.tied)
+    keys = len(mapping.links) + len(mapping.doubled)
+    unused = len(mapping.unexpected) + len(mapping.mismatched)
+    return not mapping.links or (10 * fed < fed + lacking and 10 * keys < keys + unused)

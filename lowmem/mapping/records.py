@@ -6,10 +6,14 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .._records import cheap_init
 from ..checkpoint import TensorEntry
+
+if TYPE_CHECKING:
+    from .diff import KeyDiff
 
 
 @cheap_init
@@ -93,6 +97,9 @@ class Link:
     region: Region
 
 
+RenameRule = tuple[re.Pattern[str], str] | Callable[[str], str]
+
+
 @dataclass(frozen=True, slots=True)
 class KeyRules:
     """What the user said about keys. In this order: `prefix`, `only` and `skip`, `rename`.
@@ -109,19 +116,31 @@ class KeyRules:
     prefix: str | None = None
     only: tuple[str, ...] | Callable[[str], bool] | None = None
     skip: tuple[str, ...] | Callable[[str], bool] = ()
-    rename: tuple[tuple[re.Pattern[str], str] | Callable[[str], str], ...] = ()
+    rename: tuple[RenameRule, ...] = ()
     reshape: tuple[str, ...] = ()
     ignore_mismatched_sizes: bool = False
 
 
+NO_RULES = KeyRules()
+
+
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A key whose tensor does not fit its target."""
+    """A key whose tensor does not fit its target.
+
+    Attributes:
+        key: the checkpoint's key.
+        target: the model's name.
+        found: shape in the checkpoint.
+        expected: shape in the model.
+        dtype: name of the torch dtype in the checkpoint.
+    """
 
     key: str
     target: str
     found: tuple[int, ...]
     expected: tuple[int, ...]
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,14 +148,18 @@ class KeyMapping:
     """Which entry feeds which target, and what is left over.
 
     Attributes:
-        links: in the checkpoint's file order.
+        links: in the checkpoint's file order. The entry of a reshaped one has the shape of its target.
         tied: target → the target of its tie group that is fed in its stead.
         doubled: targets of a tie group that the checkpoint holds more than once: name → the name that is fed.
         missing: targets of the state dict that nothing feeds.
-        excused: missing ones that the model's kind allows to be missing.
+        excused: missing ones that the model's kind allows to be missing, or whose key the user left out.
         unexpected: keys that feed nothing.
         mismatched: keys of another shape than their target.
         suggestions: what would probably mend the differences, a sentence each.
+        sources: target → the key that feeds it or would, tied and mismatched ones too.
+        steps: what was done to keys by evidence, a sentence each.
+        unreadable: missing target → why the tensor of its key cannot be read.
+        diff: the difference with what would mend it, where something is missing or mismatched.
     """
 
     links: tuple[Link, ...]
@@ -147,3 +170,7 @@ class KeyMapping:
     unexpected: tuple[str, ...]
     mismatched: tuple[Mismatch, ...]
     suggestions: tuple[str, ...]
+    sources: Mapping[str, str] = field(default_factory=dict)
+    steps: tuple[str, ...] = ()
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    diff: KeyDiff | None = None

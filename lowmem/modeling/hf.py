@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, TensorEntry
 from ..errors import ModelError, UnsupportedError
 from .empty import real_tensors
 from .failures import refusing
@@ -272,7 +272,7 @@ class TransformersRules(Rules):
         ties: Mapping[str, str] = getattr(self._hf, "all_tied_weights_keys", None) or {}
         return ties
 
-    def rename(self, checkpoint: Checkpoint, targets: Mapping[str, Target]) -> dict[str, str]:
+    def rename(self, entries: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> dict[str, str]:
         """Old names, scoped prefixes and the base model's prefix, by transformers' own description.
 
         Raises:
@@ -288,13 +288,13 @@ class TransformersRules(Rules):
         # rename_source_key looks names up with .get() and compares with None
         state = {name: target for name, target in targets.items() if target.persistent}
         names: dict[str, str] = {}
-        for key in checkpoint:
+        for key, entry in entries.items():
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
                 name, pattern = rename_source_key(key, [], [], prefix, state)
             if pattern is not None and name in state:
                 raise UnsupportedError(
-                    f"{checkpoint[key].file}: tensor {key!r} must be fused or split for {type(self._hf).__name__} "
+                    f"{entry.file}: tensor {entry.key!r} must be fused or split for {type(self._hf).__name__} "
                     f"(transformers' conversion {pattern!r}), which lowmem does not do yet; "
                     "save the model once with save_original_format=False, or load it with transformers"
                 )

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import TensorEntry
 from ..errors import ModelError
 from .empty import real_tensors
 from .targets import Target, owner_of, walk
@@ -35,9 +35,14 @@ class Rules:
         """Targets that will share a tensor after the load, beyond those that share one now."""
         return {}
 
-    def rename(self, checkpoint: Checkpoint, targets: Mapping[str, Target]) -> dict[str, str]:
-        """Checkpoint key → target name. A name that is no target makes the key an unexpected one."""
-        return {key: key for key in checkpoint.entries}
+    def rename(self, entries: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> dict[str, str]:
+        """Key → target name. A name that is no target makes the key an unexpected one.
+
+        Args:
+            entries: the checkpoint's tensors by their keys, as far as those are renamed already.
+            targets: the model's.
+        """
+        return {key: key for key in entries}
 
     def keep_fp32(self, dtype: str, names: Iterable[str]) -> set[str]:
         """Targets that the model itself wants in fp32 when the rest is `dtype`."""

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..errors import BudgetError
 from ..sizes import KIB, MIB, format_size
-from .records import ALIGNMENT, BLOCK, IO, Placement, Staging, may_read_directly
+from .moves import ALIGNMENT, BLOCK, Placement
+from .records import IO, Staging, may_read_directly
 
 MIN_STAGING = MIB
 MAX_STAGING = 64 * MIB

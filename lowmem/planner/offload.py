@@ -11,7 +11,8 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..checkpoint.safetensors import layout
 from ..mapping import Link
-from .records import OffloadFile, OffloadPlan, Placement
+from .moves import Placement
+from .records import OffloadFile, OffloadPlan
 
 FORMAT = "lowmem-offload/2"
 INDEX = "lowmem-offload.json"

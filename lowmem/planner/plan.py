@@ -22,18 +22,9 @@ from ..sizes import KIB, MIB, format_size
 from . import budget
 from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, disjoint, infer, pinned
 from .final_dtypes import final_dtypes, nbytes_of
+from .moves import Placement, Residency
 from .offload import plan_offload
-from .records import (
-    DevicePlan,
-    HostPlan,
-    LoadPlan,
-    LoadRequest,
-    OffloadPlan,
-    Placement,
-    Reading,
-    Residency,
-    Staging,
-)
+from .records import DevicePlan, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
 _OVERHEAD = 4 * MIB
@@ -102,7 +93,7 @@ def _to_initialise(skeleton: Skeleton, mapping: KeyMapping) -> list[list[str]]:
 
 
 def _mapping_warnings(mapping: KeyMapping, absent: Sequence[str]) -> list[str]:
-    warnings = []
+    warnings = list(mapping.steps)
     if mapping.unexpected:
         warnings.append(
             f"{len(mapping.unexpected)} keys of the checkpoint are not in the model and are not read "
@@ -248,11 +239,19 @@ def _device_of(draft: _Draft, devices: DeviceMap, name: str) -> str:
 
 
 def _check_reachable(placements: Sequence[Placement]) -> None:
-    """accelerate opens weights on disk by safetensors, which takes only names in UTF-8.
+    """Weights that stay on disk are mapped when they are used; safetensors, which does so, takes only names in UTF-8.
 
     Raises:
-        PlacementError: a shard's path that it could not open at run time.
+        PlacementError: a shard's path that could not be opened at run time, or a tensor that cannot be mapped.
     """
+    for placement in placements:
+        odd = [link.entry for link in placement.links if not link.entry.is_plain]
+        if odd and placement.residency == "refer":
+            how = "packed" if odd[0].packed else "big-endian" if odd[0].swapped else "a view that is not dense"
+            raise PlacementError(
+                f"{odd[0].file}: tensor {odd[0].key!r}: expected one that can stay on disk as it lies, found it {how}; "
+                "give offload_folder= (--offload-folder DIR), where it is written once"
+            )
     for file in {link.entry.file for p in placements if p.residency == "refer" for link in p.links}:
         try:
             os.fspath(file).encode("utf-8")
@@ -266,9 +265,9 @@ def _residency(draft: _Draft, device: str, final: str, entry: TensorEntry) -> Re
     same = entry.dtype == final
     if device == "disk":
         # Without a folder to write to, it is cast whenever it is used.
-        return "refer" if same or draft.request.offload_folder is None else "write"
-    # torch reads a tensor only at a multiple of its element size; odd headers of old writers break that.
-    mappable = same and device == "cpu" and draft.request.residency == "map"
+        return "refer" if (same and entry.is_plain) or draft.request.offload_folder is None else "write"
+    # torch reads a tensor only at a multiple of its element size; odd headers and old files break that.
+    mappable = same and device == "cpu" and draft.request.residency == "map" and entry.is_plain
     return "map" if mappable and entry.offset % itemsize(final) == 0 else "copy"
 
 

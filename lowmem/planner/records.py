@@ -10,26 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .._mounts import is_on_local_disk
-from .._records import cheap_init
 from ..checkpoint import Checkpoint
-from ..dtypes import itemsize
-from ..mapping import KeyMapping, Link, Region
-from ..sizes import KIB, MIB
+from ..mapping import NO_RULES, KeyMapping, KeyRules, Link
+from .moves import Move, Placement, Read, cut, join
 
-# Largest move, in bytes of the source: larger ones are no faster, and several threads share a tensor.
-CHUNK = 4 * MIB
-# Both ends of a cast in one buffer begin at multiples of this.
-ALIGNMENT = 64
-# Direct I/O takes offsets, lengths and addresses that are multiples of this; what devices ask for is less or equal.
-BLOCK = 4096
-# Below this, direct reads gain nothing.
-LEAST_DIRECT = 256 * KIB
-# The heap has room for what is smaller.
-_LEAST_APART = 1024 * KIB
-# Moves of one read: the kernel takes 1024 buffers at once (IOV_MAX).
-_MOST_MOVES = 512
-
-Residency = Literal["map", "copy", "refer", "write", "init"]
 IO = Literal["auto", "buffered", "direct", "mmap"]
 
 
@@ -50,6 +34,7 @@ class LoadRequest:
     io: IO = "auto"
     prefetch: bool = False
     keep_cache: bool = False
+    keys: KeyRules = NO_RULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,106 +47,6 @@ class StreamRequest:
     staging: int | None = None
     io: IO = "auto"
     keep_cache: bool = False
-
-
-@cheap_init
-@dataclass(frozen=True, slots=True, eq=False)
-class Placement:
-    """Where one tensor of the model ends up. Compared by identity: each is one destination.
-
-    Attributes:
-        target: the name it is fed under.
-        names: every name of the model that shares it on this device, `target` first.
-        shape: in elements.
-        dtype: its final dtype, by torch's name.
-        nbytes: its final size in bytes.
-        device: `"cpu"`, `"cuda:0"`, …, or `"disk"`.
-        residency: `map` (the parameter is file pages), `copy` (read into memory), `refer` (on disk, used where it
-            lies, cast then if its dtype is another), `write` (on disk, cast into the offload folder), `init` (not in
-            the checkpoint).
-        links: what feeds it, one link a region; none for `init`.
-    """
-
-    target: str
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    device: str
-    residency: Residency
-    links: tuple[Link, ...]
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes in the checkpoint's files that feed it."""
-        total = 0
-        for link in self.links:
-            total += link.entry.nbytes
-        return total
-
-    @property
-    def is_apart(self) -> bool:
-        """Whether its memory is a mapping of its own."""
-        return self.device == "cpu" and self.nbytes >= _LEAST_APART
-
-    @property
-    def is_staged(self) -> bool:
-        """Whether its bytes pass through a buffer, instead of being read into their place."""
-        if self.residency != "copy" or self.device != "cpu":
-            return self.residency in ("copy", "write")
-        return any(link.entry.dtype != self.dtype or not link.region.dense for link in self.links)
-
-    @property
-    def staged_element(self) -> int:
-        """Bytes in the buffer for each element: the source, and the result too when it goes into a file."""
-        source = max(itemsize(link.entry.dtype) for link in self.links)
-        return source + (itemsize(self.dtype) if self.residency == "write" else 0)
-
-    def buffer_size(self) -> int:
-        """Bytes of buffer that its largest move uses, at full chunk size."""
-        largest = max(link.entry.nbytes // itemsize(link.entry.dtype) for link in self.links)
-        return min(largest * self.staged_element, CHUNK // itemsize(self.links[0].entry.dtype) * self.staged_element)
-
-
-@cheap_init
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One byte range of one file into one region of one placement, cast on the way if the dtypes differ.
-
-    Attributes:
-        file: where the bytes are.
-        offset: absolute byte offset there.
-        nbytes: length in bytes, never more than a chunk.
-        dtype: of the source, by torch's name.
-        placement: what it goes into.
-        region: where in it; has as many elements as the source range.
-        scratch: bytes of the reader's buffer that it passes through; 0 when it is read straight into its place.
-    """
-
-    file: Path
-    offset: int
-    nbytes: int
-    dtype: str
-    placement: Placement
-    region: Region
-    scratch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Moves that lie one behind the other in one file and are read at once: a run of small ones, or one large one.
-
-    Attributes:
-        file: where the bytes are.
-        offset: absolute byte offset of the first.
-        nbytes: of all, never more than a chunk.
-        moves: in file order.
-    """
-
-    file: Path
-    offset: int
-    nbytes: int
-    moves: tuple[Move, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,23 +150,6 @@ def may_read_directly(io: IO, file: Path) -> bool:
     return hasattr(os, "O_DIRECT") and (io == "direct" or (io == "auto" and is_on_local_disk(file)))
 
 
-def _slack(nbytes: int) -> int:
-    """What a buffer of `nbytes` holds besides: both ends aligned, and large sources where direct I/O can put them."""
-    return 2 * ALIGNMENT + (BLOCK if nbytes >= LEAST_DIRECT else 0)
-
-
-def scratch_size(nbytes: int, source: int) -> int:
-    """Bytes of a buffer for a move that needs `nbytes` there, `source` of them as they come from the file."""
-    return (nbytes + _slack(source)) // ALIGNMENT * ALIGNMENT
-
-
-def _first(offset: int, size: int, most: int) -> int:
-    """Elements before the first cut of a tensor at byte `offset`, so that all cuts are where direct I/O can begin."""
-    if offset % size or most * size <= BLOCK:
-        return 0
-    return most - offset % BLOCK // size
-
-
 @dataclass(frozen=True, slots=True)
 class OffloadFile:
     """One file of cast weights: its first bytes, its size, and target → (offset, bytes)."""
@@ -368,54 +236,14 @@ class LoadPlan:
     def moves(self) -> Iterator[Move]:
         """Every move, in file order. Written down one at a time: the plan of a terabyte stays small."""
         for placement, link in self._fed():
-            entry, staged = link.entry, placement.is_staged
-            size = itemsize(entry.dtype)
-            most, element = CHUNK // size, placement.staged_element if staged else 0
-            if staged:
-                most = min(most, max(1, (self.staging.each - _slack(self.staging.each)) // element))
-            if most * size > BLOCK:
-                most = most * size // BLOCK * BLOCK // size
-            for before, region in link.region.pieces(most, _first(entry.offset, size, most)):
-                count = region.count
-                yield Move(
-                    file=entry.file,
-                    offset=entry.offset + before * size,
-                    nbytes=count * size,
-                    dtype=entry.dtype,
-                    placement=placement,
-                    region=region,
-                    scratch=scratch_size(count * element, count * size) if staged else 0,
-                )
+            yield from cut(placement, link, self.staging.each)
 
     def reads(self, most: int | None = None) -> Iterator[Read]:
         """The same moves, neighbours in one file together as long as they are no more than a chunk, or `most` bytes.
 
         With `most`, a part of a tensor is read alone: who waits for it must not wait for room for its neighbours too.
         """
-        together = CHUNK if most is None else min(CHUNK, most)
-        run: list[Move] = []
-        end = size = scratch = 0
-        for move in self.moves():
-            part = most is not None and move.nbytes < move.placement.source_bytes
-            if run and (
-                part
-                or move.offset != end
-                or (move.file is not run[0].file and move.file != run[0].file)
-                or size + move.nbytes > together
-                or scratch + move.scratch > self.staging.each
-                or len(run) == _MOST_MOVES
-            ):
-                yield Read(run[0].file, run[0].offset, size, tuple(run))
-                run, size, scratch = [], 0, 0
-            if part:
-                yield Read(move.file, move.offset, move.nbytes, (move,))
-                continue
-            run.append(move)
-            end = move.offset + move.nbytes
-            size += move.nbytes
-            scratch += move.scratch
-        if run:
-            yield Read(run[0].file, run[0].offset, size, tuple(run))
+        return join(self.moves(), self.staging.each, most)
 
     def _fed(self) -> Iterator[tuple[Placement, Link]]:
         """What must be read, in file order; a fused tensor is fed from several places."""
@@ -438,6 +266,7 @@ class LoadPlan:
         """As plain values, as `lowmem plan --json` prints it. Sizes in bytes."""
         return {
             "source": self.checkpoint.source,
+            "opened": self.checkpoint.opened,
             "shards": [{"file": os.fspath(shard.file.name), "size": shard.size} for shard in self.checkpoint.shards],
             "device_map": dict(self.device_map),
             "devices": {name: device.to_dict() for name, device in self.devices.items()},

@@ -7,12 +7,14 @@ import errno
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, get_args
 
 from ..dtypes import parse_dtype
 from ..errors import OptionError
+from ..mapping.records import KeyRules, RenameRule
 from ..sizes import parse_size, shown
 from .budget import MIN_STAGING
 from .devices import device_name, parse_device_map, parse_max_memory
@@ -20,6 +22,13 @@ from .records import IO, LoadRequest, StreamRequest
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Names = str | Iterable[str] | Callable[[str], bool] | None
+Renames = (
+    Mapping[str, str]
+    | Callable[[str], str]
+    | Iterable["tuple[str, str] | Mapping[str, str] | Callable[[str], str]"]
+    | None
+)
 
 
 def checks_names(verb: Callable[P, R]) -> Callable[P, R]:
@@ -59,6 +68,12 @@ def make_request(
     io: str = "auto",
     prefetch: bool = False,
     keep_cache: bool = False,
+    prefix: str | None = None,
+    only: Names = None,
+    skip: Names = None,
+    rename: Renames = None,
+    reshape: str | Iterable[str] | None = None,
+    ignore_mismatched_sizes: bool = False,
 ) -> LoadRequest:
     """Parse the options of `load`.
 
@@ -81,7 +96,92 @@ def make_request(
         io=parse_io(io),
         prefetch=flag(prefetch, "prefetch"),
         keep_cache=flag(keep_cache, "keep_cache"),
+        keys=make_key_rules(
+            prefix=prefix,
+            only=only,
+            skip=skip,
+            rename=rename,
+            reshape=reshape,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+        ),
     )
+
+
+def make_key_rules(
+    *,
+    prefix: str | None = None,
+    only: Names = None,
+    skip: Names = None,
+    rename: Renames = None,
+    reshape: str | Iterable[str] | None = None,
+    ignore_mismatched_sizes: bool = False,
+) -> KeyRules:
+    """Parse what the user says about keys.
+
+    Args:
+        prefix: take only the keys inside this module, without it.
+        only: names, patterns with `*`, or a function of a key: what to take. None for everything.
+        skip: likewise, what to leave.
+        rename: regular expression → replacement, a function of a key, or a list of such pairs and functions.
+        reshape: names of the model's tensors, or patterns, that may be fed from another shape of as many elements.
+        ignore_mismatched_sizes: initialise what has another shape.
+
+    Raises:
+        OptionError: a value that means nothing.
+    """
+    if prefix is not None and (not isinstance(prefix, str) or not prefix.rstrip(".")):
+        raise OptionError(f"prefix: expected the name of a module such as 'backbone', found {shown(prefix)}")
+    return KeyRules(
+        prefix=None if prefix is None else prefix.rstrip("."),
+        only=only if only is None or callable(only) else names_of(only, "only"),
+        skip=() if skip is None else skip if callable(skip) else names_of(skip, "skip"),
+        rename=parse_rename(rename),
+        reshape=() if reshape is None else names_of(reshape, "reshape"),
+        ignore_mismatched_sizes=flag(ignore_mismatched_sizes, "ignore_mismatched_sizes"),
+    )
+
+
+def parse_rename(value: Renames) -> tuple[RenameRule, ...]:
+    """The rules that rename keys, in order; a regular expression replaces as `re.sub` does.
+
+    Raises:
+        OptionError: something else, or an expression or replacement that `re` does not take.
+    """
+    if value is None:
+        return ()
+    if callable(value):
+        return (value,)
+    if isinstance(value, Mapping):
+        return tuple(_expression(old, new) for old, new in value.items())
+    if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Iterable):
+        raise OptionError(
+            f"rename: expected {{regex: replacement}}, a function, or a list of these, found {shown(value)}"
+        )
+    rules: list[RenameRule] = []
+    for rule in value:
+        if callable(rule) or isinstance(rule, Mapping):
+            rules += parse_rename(rule)
+        elif isinstance(rule, (tuple, list)) and len(rule) == 2:
+            rules.append(_expression(rule[0], rule[1]))
+        else:
+            raise OptionError(f"rename: expected pairs (regex, replacement) or functions, found {shown(rule)}")
+    return tuple(rules)
+
+
+def _expression(old: Any, new: Any) -> tuple[re.Pattern[str], str]:
+    rule = f"rename: {shown(old)}: {shown(new)}"
+    if not isinstance(old.pattern if isinstance(old, re.Pattern) else old, str) or not isinstance(new, str):
+        raise OptionError(f"{rule}: expected a regular expression and its replacement, both text")
+    try:
+        pattern: re.Pattern[str] = re.compile(old)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise OptionError(f"{rule}: the regular expression means nothing to re: {error}") from error
+    try:
+        # The replacement is looked at before anything is looked for.
+        pattern.sub(new, "")
+    except (re.error, IndexError) as error:
+        raise OptionError(f"{rule}: the replacement means nothing to re.sub: {error}") from error
+    return pattern, new
 
 
 def make_stream_request(

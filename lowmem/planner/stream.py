@@ -6,13 +6,14 @@ from .._page_cache import cached_share
 from .._patterns import name_matches
 from ..checkpoint import Checkpoint
 from ..dtypes import is_floating
-from ..errors import KeysError
+from ..errors import KeysError, UnsupportedError
 from ..limits import HostMemory, host_memory
 from ..mapping import KeyMapping, Link, whole
 from ..sizes import KIB, MIB, format_size, shown
 from . import budget
 from .final_dtypes import check_cast, nbytes_of
-from .records import DevicePlan, HostPlan, LoadPlan, Placement, Reading, Staging, StreamRequest
+from .moves import Placement
+from .records import DevicePlan, HostPlan, LoadPlan, Reading, Staging, StreamRequest
 
 # Python objects, measured with 30,000 small tensors: in all, and for each.
 _OVERHEAD = 2 * MIB
@@ -71,8 +72,14 @@ def _chosen(checkpoint: Checkpoint, request: StreamRequest) -> list[str]:
 
     Raises:
         KeysError: a name that fits no key.
+        UnsupportedError: a tensor that cannot be read.
     """
     only = request.only
+    for key, why in checkpoint.unreadable.items():
+        if only is None or (only(key) if callable(only) else any(name_matches(key, name) for name in only)):
+            raise UnsupportedError(
+                f"{checkpoint.source}: tensor {key!r}: {why}; leave it out by only= (inspect lists what can be read)"
+            )
     if only is None:
         return list(checkpoint)
     if callable(only):

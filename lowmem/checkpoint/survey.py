@@ -1,0 +1,179 @@
+"""A source that was looked at, before it is settled which of the mappings in it are the weights."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .._collector import paused_collector
+from ..errors import CheckpointError, OptionError, SourceError
+from ..sizes import shown
+from .index import Listing, check_keys, oddities, read_listing
+from .pickled import read_pickled
+from .records import Candidate, Checkpoint, PickledFile, Shard, TensorEntry
+from .safetensors import read_shard
+from .source import Source, resolve
+from .wrappers import NO_WISH, CoverOf, Wish, choose, find_candidates, make_wish, merge
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What was found at a source.
+
+    Attributes:
+        found: the source, and its files.
+        listing: what its index says, if it has one.
+        shards: its safetensors files, and
+        entries: their tensors.
+        pickled: its pickled files, and for each the candidates in it.
+    """
+
+    found: Source
+    listing: Listing | None
+    shards: tuple[Shard, ...] = ()
+    entries: dict[str, TensorEntry] = field(default_factory=dict, repr=False)
+    pickled: tuple[tuple[PickledFile, tuple[Candidate, ...]], ...] = field(default=(), repr=False)
+
+    def open(self, wish: Wish = NO_WISH, cover: CoverOf | None = None) -> Checkpoint:
+        """The checkpoint: of pickled files the mapping that holds the weights.
+
+        Args:
+            wish: which mapping the user wants.
+            cover: how well a candidate fits the model, when there is one.
+
+        Raises:
+            SourceError: no mapping holds weights, or several may, or `wish` names one that is not there.
+            CheckpointError: a tensor does not fit the file, or index and files contradict each other.
+        """
+        if not self.pickled:
+            if wish.weights:
+                raise SourceError(
+                    f"{self.found.text}: weights={wish.weights!r} names a mapping inside a pickled file, and these are "
+                    "safetensors, which hold tensors only; leave it out, or use prefix="
+                )
+            return self.glance
+        candidates = merge([held for _, held in self.pickled])
+        chosen, said = choose(self.found.text, candidates, wish, cover)
+        return self._unwrapped(chosen, [*_told(chosen, candidates), *said])
+
+    @functools.cached_property
+    def glance(self) -> Checkpoint:
+        """The likeliest checkpoint, for what must be known before there is a model."""
+        if not self.pickled:
+            return self._checkpoint(self.shards, self.entries)
+        try:
+            return self.open()
+        except SourceError:
+            candidates = merge([held for _, held in self.pickled])
+            if not candidates:
+                raise
+            return self._unwrapped(max(candidates, key=lambda c: c.nbytes), [])
+
+    def _unwrapped(self, chosen: Candidate, said: Sequence[str]) -> Checkpoint:
+        shards: list[Shard] = []
+        entries: dict[str, TensorEntry] = {}
+        unreadable: dict[str, str] = {}
+        for file, candidates in self.pickled:
+            leaves = next((c.leaves for c in candidates if c.path == chosen.path), {})
+            held, shard = file.locate({key: leaf for key, leaf in leaves.items() if leaf.why_not is None})
+            unreadable.update({key: leaf.why_not for key, leaf in leaves.items() if leaf.why_not is not None})
+            shards.append(shard)
+            _add(entries, sorted(held.values(), key=lambda e: (e.offset, e.nbytes)), shard.file)
+        return self._checkpoint(shards, entries, said, chosen.path, unreadable)
+
+    def _checkpoint(
+        self,
+        shards: Sequence[Shard],
+        entries: dict[str, TensorEntry],
+        said: Iterable[str] = (),
+        opened: str = "",
+        unreadable: dict[str, str] | None = None,
+    ) -> Checkpoint:
+        warnings = [*self.found.warnings, *said]
+        if self.listing is not None:
+            unlisted = check_keys(self.listing, entries, unreadable or {})
+            warnings += oddities(self.found, self.listing, entries, unlisted)
+        return Checkpoint(
+            source=self.found.text,
+            folder=self.found.folder,
+            shards=tuple(shards),
+            entries=entries,
+            index=self.found.index,
+            config=self.found.config,
+            warnings=tuple(warnings),
+            opened=opened,
+            unreadable=unreadable or {},
+        )
+
+
+def survey(source: str | os.PathLike[str], *, download: bool = False) -> Survey:
+    """Look at a source: headers and pickles, and no tensor byte. Imports no torch.
+
+    Raises:
+        SourceError: nothing that can be loaded is there.
+        CheckpointError: a file is damaged.
+        UnsupportedError: the weights are of a kind that lowmem does not read.
+    """
+    if not isinstance(download, bool):
+        raise OptionError(f"download: expected True or False, found {shown(download)}")
+    found = resolve(source, download=download)
+    with paused_collector():
+        listing = read_listing(found)
+        files = tuple(listing.files.values()) if listing is not None else found.shards
+        if found.pickled:
+            opened = [read_pickled(file) for file in files]
+            return Survey(found, listing, pickled=tuple((f, find_candidates(f.root, f.shard.file)) for f in opened))
+        shards: list[Shard] = []
+        entries: dict[str, TensorEntry] = {}
+        for file in files:
+            shard, held = read_shard(file)
+            shards.append(shard)
+            _add(entries, held, file)
+        return Survey(found, listing, tuple(shards), entries)
+
+
+def inspect(
+    source: str | os.PathLike[str], *, weights: str | None = None, ema: bool | None = None, download: bool = False
+) -> Checkpoint:
+    """Read the headers of a checkpoint, and nothing else: no tensor byte, no torch; pickles are not executed.
+
+    Args:
+        source: a folder, an index file, a weights file (`.safetensors`, `.bin`, `.pt`, `.pth`, `.ckpt`), or a model of
+            the hub that is in its cache.
+        weights: the path of the mapping that holds the weights inside a pickled file, such as `"state_dict"`. Default:
+            the one that does by its name.
+        ema: prefer averaged weights (True) or those that were trained (False) where a file has both.
+        download: whether a model of the hub may be fetched.
+
+    Returns:
+        The checkpoint: a mapping of key to `TensorEntry`.
+
+    Raises:
+        SourceError: nothing that can be loaded is there, or several mappings may be the weights.
+        CheckpointError: index and headers contradict each other, or a file is damaged.
+        UnsupportedError: the weights are of a kind that lowmem does not read.
+    """
+    wish = make_wish(weights, ema)
+    return survey(source, download=download).open(wish)
+
+
+def _told(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
+    """What was opened, when there was something to choose."""
+    if not chosen.path:
+        return []
+    beside = [c for c in candidates if c.path and "." not in c.path and c.path != chosen.path.partition(".")[0]]
+    others = f"; beside it: {', '.join(repr(c.path) for c in beside[:6])}{', …' if len(beside) > 6 else ''}"
+    return [f"{chosen.path!r} was opened: {len(chosen.leaves)} tensors{others if beside else ''}"]
+
+
+def _add(entries: dict[str, TensorEntry], held: Iterable[TensorEntry], file: Path) -> None:
+    found = {entry.key: entry for entry in held}
+    for key in entries.keys() & found.keys():
+        raise CheckpointError(
+            f"{file}: tensor {key!r}: expected in one shard, found also in {entries[key].file.name}; "
+            "remove the shard that does not belong, or download both again"
+        )
+    entries.update(found)

@@ -1,0 +1,329 @@
+"""What is around the weights of a pickled file: every mapping of tensors in it, and which of them is the weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, OptionError, SourceError
+from ..sizes import format_size, shown
+from .pickles import Inert
+from .records import Candidate, Leaf
+
+# Deeper or more than in any checkpoint; a few bytes of a pickle can describe both without end.
+_DEEPEST = 64
+_MOST_VISITS = 3_000_000
+_LONGEST_LIST = 1024
+
+# What trainers keep beside the weights. Some of it is keyed like the weights, and as large (averages of gradients).
+_AUXILIARY = re.compile(
+    r"(^|_)(optim(izers?)?|schedulers?|scaler|scaling|rng|callbacks|loops|message_hub|gradients?|momentum|"
+    r"criterion|loss|hyper_parameters|random|task_state|extra_state|buffer_names|param_shapes)(_|$)"
+)
+# A word of a name that says average: `model_ema`, `params-ema`, `swa_state_dict`, `averaged_model`.
+_AVERAGE = re.compile(r"(?i)(^|[-_.])(ema|swa|averaged?|shadow)([-_.\d]|$)")
+# Known names, and the projects that they come from: timm, mmengine, Lightning, BasicSR, pycls, fvcore, DeepSpeed.
+_WEIGHTS = re.compile(
+    r"(?i)^(state_?dict|model(_?\d+)?|model_state(_?dict)?|module|params|net(work)?|weights|"
+    r"ema_state_dict|state_dict_ema|model_ema|params[-_]ema|ema(_state|_model)?|model_state_dict_ema)$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Which mapping the user wants.
+
+    Attributes:
+        weights: its path, or None for the one that holds the weights.
+        ema: averaged weights (True), those that were trained (False), or None: averages where there are both, as timm,
+            BasicSR and Ultralytics load them.
+    """
+
+    weights: str | None = None
+    ema: bool | None = None
+
+
+NO_WISH = Wish()
+
+
+def make_wish(weights: str | None, ema: bool | None) -> Wish:
+    """Parse what the user said.
+
+    Raises:
+        OptionError: a value that means nothing.
+    """
+    if weights is not None and not isinstance(weights, str):
+        raise OptionError(f"weights: expected the path of a mapping, such as 'state_dict', found {shown(weights)}")
+    if ema is not None and not isinstance(ema, bool):
+        raise OptionError(f"ema: expected True, False or None, found {shown(ema)}")
+    return Wish(weights, ema)
+
+
+@dataclass(frozen=True, slots=True)
+class Cover:
+    """How well a candidate fits a model: tensors of the model that it feeds, and tensors that it would leave over."""
+
+    fed: int
+    unused: int
+
+
+CoverOf = Callable[[Candidate], Cover]
+
+
+def find_candidates(root: Any, file: Path) -> tuple[Candidate, ...]:
+    """Every mapping of tensors inside of `root`, and every pickled module; the outer ones first.
+
+    Raises:
+        CheckpointError: nested deeper than any checkpoint, or more tensors than any has.
+    """
+    found: list[Candidate] = []
+    seen: set[int] = set()
+    budget = _Budget(file)
+    waiting: list[tuple[str, Any, int]] = [("", root, 0)]
+    while waiting:
+        path, value, depth = waiting.pop()
+        if not _holds(value) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if depth > _DEEPEST:
+            raise budget.refusal(f"more than {_DEEPEST} mappings one inside the other")
+        module = _is_module(value)
+        leaves = dict(_flatten(value, budget))
+        if leaves:
+            own = module or any(isinstance(child, Leaf) for _, child in _children(value))
+            found.append(Candidate(path, leaves, module, own))
+        if not module:
+            inner = [(f"{path}.{key}" if path else key, child, depth + 1) for key, child in _children(value)]
+            waiting += reversed(inner)
+    return tuple(found)
+
+
+class _Budget:
+    """How much may still be walked over: what is shared many times is met many times."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._left = _MOST_VISITS
+
+    def take(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise self.refusal(f"more than {_MOST_VISITS} tensors and mappings, some of them many times")
+
+    def refusal(self, found: str) -> CheckpointError:
+        return CheckpointError(f"{self._file}: expected a checkpoint, found {found}; this is none, or made to do harm")
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, (dict, list, tuple, Inert))
+
+
+def _is_module(value: Any) -> bool:
+    """A pickled `torch.nn.Module`, told by what its state has, whatever its class."""
+    state = value.state if isinstance(value, Inert) else None
+    return isinstance(state, dict) and isinstance(state.get("_modules"), dict) and "_parameters" in state
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a mapping or a short list holds, by the text of its keys."""
+    pairs: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, Inert):
+        pairs = value.pairs.items() if value.pairs is not None else ()
+    elif isinstance(value, (list, tuple)) and len(value) <= _LONGEST_LIST:
+        pairs = enumerate(value)
+    for key, child in pairs:
+        if isinstance(key, (str, int)):
+            yield str(key), child
+
+
+def _flatten(value: Any, budget: _Budget) -> Iterator[tuple[str, Leaf]]:
+    """Key → tensor of everything inside, in the order of the file; without what trainers keep beside weights."""
+    path: list[tuple[str, Any, Iterator[tuple[str, Any]]]] = [("", value, _members(value))]
+    above = {id(value)}
+    while path:
+        prefix, holder, members = path[-1]
+        for key, child in members:
+            budget.take()
+            if isinstance(child, Leaf):
+                yield prefix + key, child
+            elif _holds(child) and id(child) not in above and (_is_module(holder) or not _AUXILIARY.search(key)):
+                if len(path) > _DEEPEST:
+                    raise budget.refusal(f"more than {_DEEPEST} mappings one inside the other")
+                above.add(id(child))
+                path.append((f"{prefix}{key}.", child, _members(child)))
+                break
+        else:
+            above.discard(id(holder))
+            path.pop()
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a mapping holds; of a module its parameters, its persistent buffers and its modules."""
+    if not _is_module(value):
+        yield from _children(value)
+        return
+    state = value.state
+    transient = state.get("_non_persistent_buffers_set")
+    if isinstance(transient, Inert):
+        # A set as protocols before 4 write it: a call with a list.
+        transient = transient.args[0] if transient.args else ()
+    lost = {n for n in transient if isinstance(n, str)} if isinstance(transient, (set, list, tuple)) else set()
+    yield from _children(state["_parameters"])
+    for key, child in _children(state.get("_buffers")):
+        if key not in lost:
+            yield key, child
+    yield from _children(state["_modules"])
+
+
+def merge(files: Sequence[tuple[Candidate, ...]]) -> tuple[Candidate, ...]:
+    """The candidates of several files that are one checkpoint: those that have the same path are one.
+
+    The leaves of each file stay apart (`Survey.open` locates them); here they tell shapes and bytes.
+    """
+    if len(files) == 1:
+        return files[0]
+    by_path: dict[str, dict[str, Leaf]] = {}
+    for candidates in files:
+        for candidate in candidates:
+            by_path.setdefault(candidate.path, {}).update(candidate.leaves)
+    own = {c.path for candidates in files for c in candidates if c.own}
+    return tuple(Candidate(path, leaves, own=path in own) for path, leaves in by_path.items())
+
+
+def choose(
+    source: str, candidates: Sequence[Candidate], wish: Wish, cover: CoverOf | None = None
+) -> tuple[Candidate, list[str]]:
+    """The candidate that holds the weights, and what is to be said about the choice.
+
+    With a model, the one that feeds most of it and has least left over; without, by known names. Where both averaged
+    weights and others would do, `wish.ema` decides.
+
+    Args:
+        source: for messages.
+        candidates: of one checkpoint, as `find_candidates` gives them.
+        wish: the user's.
+        cover: how well a candidate fits the model, when there is one.
+
+    Raises:
+        SourceError: none, none as wished, or several that are as good; they are listed.
+    """
+    if not candidates:
+        raise SourceError(f"{source}: no tensors in it; is it the file with the weights?")
+    if wish.weights is not None:
+        return _named(source, candidates, wish.weights), []
+    swapped = _averages_are_swapped(candidates)
+    weights = [c for c in candidates if not _is_auxiliary(c.path)]
+    if wish.ema is not None:
+        weights = [c for c in weights if _is_average(c, swapped) == wish.ema]
+        if not weights:
+            what = "averaged (EMA) weights" if wish.ema else "weights that are no averages"
+            raise SourceError(f"{source}: ema={wish.ema}: no {what} in it. It holds:\n{listed(candidates)}")
+    best = _fitting(weights or list(candidates), cover) if cover is not None else []
+    best = best or _by_name(weights or list(candidates))
+    said: list[str] = []
+    if len(best) > 1:
+        averages = [c for c in best if _is_average(c, swapped)]
+        if len(averages) == 1 and wish.ema is None:
+            others = ", ".join(repr(c.path) for c in best if c is not averages[0])
+            said.append(
+                f"{averages[0].path!r} was opened, which holds averaged (EMA) weights; ema=False takes {others}"
+            )
+            best = averages
+    if len(best) > 1:
+        raise SourceError(
+            f"{source}: several mappings may be the weights; name one with weights= (--weights). It holds:\n"
+            f"{listed(candidates)}"
+        )
+    return best[0], said
+
+
+def _named(source: str, candidates: Sequence[Candidate], path: str) -> Candidate:
+    for candidate in candidates:
+        if candidate.path == path:
+            return candidate
+    raise SourceError(
+        f"{source}: weights={path!r}: expected the path of a mapping of tensors, found none there. It holds:\n"
+        f"{listed(candidates)}"
+    )
+
+
+def listed(candidates: Sequence[Candidate]) -> str:
+    """The candidates, a line each, those that may be weights first, and of them the largest; for messages."""
+    few = sorted(candidates, key=lambda c: (_is_auxiliary(c.path), not c.path, -c.nbytes))[:12]
+    lines = [
+        f"  weights={c.path!r}: {len(c.leaves)} tensors, {format_size(c.nbytes)} ({next(iter(c.leaves))!r}, …)"
+        for c in few
+    ]
+    return "\n".join(lines + (["  …"] if len(candidates) > len(few) else []))
+
+
+def _is_auxiliary(path: str) -> bool:
+    return any(_AUXILIARY.search(part) for part in path.split("."))
+
+
+def _is_average(candidate: Candidate, swapped: bool) -> bool:
+    average = any(_AVERAGE.search(part) for part in candidate.path.split("."))
+    if swapped and candidate.path in ("state_dict", "ema_state_dict"):
+        return not average
+    return average
+
+
+def _averages_are_swapped(candidates: Sequence[Candidate]) -> bool:
+    """mmengine's EMA hook: `state_dict` holds the averages, and `ema_state_dict` what was trained.
+
+    (`EMAHook.before_save_checkpoint`, mmengine/hooks/ema_hook.py.)
+    """
+    paths = {c.path for c in candidates}
+    return {"state_dict", "ema_state_dict"} <= paths
+
+
+def _fitting(candidates: Sequence[Candidate], cover: CoverOf) -> list[Candidate]:
+    """Those that feed most of the model; of one inside the other the one with less left over, then the inner one."""
+    covers = {id(c): cover(c) for c in candidates}
+    most = max(c.fed for c in covers.values())
+    if not most:
+        return []
+    best = [c for c in candidates if covers[id(c)].fed == most]
+    return [
+        c
+        for c in best
+        if not any(_is_inside(other, c) and covers[id(other)].unused <= covers[id(c)].unused for other in best)
+    ]
+
+
+def _is_inside(inner: Candidate, outer: Candidate) -> bool:
+    if inner is outer:
+        return False
+    return not outer.path or inner.path.startswith(f"{outer.path}.")
+
+
+def _by_name(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """From the whole file inwards: into mappings of known names that hold most of the bytes, or into the only mapping
+    of one that holds no tensors itself.
+    """
+    level = _outermost(candidates)
+    while True:
+        level = [c for c in level if _is_known(c)] or level
+        if len(level) != 1 or level[0].module:
+            return level
+        inner = _outermost([c for c in candidates if _is_inside(c, level[0])])
+        known = [c for c in inner if _is_known(c)]
+        if known and 2 * sum(c.nbytes for c in known) > level[0].nbytes:
+            level = known
+        elif len(inner) == 1 and not level[0].own and not _is_known(level[0]):
+            level = inner
+        else:
+            return level
+
+
+def _is_known(candidate: Candidate) -> bool:
+    return _WEIGHTS.match(candidate.path.rpartition(".")[2]) is not None
+
+
+def _outermost(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return [c for c in candidates if not any(_is_inside(c, other) for other in candidates)]

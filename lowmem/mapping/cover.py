@@ -1,0 +1,59 @@
+"""How well a mapping inside a pickled file fits a model, told by names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ..checkpoint import Cover
+from ..checkpoint.records import Candidate
+from ..modeling.skeleton import Skeleton
+
+_OLD_NAMES = {"gamma": "weight", "beta": "bias"}
+
+
+def cover_of(skeleton: Skeleton) -> Callable[[Candidate], Cover]:
+    """A function that counts the tensors of the model that a candidate would feed.
+
+    A key counts when it is a name of the model, or becomes one when a prefix is stripped or added, and the shapes are
+    the same. What the keys will be mapped to in the end is `match`'s to decide.
+    """
+    state: dict[str, tuple[int, ...]] = {}
+    by_tail: dict[str, list[str]] = {}
+
+    def look() -> None:
+        """At the model, when there is a candidate: most checkpoints are safetensors, and have none."""
+        state.update({name: target.shape for name, target in skeleton.targets.items() if target.persistent})
+        for name in state:
+            for tail in _tails(name):
+                by_tail.setdefault(tail, []).append(name)
+
+    def find(key: str, shape: tuple[int, ...]) -> str | None:
+        for tail in (key, *_tails(key)):
+            if state.get(tail) == shape:
+                return tail
+        return next((name for name in by_tail.get(key, ()) if state[name] == shape), None)
+
+    def cover(candidate: Candidate) -> Cover:
+        if not state:
+            look()
+        fed: set[str] = set()
+        used = 0
+        for key, leaf in candidate.leaves.items():
+            name = find(key, leaf.shape)
+            if name is None:
+                path, _, last = key.rpartition(".")
+                name = find(f"{path}.{_OLD_NAMES[last]}", leaf.shape) if last in _OLD_NAMES else None
+            if name is not None:
+                used += name not in fed
+                fed.add(name)
+        return Cover(len(fed), len(candidate.leaves) - used)
+
+    return cover
+
+
+def _tails(name: str) -> Iterator[str]:
+    """The name without its first component, without its first two, and so on."""
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)

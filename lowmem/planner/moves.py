@@ -1,0 +1,344 @@
+"""Where tensors end up, and the moves that bring them there: how tensors are cut, and which moves are read at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .._records import cheap_init
+from ..checkpoint import TensorEntry
+from ..dtypes import itemsize
+from ..mapping import Link, Region
+from ..sizes import KIB, MIB
+
+# Largest move, in bytes of the source: larger ones are no faster, and several threads share a tensor.
+CHUNK = 4 * MIB
+# Both ends of a cast in one buffer begin at multiples of this.
+ALIGNMENT = 64
+# Direct I/O takes offsets, lengths and addresses that are multiples of this; what devices ask for is less or equal.
+BLOCK = 4096
+# Below this, direct reads gain nothing.
+LEAST_DIRECT = 256 * KIB
+# The heap has room for what is smaller.
+_LEAST_APART = 1024 * KIB
+# Moves of one read: the kernel takes 1024 buffers at once (IOV_MAX).
+_MOST_MOVES = 512
+# Between the rows of a strided tensor, more bytes than these are not worth being read.
+_LEAST_GAP = 64 * KIB
+
+Residency = Literal["map", "copy", "refer", "write", "init"]
+
+
+@cheap_init
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where one tensor of the model ends up. Compared by identity: each is one destination.
+
+    Attributes:
+        target: the name it is fed under.
+        names: every name of the model that shares it on this device, `target` first.
+        shape: in elements.
+        dtype: its final dtype, by torch's name.
+        nbytes: its final size in bytes.
+        device: `"cpu"`, `"cuda:0"`, …, or `"disk"`.
+        residency: `map` (the parameter is file pages), `copy` (read into memory), `refer` (on disk, used where it
+            lies, cast then if its dtype is another), `write` (on disk, cast into the offload folder), `init` (not in
+            the checkpoint).
+        links: what feeds it, one link a region; none for `init`.
+    """
+
+    target: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    device: str
+    residency: Residency
+    links: tuple[Link, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes in the checkpoint's files that are read to feed it."""
+        total = 0
+        for link in self.links:
+            total += link.entry.nbytes if link.entry.strides is None else bytes_to_read(link.entry)
+        return total
+
+    @property
+    def source_elements(self) -> int:
+        """Elements that feed it; a view may hold more of them than its bytes do."""
+        total = 0
+        for link in self.links:
+            total += link.region.count
+        return total
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its memory is a mapping of its own."""
+        return self.device == "cpu" and self.nbytes >= _LEAST_APART
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether its bytes pass through a buffer, instead of being read into their place."""
+        if self.residency != "copy" or self.device != "cpu":
+            return self.residency in ("copy", "write")
+        for link in self.links:
+            entry = link.entry
+            if entry.dtype != self.dtype or entry.swapped or entry.strides is not None or not link.region.dense:
+                return True
+        return False
+
+    @property
+    def staged_element(self) -> int:
+        """Bytes in the buffer for each element: the source, and the result too when it goes into a file."""
+        source = max(itemsize(link.entry.dtype) for link in self.links)
+        return source + (itemsize(self.dtype) if self.residency == "write" else 0)
+
+    def buffer_size(self) -> int:
+        """Bytes of buffer that its largest move uses, at full chunk size."""
+        largest = max(max(link.entry.nbytes // itemsize(link.entry.dtype), link.region.count) for link in self.links)
+        return min(largest * self.staged_element, CHUNK // itemsize(self.links[0].entry.dtype) * self.staged_element)
+
+
+@cheap_init
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One byte range of one file into one region of one placement, cast on the way if the dtypes differ.
+
+    Attributes:
+        file: where the bytes are.
+        offset: absolute byte offset there; of packed bytes their address (see `Packed`).
+        nbytes: length in bytes, never more than a chunk.
+        dtype: of the source, by torch's name.
+        placement: what it goes into.
+        region: where in it; has as many elements as it takes from the source range.
+        scratch: bytes of the reader's buffer that it passes through; 0 when it is read straight into its place.
+        source: where in the range its elements are, of the shape of `region`; None when they lie one behind the other.
+        swapped: the bytes of each element are in big-endian order.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    placement: Placement
+    region: Region
+    scratch: int
+    source: Region | None = None
+    swapped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Moves that lie one behind the other in one file and are read at once: a run of small ones, or one large one.
+
+    Attributes:
+        file: where the bytes are.
+        offset: absolute byte offset of the first.
+        nbytes: of all, never more than a chunk.
+        moves: in file order.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    moves: tuple[Move, ...]
+
+
+def scratch_size(nbytes: int, source: int) -> int:
+    """Bytes of a buffer for a move that needs `nbytes` there, `source` of them as they come from the file."""
+    return (nbytes + _slack(source)) // ALIGNMENT * ALIGNMENT
+
+
+def _slack(nbytes: int) -> int:
+    """What a buffer of `nbytes` holds besides: both ends aligned, and large sources where direct I/O can put them."""
+    return 2 * ALIGNMENT + (BLOCK if nbytes >= LEAST_DIRECT else 0)
+
+
+def cut(placement: Placement, link: Link, each: int) -> Iterator[Move]:
+    """The moves of one link of a placement that is copied or written, in file order.
+
+    Args:
+        placement: where it goes.
+        link: one of its links.
+        each: bytes of one reader's buffer.
+    """
+    entry, staged = link.entry, placement.is_staged
+    size = itemsize(entry.dtype)
+    most, element = CHUNK // size, placement.staged_element if staged else 0
+    if staged:
+        most = min(most, max(1, (each - _slack(each)) // element))
+    if most * size > BLOCK:
+        most = most * size // BLOCK * BLOCK // size
+    if entry.strides is not None:
+        yield from _cut_strided(placement, link, most)
+        return
+    for before, region in link.region.pieces(most, _first(entry.offset, size, most)):
+        count = region.count
+        yield Move(
+            file=entry.file,
+            offset=entry.offset + before * size,
+            nbytes=count * size,
+            dtype=entry.dtype,
+            placement=placement,
+            region=region,
+            scratch=scratch_size(count * element, count * size) if staged else 0,
+            swapped=entry.swapped,
+        )
+
+
+def _first(offset: int, size: int, most: int) -> int:
+    """Elements before the first cut of a tensor at byte `offset`, so that all cuts are where direct I/O can begin."""
+    if offset % size or most * size <= BLOCK:
+        return 0
+    return most - offset % BLOCK // size
+
+
+def _cut_strided(placement: Placement, link: Link, most: int) -> Iterator[Move]:
+    """The moves of a view: ranges of the file with no large gap in them, and where in them its elements are."""
+    entry, into = link.entry, link.region
+    size, result = itemsize(entry.dtype), itemsize(placement.dtype) if placement.residency == "write" else 0
+    assert into.dense or into.shape == entry.shape, "a view goes into all of a tensor, or into a part of its shape"
+    strides = _row_major(entry.shape) if into.dense else into.strides
+    assert entry.strides is not None
+    for at, span, source, region in _pieces(entry.shape, entry.strides, strides, most, size):
+        yield Move(
+            file=entry.file,
+            offset=entry.offset + at * size,
+            nbytes=span * size,
+            dtype=entry.dtype,
+            placement=placement,
+            region=Region(into.offset + region.offset, region.shape, region.strides),
+            scratch=scratch_size(span * size + region.count * result, span * size),
+            source=source,
+            swapped=entry.swapped,
+        )
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= n
+    return tuple(reversed(strides))
+
+
+# A dimension of a view: how many, the step in the source, the step in the destination, in elements.
+_Dimension = tuple[int, int, int]
+
+
+def _dimensions(shape: tuple[int, ...], source: tuple[int, ...], into: tuple[int, ...]) -> list[_Dimension]:
+    """The dimensions in the order in which the source lies, the widest step first, those that are one joined."""
+    apart = [d for d in zip(shape, source, into, strict=True) if d[0] != 1]
+    apart.sort(key=lambda d: -d[1])
+    joined: list[_Dimension] = []
+    for n, step, at in apart:
+        if joined and joined[-1][1] == n * step and joined[-1][2] == n * at:
+            joined[-1] = (joined[-1][0] * n, step, at)
+        else:
+            joined.append((n, step, at))
+    return joined
+
+
+def _span(dimensions: list[_Dimension]) -> int:
+    """Elements of the source from the first of these to the last."""
+    return 1 + sum((n - 1) * step for n, step, _ in dimensions)
+
+
+def _is_compact(dimensions: list[_Dimension], size: int) -> bool:
+    """Whether there is no gap between the rows that would be worth skipping."""
+    return all((step - _span(dimensions[i + 1 :])) * size < _LEAST_GAP for i, (_, step, _) in enumerate(dimensions))
+
+
+def _pieces(
+    shape: tuple[int, ...], strides: tuple[int, ...], into: tuple[int, ...], most: int, size: int
+) -> Iterator[tuple[int, int, Region, Region]]:
+    """Cut a view: (first element, elements spanned, where they are in these, where they go), as far as they lie apart.
+
+    Args:
+        shape: of the view.
+        strides: in the source.
+        into: strides in the destination.
+        most: elements of a piece, and of the range that it spans.
+        size: bytes of an element.
+    """
+    if 0 in shape:
+        return
+    # A path of explicit frames would be longer: no view has more than a few dimensions.
+    yield from _divide(_dimensions(shape, strides, into), 0, 0, most, size)
+
+
+def _divide(
+    dimensions: list[_Dimension], at: int, to: int, most: int, size: int
+) -> Iterator[tuple[int, int, Region, Region]]:
+    span, count = _span(dimensions), 1
+    for n, _, _ in dimensions:
+        count *= n
+    if span <= most and count <= most and _is_compact(dimensions, size):
+        shape = tuple(n for n, _, _ in dimensions) or (1,)
+        source = tuple(step for _, step, _ in dimensions) or (1,)
+        into = tuple(step for _, _, step in dimensions) or (1,)
+        yield at, span, Region(0, shape, source), Region(to, shape, into)
+        return
+    (n, step, into_step), inner = dimensions[0], dimensions[1:]
+    width, held = _span(inner), count // n
+    take = 0
+    if width <= most and held <= most and (step - width) * size < _LEAST_GAP and _is_compact(inner, size):
+        take = min(most // held, 1 + (most - width) // step if step else n)
+    if take < 1:
+        for i in range(n):
+            yield from _divide(inner, at + i * step, to + i * into_step, most, size)
+        return
+    for i in range(0, n, take):
+        rows = [(min(take, n - i), step, into_step), *inner]
+        yield from _divide(rows, at + i * step, to + i * into_step, most, size)
+
+
+def bytes_to_read(entry: TensorEntry) -> int:
+    """Bytes of the file that a tensor takes: those that it spans, without large gaps between the rows of a view."""
+    if entry.strides is None or not entry.nbytes:
+        return entry.nbytes
+    size = itemsize(entry.dtype)
+    dimensions = _dimensions(entry.shape, entry.strides, _row_major(entry.shape))
+    width = needed = 1
+    for n, step, _ in reversed(dimensions):
+        apart = (step - width) * size >= _LEAST_GAP
+        needed = n * needed if apart else needed + (n - 1) * max(step - width + needed, 0)
+        width += (n - 1) * step
+    return min(needed * size, entry.nbytes)
+
+
+def join(moves: Iterable[Move], each: int, most: int | None = None) -> Iterator[Read]:
+    """Moves in file order, neighbours together.
+
+    Args:
+        moves: in file order.
+        each: bytes of one reader's buffer.
+        most: bytes of a read, if less than a chunk; a part of a tensor is then read alone.
+    """
+    together = CHUNK if most is None else min(CHUNK, most)
+    run: list[Move] = []
+    end = size = scratch = 0
+    for move in moves:
+        part = most is not None and move.nbytes < move.placement.source_bytes
+        if run and (
+            part
+            or move.offset != end
+            or (move.file is not run[0].file and move.file != run[0].file)
+            or size + move.nbytes > together
+            or scratch + move.scratch > each
+            or len(run) == _MOST_MOVES
+        ):
+            yield Read(run[0].file, run[0].offset, size, tuple(run))
+            run, size, scratch = [], 0, 0
+        if part:
+            yield Read(move.file, move.offset, move.nbytes, (move,))
+            continue
+        run.append(move)
+        end = move.offset + move.nbytes
+        size += move.nbytes
+        scratch += move.scratch
+    if run:
+        yield Read(run[0].file, run[0].offset, size, tuple(run))

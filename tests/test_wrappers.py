@@ -1,0 +1,255 @@
+"""Which mapping inside of a pickled file holds the weights: by the model, by known names, or as the user says."""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem.checkpoint import survey
+from lowmem.checkpoint.records import Leaf
+from lowmem.checkpoint.wrappers import find_candidates
+from lowmem.errors import CheckpointError, OptionError, SourceError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 3)
+
+
+def weights(seed: int) -> OrderedDict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    state = Net().state_dict()
+    return OrderedDict((key, torch.randn_like(v) if v.is_floating_point() else v) for key, v in state.items())
+
+
+RAW, EMA = weights(0), weights(1)
+
+
+def optimizer() -> dict[str, Any]:
+    net = Net()
+    adam = torch.optim.AdamW(net.parameters())
+    net.head(net.norm(net.stem(torch.randn(5, 4)))).sum().backward()
+    adam.step()
+    return adam.state_dict()
+
+
+def under(prefix: str, state: OrderedDict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+META = {"epoch": 3, "args": argparse.Namespace(lr=0.1, model="net"), "best": 0.5}
+# What is in the file, the path that is opened, and whose weights these are.
+FILES: dict[str, tuple[Callable[[], Any], str, Any]] = {
+    "bare": (lambda: RAW, "", RAW),
+    "timm": (
+        lambda: {"state_dict": RAW, "state_dict_ema": EMA, "optimizer": optimizer(), **META},
+        "state_dict_ema",
+        EMA,
+    ),
+    "timm, older": (lambda: {"model": RAW, "model_ema": EMA, **META}, "model_ema", EMA),
+    "ConvNeXt-V2": (lambda: {"model": RAW, "optimizer": optimizer(), "scaler": {"scale": 1.0}, **META}, "model", RAW),
+    "mmengine": (
+        lambda: {
+            "meta": {"epoch": 1},
+            "state_dict": RAW,
+            "message_hub": {"log": torch.ones(9)},
+            "optimizer": optimizer(),
+        },
+        "state_dict",
+        RAW,
+    ),
+    "mmengine with its EMA hook": (
+        lambda: {"meta": {}, "state_dict": EMA, "ema_state_dict": {"steps": torch.tensor(1), **under("module.", RAW)}},
+        "state_dict",
+        EMA,
+    ),
+    "Lightning": (
+        lambda: {
+            "state_dict": under("model.", RAW),
+            "hyper_parameters": {"weight": torch.ones(2)},
+            "callbacks": {"EMA": {"w": torch.ones(3)}},
+            "optimizer_states": [optimizer()],
+            "loops": {"fit": {"t": torch.ones(1)}},
+        },
+        "state_dict",
+        RAW,
+    ),
+    "BasicSR": (lambda: {"params": RAW, "params_ema": EMA}, "params_ema", EMA),
+    "BasicSR, dashed": (lambda: {"params-ema": EMA}, "params-ema", EMA),
+    "pycls": (lambda: {"model_state": RAW, "ema_state": EMA, "optimizer_state": optimizer()}, "ema_state", EMA),
+    "3DMPPE": (lambda: {"network": under("module.", RAW), "optimizer": optimizer()}, "network", RAW),
+    "fairseq": (
+        lambda: {"model": RAW, "cfg": argparse.Namespace(), "last_optimizer_state": optimizer(), "task_state": {}},
+        "model",
+        RAW,
+    ),
+    "DeepSpeed": (
+        lambda: {"module": RAW, "param_shapes": [], "buffer_names": ["norm"], "shared_params": {}},
+        "module",
+        RAW,
+    ),
+    "own tensors beside": (lambda: {"model": RAW, "queue": torch.ones(3), "queue_ptr": torch.ones(1)}, "model", RAW),
+    "a name of its own": (lambda: {"my_very_own": RAW, "step": 3}, "my_very_own", RAW),
+    "deep": (lambda: {"checkpoint": {"stage": {"model": RAW}}}, "checkpoint.stage.model", RAW),
+}
+
+
+def saved(make: Callable[[], Any], file: Path) -> Path:
+    torch.save(make(), file)
+    return file
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_weights_are_found_with_a_model(name: str, tmp_path: Path) -> None:
+    make, path, held = FILES[name]
+    result = lowmem.load(saved(make, tmp_path / "a.pth"), model=Net)
+    assert result.report.opened == path
+    state = result.model.state_dict()
+    assert state.keys() == held.keys()
+    assert all(torch.equal(state[key], held[key]) for key in held)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_weights_are_found_without_a_model(name: str, tmp_path: Path) -> None:
+    make, path, held = FILES[name]
+    checkpoint = lowmem.inspect(saved(make, tmp_path / "a.pth"))
+    assert checkpoint.opened == path
+    assert len(checkpoint) == len(held)
+
+
+BOTH = [name for name, (make, _, _) in FILES.items() if name in ("timm", "timm, older", "BasicSR", "pycls")]
+
+
+@pytest.mark.parametrize("name", [*BOTH, "mmengine with its EMA hook"])
+@pytest.mark.parametrize("ema", [True, False])
+def test_ema_prefers_averages_or_what_was_trained(name: str, ema: bool, tmp_path: Path) -> None:
+    """In a file of mmengine's EMA hook the names mean the opposite."""
+    file = saved(FILES[name][0], tmp_path / "a.pth")
+    state = lowmem.load(file, model=Net, ema=ema).model.state_dict()
+    held = EMA if ema else RAW
+    assert all(torch.equal(state[key], held[key]) for key in held)
+    assert len(lowmem.inspect(file, ema=ema)) >= len(held)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_preference_that_nobody_stated_is_told(name: str, tmp_path: Path) -> None:
+    plan = lowmem.plan(saved(FILES[name][0], tmp_path / "a.pth"), model=Net)
+    assert any("ema=False" in warning for warning in plan.warnings)
+
+
+def test_averages_that_are_not_there_are_an_error(tmp_path: Path) -> None:
+    file = saved(FILES["ConvNeXt-V2"][0], tmp_path / "a.pth")
+    with pytest.raises(SourceError, match=r"ema=True: no averaged.*\n.*weights='model'"):
+        lowmem.load(file, model=Net, ema=True)
+    assert lowmem.load(file, model=Net, ema=False).report.opened == "model"
+
+
+def test_a_tie_is_an_error_that_lists_the_candidates(tmp_path: Path) -> None:
+    file = saved(lambda: {"student": RAW, "teacher": EMA}, tmp_path / "a.pth")
+    with pytest.raises(SourceError, match=r"weights=") as caught:
+        lowmem.load(file, model=Net)
+    assert "weights='student'" in str(caught.value)
+    assert "weights='teacher'" in str(caught.value)
+    state = lowmem.load(file, model=Net, weights="teacher").model.state_dict()
+    assert torch.equal(state["stem.weight"], EMA["stem.weight"])
+
+
+def test_weights_are_picked_by_path(tmp_path: Path) -> None:
+    file = saved(FILES["timm"][0], tmp_path / "a.pth")
+    checkpoint = lowmem.inspect(file, weights="state_dict")
+    assert checkpoint.opened == "state_dict"
+    assert "optimizer.state.0" in [c.path for _, held in survey(file).pickled for c in held]
+    state = dict(lowmem.stream(file, weights="optimizer.state.0"))
+    assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+    with pytest.raises(SourceError, match=r"weights='nowhere'.*found none") as caught:
+        lowmem.inspect(file, weights="nowhere")
+    assert "weights='state_dict_ema'" in str(caught.value)
+
+
+def test_what_was_opened_is_told(tmp_path: Path) -> None:
+    file = saved(FILES["timm"][0], tmp_path / "a.pth")
+    assert any(
+        "'state_dict_ema' was opened" in warning and "'optimizer'" in warning
+        for warning in lowmem.inspect(file).warnings
+    )
+    assert lowmem.load(file, model=Net).report.to_dict()["opened"] == "state_dict_ema"
+
+
+def test_gradients_in_the_weights_shapes_are_not_the_weights(tmp_path: Path) -> None:
+    file = saved(lambda: {"optimizer": {"exp_avg": EMA, "exp_avg_sq": EMA}, "net": RAW}, tmp_path / "a.pth")
+    state = lowmem.load(file, model=Net).model.state_dict()
+    assert torch.equal(state["stem.weight"], RAW["stem.weight"])
+
+
+def test_a_pickled_module_is_read_without_its_class(tmp_path: Path) -> None:
+    net = Net()
+    net.load_state_dict(RAW)
+    file = saved(lambda: {"ema": None, "model": net, "epoch": 1}, tmp_path / "a.pt")
+    assert lowmem.inspect(file).opened == "model"
+    state = lowmem.load(file, model=Net).model.state_dict()
+    assert all(torch.equal(state[key], RAW[key]) for key in RAW)
+    torch.save(net, tmp_path / "whole.pt")
+    assert lowmem.load(tmp_path / "whole.pt", model=Net).report.opened == ""
+
+
+def test_transient_buffers_of_a_pickled_module_are_no_weights(tmp_path: Path) -> None:
+    net = Net()
+    net.register_buffer("table", torch.ones(7), persistent=False)
+    torch.save(net, tmp_path / "whole.pt")
+    assert set(lowmem.inspect(tmp_path / "whole.pt")) == set(net.state_dict())
+
+
+def test_mappings_inside_mappings_have_dotted_keys(tmp_path: Path) -> None:
+    """As Megatron nests them."""
+    nested = {"language_model": {"embedding": {"weight": torch.ones(3, 2)}, "encoder": {"a.b": torch.zeros(2)}}}
+    file = saved(lambda: {"model": nested, "iteration": 3}, tmp_path / "a.pt")
+    assert set(lowmem.inspect(file)) == {"language_model.embedding.weight", "language_model.encoder.a.b"}
+
+
+def test_a_file_without_tensors_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no tensors"):
+        lowmem.inspect(saved(lambda: {"epoch": 3}, tmp_path / "a.pt"))
+
+
+def test_wishes_about_safetensors_and_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(dict(RAW), tmp_path / "model.safetensors")
+    with pytest.raises(SourceError, match="safetensors, which hold tensors only"):
+        lowmem.inspect(tmp_path, weights="model")
+    for options in ({"weights": 3}, {"ema": "yes"}, {"download": 1}):
+        with pytest.raises(OptionError):
+            lowmem.inspect(tmp_path, **options)  # type: ignore[arg-type]
+
+
+LEAF = Leaf("float32", (1,), None, "0", 0, 4)
+
+
+def test_mappings_that_share_one_another_without_end_are_refused() -> None:
+    node: Any = {"w": LEAF}
+    for _ in range(60):
+        node = {"a": node, "b": node}
+    with pytest.raises(CheckpointError, match="made to do harm"):
+        find_candidates(node, Path("bomb.pt"))
+
+
+def test_mappings_deeper_than_any_are_refused_and_those_in_themselves_end() -> None:
+    node: Any = {"w": LEAF}
+    for _ in range(100_000):
+        node = {"a": node}
+    with pytest.raises(CheckpointError, match="one inside the other"):
+        find_candidates(node, Path("deep.pt"))
+    ring: dict[str, Any] = {"w": LEAF}
+    ring["self"] = ring
+    assert [c.path for c in find_candidates(ring, Path("ring.pt"))] == [""]
