@@ -276,20 +276,13 @@ class TestSources:
         index = write_index(tmp_path, {"a": "s.safetensors"})
         assert inspect(tmp_path).index == index
 
-    @pytest.mark.parametrize("as_file", [False, True])
-    def test_pickled_weights_are_named_and_not_read(self, as_file: bool, tmp_path: Path) -> None:
-        file = tmp_path / "pytorch_model.bin"
-        file.write_bytes(b"\x80")
-        source = file if as_file else tmp_path
-        refused(source, str(source), "pickled", "pytorch_model.bin", "save_pretrained", error=UnsupportedError)
-
     @pytest.mark.parametrize("names", [[], ["config.json"], ["README.md", "tokenizer.json"]])
     def test_a_folder_without_weights_is_refused(self, names: list[str], tmp_path: Path) -> None:
         for name in names:
             (tmp_path / name).write_text("{}")
-        refused(tmp_path, str(tmp_path), "no .safetensors file and no index", error=SourceError)
+        refused(tmp_path, str(tmp_path), "no .safetensors file, no pickled weights", "no index", error=SourceError)
 
-    @pytest.mark.parametrize("name", ["config.json", "notes.txt", "model.gguf"])
+    @pytest.mark.parametrize("name", ["config.json", "notes.txt"])
     def test_a_file_of_another_kind_is_refused(self, name: str, tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
         refused(tmp_path / name, name, ".safetensors", error=SourceError)

@@ -16,9 +16,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pth.tar")
 _INDEX = re.compile(r"\.(safetensors|bin|pth|pt|ckpt)\.index((?:\.[\w-]+)?)\.json$", re.IGNORECASE)
 _NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})$")
 _VARIANT = re.compile(r"\.[A-Za-z][\w-]*")
-# What trainers of transformers, accelerate, DeepSpeed and Megatron write beside the weights.
+# What trainers of transformers, accelerate, DeepSpeed and Megatron write beside the weights, and what is hidden:
+# macOS puts a ._model.safetensors beside model.safetensors on disks of others.
 _NEVER = re.compile(
-    r"(training_args|trainer_state|(lr_)?scheduler|(grad_)?scaler|sampler|dl_state_dict|(distrib_)?optim(izer)?(_states?)?)"
+    r"\.|(training_args|trainer_state|(lr_)?scheduler|(grad_)?scaler|sampler|dl_state_dict|(distrib_)?optim(izer)?(_states?)?)"
     r"([_-]?\d+)*\.|rng_states?|random_states?|.*_optim_states\.pt$",
     re.IGNORECASE,
 )

@@ -6,6 +6,7 @@ The cache's layout (`models--org--name/{refs,snapshots,blobs}`) is huggingface_h
 
 from __future__ import annotations
 
+import errno
 import importlib
 import re
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ _ID = re.compile(rf"((?:{_PART}/)?{_PART})(?:@(.+))?", re.ASCII)
 _ABBREVIATED = re.compile(r"[0-9a-f]{4,39}")
 # What stands beside the weights and builds a model and its tokenizer: no pictures, no cards, no other weights.
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".codes", ".bpe", ".vocab")
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG)
 _NOT_BESIDE = ("trainer_state.json", "requirements.txt")
 
 
@@ -249,11 +251,11 @@ def _refusal(library: Any, wanted: _Wanted, error: Exception) -> SourceError:
         what, remedy = f"no revision {wanted.revision} at {page}", "check the branch, tag or commit"
     elif "OfflineModeIsEnabled" in kinds:
         what, remedy = "HF_HUB_OFFLINE forbids the network", "unset it, or leave out download to use what is cached"
-    elif "LocalEntryNotFoundError" in kinds or not isinstance(error, OSError) or error.errno is None:
+    elif isinstance(error, OSError) and error.errno in _DISK:
+        what, remedy = f"cannot be fetched: {_line(error)}", f"check {library.constants.HF_HUB_CACHE} and its disk"
+    else:
         what = f"cannot be fetched: {_line(error)}"
         remedy = "check the network and ask again, which goes on where it stopped; without download the cache is used"
-    else:
-        what, remedy = f"cannot be fetched: {_line(error)}", f"check {library.constants.HF_HUB_CACHE} and its disk"
     return SourceError(f"{wanted.name}: {what}; {remedy}")
 
 
