@@ -21,6 +21,7 @@ from .errors import (
     OffloadError,
     OptionError,
     OutOfMemoryError,
+    OutputError,
     PeakExceededError,
     PlacementError,
     PlotError,
@@ -29,7 +30,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .checker import CheckReport, check
     from .checkpoint import Checkpoint, TensorEntry, inspect
+    from .converter import ConvertReport, convert
     from .loader import LoadResult, load, plan
     from .memory import Measurement, measure
     from .planner import LoadPlan, Progress
@@ -39,9 +42,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CheckReport": "checker",
+    "check": "checker",
     "Checkpoint": "checkpoint",
     "TensorEntry": "checkpoint",
     "inspect": "checkpoint",
+    "ConvertReport": "converter",
+    "convert": "converter",
     "LoadResult": "loader",
     "load": "loader",
     "plan": "loader",
@@ -55,8 +62,10 @@ _HOMES = {
 
 __all__ = [
     "BudgetError",
+    "CheckReport",
     "Checkpoint",
     "CheckpointError",
+    "ConvertReport",
     "KeysError",
     "LoadPlan",
     "LoadReport",
@@ -68,6 +77,7 @@ __all__ = [
     "OffloadError",
     "OptionError",
     "OutOfMemoryError",
+    "OutputError",
     "PeakExceededError",
     "PlacementError",
     "PlotError",
@@ -76,6 +86,8 @@ __all__ = [
     "TensorEntry",
     "UnsupportedError",
     "__version__",
+    "check",
+    "convert",
     "inspect",
     "load",
     "measure",

@@ -11,9 +11,13 @@ from typing import Any
 
 from .._collector import paused_collector
 from ..errors import CheckpointError
-from .records import Checkpoint, Shard, TensorEntry
+from .records import Checkpoint, Shard, TensorEntry, stored_bytes
 from .safetensors import MAX_HEADER, decode_json, read_shard, short
 from .source import Source, resolve
+
+# In an index that lowmem wrote: name that is left out → name under which its bytes are stored. For people and other
+# programs: the headers say it too, and are believed.
+SHARED = "lowmem_shared"
 
 
 def inspect(source: str | os.PathLike[str]) -> Checkpoint:
@@ -84,7 +88,27 @@ def _read_all(files: Iterable[Path]) -> tuple[list[Shard], dict[str, TensorEntry
                 "remove the shard that does not belong, or download both again"
             )
         entries.update(found)
-    return shards, entries
+    return shards, _with_shared(shards, entries)
+
+
+def _with_shared(shards: list[Shard], entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """With the names that share the bytes of another, each behind the one that is stored.
+
+    `safetensors.torch.save_model` (safetensors/torch.py) records them in the header: left out → stored. Only where
+    the second is a tensor of that file and the first is no tensor at all; metadata may hold anything.
+    """
+    sharing: dict[str, list[str]] = {}
+    for shard in shards:
+        for name, stored in shard.metadata.items():
+            if name not in entries and stored in entries and entries[stored].file is shard.file:
+                sharing.setdefault(stored, []).append(name)
+    if not sharing:
+        return entries
+    joined: dict[str, TensorEntry] = {}
+    for key, entry in entries.items():
+        joined[key] = entry
+        joined.update((name, replace(entry, key=name)) for name in sharing.get(key, ()))
+    return joined
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], Any]:
@@ -168,7 +192,11 @@ def _check_keys(
             raise CheckpointError(
                 f"{index}: tensor {key!r}: expected in {name}, found in {entry.file.name}; bring the matching index"
             )
-    return [] if len(entries) == len(weight_map) else [key for key in entries if key not in weight_map]
+    if len(entries) == len(weight_map):
+        return []
+    listed = {(entries[key].file, entries[key].offset) for key in weight_map}
+    # A name that shares the bytes of another is not in a weight_map.
+    return [key for key, e in entries.items() if key not in weight_map and (e.file, e.offset) not in listed]
 
 
 def _oddities(
@@ -178,7 +206,7 @@ def _oddities(
     odd = []
     if unlisted:
         odd.append(f"{len(unlisted)} tensors are in the shards but not in the index ({unlisted[0]}, …); they are used")
-    size = sum(entry.nbytes for entry in entries.values())
+    size = stored_bytes(entries.values())
     if isinstance(total_size, int | float) and total_size != size:
         odd.append(f"the index claims {short(total_size)} bytes, the shards hold {size}; the shards were believed")
     named = {file.name for file in files.values()}
