@@ -27,11 +27,11 @@ from ..planner.records import OffloadFile
 from .cleanup import undisturbed
 from .locks import hold
 from .offload_writer import sync
-from .shard_writer import Piece, ShardFile, find_difference
+from .read_back import Piece, find_difference
+from .shard_writer import ShardFile
 
 HIDDEN = ".lowmem-convert"
 _STATE = "state.json"
-_BUFFER = 2 * 1024 * 1024
 
 
 class ConversionFolder:
@@ -116,8 +116,7 @@ class ConversionFolder:
                     return False
                 if opened.read(len(file.head)) != file.head:
                     return False
-                buffer = memoryview(bytearray(_BUFFER if verify else 0))
-                return not verify or find_difference(path, opened.fileno(), pieces, buffer) is None
+            return not verify or find_difference(path, pieces) is None
         except (OSError, KeyError, TypeError, ValueError):
             return False
 

@@ -7,13 +7,9 @@ from __future__ import annotations
 import io
 import os
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from .._page_cache import give_back
 from ..errors import OutputError
@@ -25,42 +21,12 @@ from .crew import Crew
 from .destinations import FileDestination, Scratch, write_at
 from .feed import Feed
 from .offload_writer import reserve
+from .read_back import Piece, ReadBack, checksum
 
 # Bytes that are brought to the disk at once: less is more flushes of the disk, more leaves it idle at the beginning.
 _BATCH = 128 * MIB
-_BUFFER = 2 * MIB
 # Written while the one before is still on its way to the disk.
 _MOST_OPEN = 2
-_BLOCK = 4096
-
-
-class Piece(NamedTuple):
-    """A range of a file that was written at once.
-
-    Attributes:
-        offset: in the file.
-        nbytes: its length.
-        checksum: of the bytes that were to be written.
-        tensor: whose they are; empty for the header.
-    """
-
-    offset: int
-    nbytes: int
-    checksum: int
-    tensor: str
-
-
-def checksum(view: memoryview, before: int = 0) -> int:
-    """CRC-32 of the sums of all blocks of 4 KiB, and of what is behind the last whole one.
-
-    A wrong, missing, stale or misplaced block changes it. Several times as fast as a CRC of all bytes, which would take
-    longer than copying them. `before` is the checksum of what lies in front, which must be whole blocks.
-    """
-    whole = len(view) // _BLOCK * _BLOCK
-    if whole:
-        words = np.frombuffer(view[:whole], dtype=np.uint64).reshape(-1, _BLOCK // 8)
-        before = zlib.crc32(words.sum(axis=1, dtype=np.uint64), before)
-    return zlib.crc32(view[whole:], before)
 
 
 class ShardFile:
@@ -168,52 +134,6 @@ def settle(fd: int, size: int) -> None:
     give_back(fd, 0, size)
 
 
-def find_difference(path: Path, fd: int, pieces: Iterable[Piece], buffer: memoryview) -> str | None:
-    """Read pieces back: what differs from what was written, in words, or None.
-
-    Args:
-        path: of the file, for the words.
-        fd: the open file.
-        pieces: what was written.
-        buffer: what they are read into; whole blocks.
-    """
-    for piece in pieces:
-        found = done = 0
-        while done < piece.nbytes:
-            view = buffer[: piece.nbytes - done]
-            if not _fill(fd, view, piece.offset + done):
-                return f"{path}: ended before byte {piece.offset + piece.nbytes}"
-            found = checksum(view, found)
-            done += len(view)
-        if found != piece.checksum:
-            whose = f"tensor {piece.tensor!r}" if piece.tensor else "the header"
-            return (
-                f"{path}: {whose}: {piece.nbytes} bytes at byte {piece.offset} differ from what was written: expected "
-                f"checksum {piece.checksum:08x}, found {found:08x}"
-            )
-    return None
-
-
-def _fill(fd: int, view: memoryview, offset: int) -> bool:
-    done = 0
-    while done < len(view):
-        got = read_at(fd, view[done:], offset + done)
-        if not got:
-            return False
-        done += got
-    return True
-
-
-def read_at(fd: int, view: memoryview, offset: int) -> int:
-    """Read into `view` from byte `offset` on; gives how many bytes that were."""
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [view], offset)
-    # No positional read (Windows).
-    with io.FileIO(fd, closefd=False) as file:
-        file.seek(offset)
-        return file.readinto(view) or 0
-
-
 class Sealer:
     """Brings files to the disk and reads them back, in a thread of its own, while others are written.
 
@@ -286,16 +206,22 @@ class Sealer:
             raise self._error
 
     def _work(self) -> None:
+        audit = ReadBack() if self._verify else None
         try:
-            buffer = memoryview(bytearray(_BUFFER)) if self._verify else memoryview(b"")
             while (shard := self._next()) is not None:
-                self._bring(shard, buffer)
+                self._bring(shard, audit)
         except OSError as error:
             path = self._shards[0].path
-            self._error = OutputError(f"{path}: cannot be brought to the disk: {error.strerror or error}; free some")
+            self._error = OutputError(
+                f"{path}: cannot be brought to the disk: {error.strerror or error}; make room, or convert into a "
+                "folder on another disk"
+            )
             self._error.__cause__ = error
         except BaseException as error:  # handed to the caller's thread, which raises it
             self._error = error
+        finally:
+            if audit is not None:
+                audit.end()
         with self._turn:
             self._turn.notify_all()
 
@@ -309,20 +235,18 @@ class Sealer:
                 self._turn.wait()
         return None
 
-    def _bring(self, shard: ShardFile, buffer: memoryview) -> None:
+    def _bring(self, shard: ShardFile, audit: ReadBack | None) -> None:
         # In this order: what is written after the look is for the next time.
         is_written = shard.is_written
         pieces = sorted(shard.pieces.popleft() for _ in range(len(shard.pieces)))
         settle(shard.fd, shard.file.size)
-        for begin in range(0, len(pieces) if self._verify else 0, 16):
-            if self._stopped:
-                return
-            problem = find_difference(shard.path, shard.fd, pieces[begin : begin + 16], buffer)
-            if problem is not None:
-                raise OutputError(f"{problem}; the disk or the memory of this machine is not to be trusted")
-        give_back(shard.fd, 0, shard.file.size)
         shard.settled += pieces
+        if audit is not None:
+            audit.look()
+            audit.begin(shard.path, pieces, direct=is_written)
         if is_written:
+            if audit is not None:
+                audit.finish()
             self._seal(shard)
             with self._turn:
                 self._shards.popleft()
