@@ -21,6 +21,7 @@ from .errors import (
     OffloadError,
     OptionError,
     OutOfMemoryError,
+    OutputError,
     PeakExceededError,
     PlacementError,
     PlotError,
@@ -29,8 +30,10 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .checker import CheckReport, check
     from .checkpoint import Checkpoint, TensorEntry, inspect
     from .checkpoint.schemes import register_scheme
+    from .converter import ConvertReport, convert
     from .loader import LoadResult, diff, load, plan
     from .mapping import KeyDiff
     from .memory import Measurement, measure
@@ -41,12 +44,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CheckReport": "checker",
+    "check": "checker",
     "Checkpoint": "checkpoint",
     "TensorEntry": "checkpoint",
     "inspect": "checkpoint",
     "register_scheme": "checkpoint.schemes",
     "diff": "loader",
     "KeyDiff": "mapping",
+    "ConvertReport": "converter",
+    "convert": "converter",
     "LoadResult": "loader",
     "load": "loader",
     "plan": "loader",
@@ -60,8 +67,10 @@ _HOMES = {
 
 __all__ = [
     "BudgetError",
+    "CheckReport",
     "Checkpoint",
     "CheckpointError",
+    "ConvertReport",
     "KeyDiff",
     "KeysError",
     "LoadPlan",
@@ -74,6 +83,7 @@ __all__ = [
     "OffloadError",
     "OptionError",
     "OutOfMemoryError",
+    "OutputError",
     "PeakExceededError",
     "PlacementError",
     "PlotError",
@@ -82,6 +92,8 @@ __all__ = [
     "TensorEntry",
     "UnsupportedError",
     "__version__",
+    "check",
+    "convert",
     "diff",
     "inspect",
     "load",

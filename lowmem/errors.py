@@ -10,6 +10,7 @@
     ├── PlacementError       a device map that is incomplete, unknown or impossible
     ├── BudgetError          the plan needs more memory than it may use
     ├── OffloadError         the offload folder cannot be written or trusted
+    ├── OutputError          the result of a conversion cannot be written, or is not what was written
     ├── OptionError          an argument has a value that means nothing
     ├── MeasureError         memory could not be measured
     ├── PlotError            a picture cannot be drawn here or cannot be written
@@ -69,6 +70,10 @@ class BudgetError(LowmemError):
 
 class OffloadError(LowmemError):
     """The offload folder cannot be written, or what is in it cannot be trusted."""
+
+
+class OutputError(LowmemError):
+    """The folder of a conversion cannot be written, is in use, or does not hold what was written."""
 
 
 class OptionError(LowmemError, ValueError):

@@ -42,6 +42,8 @@ ORDER = [
     "report",
     "loader",
     "streaming",
+    "converter",
+    "checker",
     "synthetic",
     "demo",
     "_terminal",

@@ -11,9 +11,13 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .folder import is_weights
-from .records import TensorEntry
+from .records import TensorEntry, stored_bytes
 from .safetensors import MAX_HEADER, decode_json, short
 from .source import Source
+
+# In an index that lowmem wrote: name that is left out → name under which its bytes are stored. For people and other
+# programs: the headers say it too, and are believed.
+SHARED = "lowmem_shared"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,11 @@ def check_keys(listing: Listing, entries: Mapping[str, TensorEntry], unreadable:
                 "bring the matching index"
             )
     listed = listing.weight_map
-    return [] if len(entries) == len(listed) else [key for key in entries if key not in listed]
+    if len(entries) == len(listed):
+        return []
+    places = {(id(entries[key].file), entries[key].offset) for key in listed if key in entries}
+    # A name that shares the bytes of another need not be in a weight_map.
+    return [key for key, e in entries.items() if key not in listed and (id(e.file), e.offset) not in places]
 
 
 def oddities(found: Source, listing: Listing, entries: Mapping[str, TensorEntry], unlisted: Sequence[str]) -> list[str]:
@@ -147,8 +155,7 @@ def oddities(found: Source, listing: Listing, entries: Mapping[str, TensorEntry]
     if unlisted:
         odd.append(f"{len(unlisted)} tensors are in the shards but not in the index ({unlisted[0]}, …); they are used")
     # A tensor that is there under two names may have been counted once or twice.
-    places = {(id(entry.file), entry.offset, entry.nbytes): entry.nbytes for entry in entries.values()}
-    sizes = sum(places.values()), sum(entry.nbytes for entry in entries.values())
+    sizes = stored_bytes(entries.values()), sum(entry.nbytes for entry in entries.values())
     if isinstance(listing.total_size, int | float) and listing.total_size not in sizes:
         odd.append(
             f"the index claims {short(listing.total_size)} bytes, the shards hold {sizes[0]}; the shards were believed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +96,11 @@ class Shard:
     metadata: Mapping[str, str]
     container: Container = "safetensors"
     packed: tuple[Packed, ...] = ()
+
+
+def stored_bytes(entries: Iterable[TensorEntry]) -> int:
+    """Bytes of the entries' ranges; a range that several share is counted once."""
+    return sum({(id(entry.file), entry.offset, entry.nbytes): entry.nbytes for entry in entries}.values())
 
 
 @cheap_init
@@ -197,16 +202,15 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors; what is there under several names is counted once."""
-        return sum({(id(e.file), e.offset, e.nbytes): e.nbytes for e in self.entries.values()}.values())
+        """Bytes of all tensors; what several share is counted once."""
+        return stored_bytes(self.entries.values())
 
     def dtypes(self) -> dict[str, tuple[int, int]]:
         """dtype → (tensors, bytes)."""
-        table: dict[str, tuple[int, int]] = {}
+        held: dict[str, list[TensorEntry]] = {}
         for entry in self.entries.values():
-            count, size = table.get(entry.dtype, (0, 0))
-            table[entry.dtype] = (count + 1, size + entry.nbytes)
-        return table
+            held.setdefault(entry.dtype, []).append(entry)
+        return {dtype: (len(entries), stored_bytes(entries)) for dtype, entries in held.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, as `lowmem inspect --json` prints it."""

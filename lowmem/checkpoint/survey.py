@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .._collector import paused_collector
@@ -132,7 +132,7 @@ def survey(source: str | os.PathLike[str], *, download: bool = False) -> Survey:
             shard, held = read_shard(file)
             shards.append(shard)
             _add(entries, held, file)
-        return Survey(found, listing, tuple(shards), entries)
+        return Survey(found, listing, tuple(shards), _with_shared(shards, entries))
 
 
 def inspect(
@@ -167,6 +167,26 @@ def _told(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
     beside = [c for c in candidates if c.path and "." not in c.path and c.path != chosen.path.partition(".")[0]]
     others = f"; beside it: {', '.join(repr(c.path) for c in beside[:6])}{', …' if len(beside) > 6 else ''}"
     return [f"{chosen.path!r} was opened: {len(chosen.leaves)} tensors{others if beside else ''}"]
+
+
+def _with_shared(shards: Sequence[Shard], entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """With the names that share the bytes of another, each behind the one that is stored.
+
+    `safetensors.torch.save_model` (safetensors/torch.py) records them in the header: left out → stored. Only where
+    the second is a tensor of that file and the first is no tensor at all; metadata may hold anything.
+    """
+    sharing: dict[str, list[str]] = {}
+    for shard in shards:
+        for name, stored in shard.metadata.items():
+            if name not in entries and stored in entries and entries[stored].file is shard.file:
+                sharing.setdefault(stored, []).append(name)
+    if not sharing:
+        return entries
+    joined: dict[str, TensorEntry] = {}
+    for key, entry in entries.items():
+        joined[key] = entry
+        joined.update((name, replace(entry, key=name)) for name in sharing.get(key, ()))
+    return joined
 
 
 def _add(entries: dict[str, TensorEntry], held: Iterable[TensorEntry], file: Path) -> None:

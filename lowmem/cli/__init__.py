@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from .. import __version__
 from .._terminal import give_up, mend_streams, output, say
 from ..errors import LowmemError, OptionError
-from . import loading, measuring
+from . import converting, loading, measuring
 from .parser import EPILOG, FAILED, INTERRUPTED, MISUSED, Parser
 
 
@@ -60,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     loading.add_diff(verbs)
     loading.add_plan(verbs)
     loading.add_load(verbs)
+    converting.add_convert(verbs)
+    converting.add_check(verbs)
     measuring.add_measure(verbs)
     measuring.add_demo(verbs)
     return parser

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ..checkpoint import Shard
 from ..errors import CheckpointError
@@ -13,13 +14,19 @@ from ..planner import LoadPlan, Placement
 from ..planner.moves import Read
 from ..planner.records import may_read_directly
 from .destinations import Destination, MemoryDestination
-from .offload_writer import OffloadWriter
 from .reading import ShardReader
 from .ways import Ways
 
 _LEAST_RUN = 64 * 1024
 
 ShardCallback = Callable[[Path], None]
+
+
+class Writer(Protocol):
+    """Gives what is to be on disk its place in a file."""
+
+    def destination(self, placement: Placement) -> Destination:
+        """The range that belongs to `placement`."""
 
 
 @dataclass(eq=False, slots=True)
@@ -39,7 +46,7 @@ class Feed:
 
     Args:
         plan: what is read.
-        writer: the offload folder, when the plan writes one.
+        writer: the files, when the plan writes some.
         window: bytes of tensors that may be begun and not yet handed over, or None for no bound. One tensor may
             always be begun, however large.
         on_shard: called with each shard when it is opened.
@@ -48,7 +55,7 @@ class Feed:
     def __init__(
         self,
         plan: LoadPlan,
-        writer: OffloadWriter | None = None,
+        writer: Writer | None = None,
         window: int | None = None,
         on_shard: ShardCallback | None = None,
     ) -> None:

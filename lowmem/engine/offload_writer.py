@@ -53,7 +53,7 @@ class OffloadWriter:
             path = self._folder / file.name
             try:
                 open_into(self._fds, path, _NEW, 0o644)
-                _reserve(self._fds[-1], file.size)
+                reserve(self._fds[-1], file.size)
                 write_at(self._fds[-1], memoryview(file.head), 0)
             except OSError as error:
                 few = error.errno in (errno.EMFILE, errno.ENFILE)
@@ -146,11 +146,11 @@ def settle(plan: OffloadPlan) -> None:
         if table["boot"] is None or time.time() - index.stat().st_mtime < _WRITTEN_BACK:
             return
         for file in plan.files:
-            _sync(plan.folder / file.name)
+            sync(plan.folder / file.name)
         mended = plan.folder / f".{INDEX}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
             mended.write_text(json.dumps({**table, "boot": None}, indent=1), encoding="utf-8")
-            _sync(mended)
+            sync(mended)
             mended.replace(index)
         finally:
             mended.unlink(missing_ok=True)
@@ -159,7 +159,8 @@ def settle(plan: OffloadPlan) -> None:
             raise OffloadError(f"{plan.folder}: the disk lost some of it ({error.strerror}); remove it") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
     fds: list[int] = []
     try:
         open_into(fds, path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -185,8 +186,8 @@ def _check_free(root: Path, size: int) -> None:
         )
 
 
-def _reserve(fd: int, size: int) -> None:
-    """Its final size and, where the file system can, its blocks: a full disk shows now and not in the middle."""
+def reserve(fd: int, size: int) -> None:
+    """Give a file its final size and, where the file system can, its blocks: so a full disk shows now and not later."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)

@@ -1,0 +1,112 @@
+"""The verbs that write a checkpoint anew, and look whether one is whole."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .._terminal import print_json, progress_bar, show, warn
+from ..errors import OptionError
+from ..sizes import format_size, shown
+from .options import split
+from .parser import FAILED, FINE, verb
+
+
+def add_convert(verbs: Any) -> None:
+    """`lowmem convert`."""
+    parser = verb(verbs, "convert", "write a checkpoint as sharded safetensors, in bounded memory; goes on", _convert)
+    add = parser.add_argument
+    add("source", metavar="SRC", help="folder, index file or .safetensors file")
+    add("out", metavar="OUT", help="folder: empty, not there yet, or with an unfinished run of this conversion")
+    add("--dtype", default="auto", help="auto (the checkpoint's, default), float32, bfloat16, float16, ...")
+    add("--max-shard-size", metavar="SIZE", default="5GiB", help="bytes of tensors in one file (default 5GiB)")
+    add(
+        "--rename",
+        metavar="OLD=NEW",
+        action="append",
+        default=[],
+        help="regular expression and replacement; several are applied in order",
+    )
+    add("--prefix", metavar="MODULE", help="take only what is inside, without the prefix")
+    add("--only", metavar="NAMES", action="append", help="tensors, modules or patterns to take, a,b,...")
+    add("--skip", metavar="NAMES", action="append", default=[], help="tensors, modules or patterns to leave, a,b,...")
+    add("--staging", metavar="SIZE", help="bound on the readers' buffers, at least 1MiB")
+    add(
+        "--io", choices=("auto", "buffered", "direct", "mmap"), default="auto", help="how files are read (default auto)"
+    )
+    add("--keep-cache", action="store_true", help="leave in the page cache what was read")
+    add("--no-verify", dest="verify", action="store_false", help="do not read back what was written")
+
+
+def add_check(verbs: Any) -> None:
+    """`lowmem check`."""
+    parser = verb(verbs, "check", "check headers, index, sizes, and hashes where some are known", _check)
+    add = parser.add_argument
+    add("source", metavar="SRC", help="folder, index file or .safetensors file")
+    add("--manifest", metavar="FILE", help="SHA-256 of the files, as sha256sum writes it, names relative to SRC")
+    add("--write-manifest", metavar="FILE", help="write one, of all files")
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from ..converter import convert
+
+    with progress_bar() as progress:
+        report = convert(
+            arguments.source,
+            arguments.out,
+            dtype=arguments.dtype,
+            max_shard_size=arguments.max_shard_size,
+            rename=[_rule(text) for text in arguments.rename],
+            prefix=arguments.prefix,
+            only=None if arguments.only is None else split(arguments.only),
+            skip=split(arguments.skip),
+            staging=arguments.staging,
+            io=arguments.io,
+            keep_cache=arguments.keep_cache,
+            verify=arguments.verify,
+            progress=progress,
+        )
+    warn(report.warnings)
+    if arguments.json:
+        print_json(report.to_dict())
+        return FINE
+    from ..report import plain
+
+    lines = [
+        f"{len(report.files)} files, {report.tensors} tensors, {format_size(sum(report.files.values()))} in "
+        f"{report.seconds:.2f} s, {'read back' if report.verified else 'not read back'}: {report.folder}"
+    ]
+    if report.kept:
+        lines.append(f"kept from an earlier run: {', '.join(report.kept)}")
+    if report.shared:
+        lines.append(f"stored once: {', '.join(f'{name} as {kept}' for name, kept in report.shared.items())}")
+    if report.copied:
+        lines.append(f"copied: {', '.join(report.copied)}")
+    show(*map(plain, lines))
+    return FINE
+
+
+def _rule(text: str) -> dict[str, str]:
+    old, equals, new = text.partition("=")
+    if not equals or not old:
+        raise OptionError(f"--rename: expected OLD=NEW, found {shown(text)}")
+    return {old: new}
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from ..checker import check
+
+    with progress_bar() as progress:
+        report = check(arguments.source, arguments.manifest, arguments.write_manifest, progress=progress)
+    warn(report.warnings)
+    code = FINE if report.is_fine else FAILED
+    if arguments.json:
+        print_json(report.to_dict())
+        return code
+    from ..report import plain
+
+    verdict = "fine" if report.is_fine else f"{len(report.problems)} problems"
+    read = f"{len(report.verified)} verified by hash ({format_size(report.hashed)} read)"
+    show(*(plain(str(problem)) for problem in report.problems))
+    show(plain(f"{verdict}: {len(report.files)} files, {read}, {report.seconds:.2f} s"))
+    return code

@@ -1,0 +1,316 @@
+"""Any checkpoint into sharded safetensors: moves of the engine into files, in bounded memory, resumable, verified."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ._collector import paused_collector
+from .checkpoint import Checkpoint, inspect
+from .dtypes import parse_dtype
+from .engine import undisturbed
+from .engine.conversion_folder import ConversionFolder
+from .engine.shard_writer import Sealer, ShardFile, write_shard
+from .errors import OptionError
+from .mapping.records import KeyRules
+from .planner import Progress, ProgressCallback
+from .planner.convert import INDEX, ConvertPlan, ConvertRequest, make_convert_plan
+from .planner.request import checks_names, flag, names_of, parse_folder, parse_io, parse_staging
+from .sizes import parse_size, shown
+
+Names = str | Iterable[str] | Callable[[str], bool]
+Rename = Mapping[str, str] | Callable[[str], str]
+
+# What transformers and tokenizers write beside weights, and read again; never weights or an optimizer's state.
+_BESIDE = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "feature_extractor_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "normalizer.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model*",
+    "vocab*.json",
+    "vocab*.txt",
+    "vocab.bpe",
+    "merges*.txt",
+    "*.spm",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+    "*.jinja",
+)
+_CONFIG = "config.json"
+_PROGRESS_EVERY = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class ConvertReport:
+    """What a conversion made.
+
+    Attributes:
+        source: as the user gave it.
+        folder: where the result lies.
+        files: name → bytes of each weight file.
+        kept: those of them that an earlier run had finished.
+        copied: small files that came along.
+        tensors: how many are stored.
+        shared: name that is left out → name under which its bytes are stored.
+        bytes_read: tensor bytes that this run read.
+        bytes_written: bytes of weight files that this run wrote.
+        verified: whether what was written was read back.
+        seconds: of everything.
+        warnings: what was odd in the source and what was believed.
+    """
+
+    source: str
+    folder: Path
+    files: Mapping[str, int]
+    kept: tuple[str, ...]
+    copied: tuple[str, ...]
+    tensors: int
+    shared: Mapping[str, str] = field(repr=False)
+    bytes_read: int
+    bytes_written: int
+    verified: bool
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, as `lowmem convert --json` prints it. Sizes in bytes."""
+        table = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {
+            **table,
+            "folder": os.fspath(self.folder),
+            "files": dict(self.files),
+            "shared": dict(self.shared),
+            **{name: list(table[name]) for name in ("kept", "copied", "warnings")},
+        }
+
+
+@checks_names
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: Any = "auto",
+    max_shard_size: int | str = "5GiB",
+    rename: Rename | Iterable[Rename] | None = None,
+    prefix: str | None = None,
+    only: Names | None = None,
+    skip: Names = (),
+    staging: int | str | None = None,
+    io: str = "auto",
+    keep_cache: bool = False,
+    verify: bool = True,
+    progress: ProgressCallback | None = None,
+) -> ConvertReport:
+    """Write a checkpoint as safetensors: one file, or shards with an index, as `save_pretrained` lays them out.
+
+    Memory is `staging`, whatever the size of tensors and shards. Tensors that are one range of the source are stored
+    once; headers and index say which names were left out. A run that was ended leaves nothing that looks finished, and
+    the next with the same source and options goes on behind the last whole file. The config, the tokenizer's files and
+    others like them come along; in `config.json` the dtype is the one that was asked for.
+
+    Args:
+        source: a folder, an index file or a `.safetensors` file.
+        out: a folder that is empty, not there yet, or holds an unfinished run of this conversion.
+        dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only.
+        max_shard_size: bytes of tensors in one file; a larger tensor has a file of its own.
+        rename: regular expression → replacement, or a function of the key, or several of them, in this order.
+        prefix: take only what is inside this module, and leave the prefix off.
+        only: the tensors to take: names of tensors or modules, patterns with `*`, or a function of the key.
+        skip: those to leave, likewise.
+        staging: bound on the readers' buffers, at least 1 MiB. Default: what they can use, at most 64 MiB.
+        io: how files are read, as in `load`.
+        keep_cache: leave in the page cache what was read and was not there before.
+        verify: read back from the disk what was written, and compare checksums.
+        progress: called with a `Progress` from the calling thread, in bytes of the source.
+
+    Returns:
+        What was made.
+
+    Raises:
+        OutputError: the folder holds something else, cannot be written, or does not hold what was written.
+        LowmemError: see `lowmem.errors`.
+    """
+    started = time.perf_counter()
+    request = ConvertRequest(
+        dtype=parse_dtype(dtype),
+        max_shard_size=parse_size(max_shard_size, "max_shard_size"),
+        rules=_parse_rules(rename, prefix, only, skip),
+        staging=parse_staging(staging),
+        io=parse_io(io),
+        keep_cache=flag(keep_cache, "keep_cache"),
+    )
+    verify = flag(verify, "verify")
+    folder = parse_folder(out, "out")
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
+    with paused_collector():
+        checkpoint = inspect(source)
+        plan = make_convert_plan(checkpoint, folder, request)
+    beside = _beside(checkpoint)
+    last = _last(checkpoint, plan)
+    result = ConversionFolder(plan, beside, last)
+    with result.open():
+        kept = {file.name for file in plan.files if result.is_whole(file, verify=verify)}
+        _write(plan, kept, result, verify, progress)
+        result.publish()
+    fresh = [n for n, file in enumerate(plan.files) if file.name not in kept]
+    return ConvertReport(
+        source=checkpoint.source,
+        folder=folder,
+        files={file.name: file.size for file in plan.files},
+        kept=tuple(sorted(kept)),
+        copied=(*(path.name for path in beside), *(name for name in last if name == _CONFIG)),
+        tensors=plan.tensors,
+        shared=plan.shared,
+        bytes_read=sum(plan.shards[n].bytes_read for n in fresh),
+        bytes_written=sum(plan.files[n].size for n in fresh),
+        verified=verify,
+        seconds=time.perf_counter() - started,
+        warnings=checkpoint.warnings,
+    )
+
+
+def _write(
+    plan: ConvertPlan, kept: set[str], result: ConversionFolder, verify: bool, progress: ProgressCallback | None
+) -> None:
+    """Every file that is not whole yet, through one sealer."""
+    meter = _Meter(plan.bytes_read, progress)
+    sealer = Sealer(verify=verify, seal=result.seal)
+    try:
+        for shard, file in zip(plan.shards, plan.files, strict=True):
+            meter.file = file.name
+            if file.name in kept:
+                meter.kept(shard.bytes_read)
+            else:
+                write_shard(shard, ShardFile(file, result.hidden), sealer, meter.moved)
+        sealer.finish()
+        meter.finish()
+    finally:
+        undisturbed(sealer.end)
+
+
+class _Meter:
+    """Tells the caller how far it is; `file` is the one that is written."""
+
+    def __init__(self, total: int, progress: ProgressCallback | None) -> None:
+        self.file = ""
+        self._total = total
+        self._progress = progress
+        self._done = self._moved = 0
+        self._started = time.monotonic()
+        self._reported = 0.0
+
+    def kept(self, nbytes: int) -> None:
+        """Done by an earlier run."""
+        self._done += nbytes
+
+    def moved(self, nbytes: int) -> None:
+        """Done now."""
+        self._done += nbytes
+        self._moved += nbytes
+        # The last word is for when everything is on the disk.
+        if time.monotonic() - self._reported >= _PROGRESS_EVERY and self._done < self._total:
+            self._report()
+
+    def finish(self) -> None:
+        """All is done."""
+        self._done = self._total
+        self._report()
+
+    def _report(self) -> None:
+        if self._progress is None:
+            return
+        self._reported = time.monotonic()
+        rate = self._moved / max(self._reported - self._started, 1e-9)
+        left = (self._total - self._done) / rate if rate else None
+        self._progress(Progress(self._done, self._total, rate, left, self.file))
+
+
+def _beside(checkpoint: Checkpoint) -> list[Path]:
+    """The small files that belong to the model; its own Python files only where its config names them."""
+    patterns = [*_BESIDE, *(["*.py"] if _has_code(checkpoint) else [])]
+    found = {path for pattern in patterns for path in checkpoint.folder.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def _has_code(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config is not None and any(
+        "auto_map" in _read_table(path) for path in (checkpoint.config, checkpoint.folder / "tokenizer_config.json")
+    )
+
+
+def _last(checkpoint: Checkpoint, plan: ConvertPlan) -> dict[str, bytes]:
+    """The index and the config, in this order."""
+    last = {}
+    index = plan.index()
+    if index is not None:
+        # As save_pretrained of transformers writes it (modeling_utils.py).
+        last[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    if checkpoint.config is not None:
+        text = checkpoint.config.read_bytes()
+        table = _read_table(checkpoint.config)
+        stated = [name for name in ("dtype", "torch_dtype") if isinstance(table.get(name), str)]
+        if plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated):
+            # transformers would load the weights in the dtype that they no longer have.
+            table.update(dict.fromkeys(stated, plan.dtype))
+            text = (json.dumps(table, indent=2) + "\n").encode()
+        last[_CONFIG] = text
+    return last
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        table = json.loads(path.read_bytes())
+        if isinstance(table, dict):
+            return table
+    return {}
+
+
+def _parse_rules(
+    rename: Rename | Iterable[Rename] | None, prefix: str | None, only: Names | None, skip: Names
+) -> KeyRules:
+    """What the user said about keys.
+
+    Raises:
+        OptionError: a value that means nothing.
+    """
+    if prefix is not None and (not isinstance(prefix, str) or not prefix):
+        raise OptionError(f"prefix: expected the name of a module, found {shown(prefix)}")
+    steps: list[tuple[re.Pattern[str], str] | Callable[[str], str]] = []
+    rules: Iterable[Any] = () if rename is None else (rename,) if isinstance(rename, Mapping) else rename  # type: ignore[assignment]
+    for rule in (rules,) if callable(rules) else rules:
+        if callable(rule):
+            steps.append(rule)
+            continue
+        if not isinstance(rule, Mapping):
+            raise OptionError(f"rename: expected regular expression → replacement or a function, found {shown(rule)}")
+        for pattern, replacement in rule.items():
+            try:
+                steps.append((re.compile(pattern), str(replacement)))
+            except (re.error, TypeError) as error:
+                raise OptionError(f"rename: expected a regular expression, found {shown(pattern)}: {error}") from error
+    return KeyRules(
+        prefix=prefix,
+        only=only if only is None or callable(only) else names_of(only, "only"),
+        skip=skip if callable(skip) else names_of(skip, "skip"),
+        rename=tuple(steps),
+    )
+
+
+__all__ = ["ConvertReport", "convert"]

@@ -1,0 +1,193 @@
+"""The folder of a conversion: what is whole waits in a hidden folder, until all is and gets its name at once.
+
+    OUT/.lowmem-convert/state.json                                what is being made, so that a second run can go on
+    OUT/.lowmem-convert/model-00001-of-00003.safetensors          whole: on the disk and read back
+    OUT/.lowmem-convert/model-00001-of-00003.safetensors.json     says so, with the checksums of its pieces
+    OUT/.lowmem-convert/model-00002-of-00003.safetensors.partial  being written
+
+Weights get their names when all are whole, then the index, and `config.json` last: until then nothing in OUT looks
+like a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError
+from ..planner.convert import FORMAT, ConvertPlan
+from ..planner.records import OffloadFile
+from .cleanup import undisturbed
+from .locks import hold
+from .offload_writer import sync
+from .read_back import Piece, find_difference
+from .shard_writer import ShardFile
+
+HIDDEN = ".lowmem-convert"
+_STATE = "state.json"
+
+
+class ConversionFolder:
+    """Where a conversion is written.
+
+    Args:
+        plan: what is made.
+        beside: small files that come along as they are.
+        last: name → content of those that make it a model: the index, and `config.json` as the last.
+    """
+
+    def __init__(self, plan: ConvertPlan, beside: Iterable[Path], last: Mapping[str, bytes]) -> None:
+        self._plan = plan
+        self._beside = tuple(beside)
+        self._last = last
+        self.out = plan.folder
+        self.hidden = plan.folder / HIDDEN
+        self._made = False
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the folder, or take up what another run has left of the same conversion; nobody else may meanwhile.
+
+        What is not needed to go on is gone afterwards, however the block ends.
+
+        Raises:
+            OutputError: it holds something else, another run is writing there, or it cannot be written.
+        """
+        try:
+            self._made = not self.out.exists()
+            self.out.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                self._take_up()
+                try:
+                    yield
+                finally:
+                    undisturbed(self._clean)
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or self.out}: cannot be written: {error.strerror or error}; make room or check its "
+                "permissions, and run the conversion again: what is whole is kept"
+            ) from error
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with contextlib.ExitStack() as held:
+            try:
+                lock = hold(self.out)
+            except BlockingIOError:
+                raise OutputError(f"{self.out}: another conversion is writing there; wait for it, or end it") from None
+            if lock is not None:
+                held.callback(os.close, lock)
+            yield
+
+    def _take_up(self) -> None:
+        names = {entry.name for entry in self.out.iterdir()}
+        state = _read_json(self.hidden / _STATE)
+        ours = {HIDDEN, *(path.name for path in self._beside), *self._last, *(file.name for file in self._plan.files)}
+        if state.get("fingerprint") == self._plan.fingerprint and names <= ours:
+            return
+        if names - {HIDDEN} or state:
+            found = "an unfinished conversion of something else" if state else sorted(names - {HIDDEN})[0]
+            raise OutputError(
+                f"{self.out}: expected an empty folder, or what an earlier run of this conversion left; found {found}; "
+                "give another folder, or remove this one"
+            )
+        self.hidden.mkdir(exist_ok=True)
+        table = {"format": FORMAT, "fingerprint": self._plan.fingerprint, "source": self._plan.checkpoint.source}
+        self._write(_STATE, json.dumps(table, indent=1).encode())
+
+    def is_whole(self, file: OffloadFile, *, verify: bool) -> bool:
+        """Whether an earlier run has finished this file: its record, size, header and, with `verify`, every byte."""
+        record = _read_json(self.hidden / f"{file.name}.json")
+        path = self.hidden / file.name
+        if not path.exists():
+            path = self.out / file.name
+        try:
+            pieces = [Piece(offset, nbytes, found, "") for offset, nbytes, found in record["pieces"]]
+            with io.FileIO(path) as opened:
+                info = os.fstat(opened.fileno())
+                if (info.st_size, info.st_mtime_ns) != (file.size, record["mtime_ns"]):
+                    return False
+                if opened.read(len(file.head)) != file.head:
+                    return False
+            return not verify or find_difference(path, pieces) is None
+        except (OSError, KeyError, TypeError, ValueError):
+            return False
+
+    def seal(self, shard: ShardFile) -> None:
+        """A file is on the disk: give it its name in the hidden folder, and its record.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        mtime_ns = os.fstat(shard.fd).st_mtime_ns
+        shard.close()
+        shard.path.replace(self.hidden / shard.file.name)
+        pieces = [piece[:3] for piece in sorted(shard.settled)]
+        record = {"size": shard.file.size, "mtime_ns": mtime_ns, "pieces": pieces}
+        self._write(f"{shard.file.name}.json", json.dumps(record, separators=(",", ":")).encode())
+
+    def publish(self) -> None:
+        """All weights are whole: give everything its name.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        for path in self._beside:
+            with self._draft(path.name) as draft:
+                shutil.copyfile(path, draft)
+        for name, text in self._last.items():
+            self._write(name, text)
+        beside = [path.name for path in self._beside]
+        for name in (*beside, *(file.name for file in self._plan.files), *self._last):
+            # An earlier run may have come so far.
+            with contextlib.suppress(FileNotFoundError):
+                (self.hidden / name).replace(self.out / name)
+        _sync_folder(self.out)
+        for path in self.hidden.iterdir():
+            if path.name != _STATE:
+                path.unlink()
+        (self.hidden / _STATE).unlink()
+        self.hidden.rmdir()
+
+    def _write(self, name: str, text: bytes) -> None:
+        with self._draft(name) as draft:
+            draft.write_bytes(text)
+
+    @contextlib.contextmanager
+    def _draft(self, name: str) -> Iterator[Path]:
+        """A small file in the hidden folder: whole and on the disk, or not there."""
+        draft = self.hidden / f"{name}.draft"
+        yield draft
+        sync(draft)
+        draft.replace(self.hidden / name)
+        _sync_folder(self.hidden)
+
+    def _clean(self) -> None:
+        """Without a whole file there is nothing to go on with."""
+        if not self.hidden.is_dir() or any(self.hidden.glob("*.safetensors.json")):
+            return
+        for path in self.hidden.iterdir():
+            path.unlink()
+        self.hidden.rmdir()
+        if self._made and not any(self.out.iterdir()):
+            self.out.rmdir()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _sync_folder(path: Path) -> None:
+    if sys.platform != "win32":
+        sync(path)

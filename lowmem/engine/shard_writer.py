@@ -1,0 +1,286 @@
+"""Write the files of a conversion: the engine's moves go into them, and behind it one thread brings them to the disk
+and reads them back.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .._page_cache import give_back
+from ..errors import OutputError
+from ..planner import LoadPlan, Move, Placement
+from ..planner.records import OffloadFile
+from ..sizes import MIB, format_size
+from .cleanup import undisturbed
+from .crew import Crew
+from .destinations import FileDestination, Scratch, write_at
+from .feed import Feed
+from .offload_writer import reserve
+from .read_back import Piece, ReadBack, checksum
+
+# Bytes that are brought to the disk at once: less is more flushes of the disk, more leaves it idle at the beginning.
+_BATCH = 128 * MIB
+# Written while the one before is still on its way to the disk.
+_MOST_OPEN = 2
+
+
+class ShardFile:
+    """One file of the result while it is written, under a name that ends in `.partial`.
+
+    Args:
+        file: its name, first bytes and size.
+        folder: where it is written.
+    """
+
+    def __init__(self, file: OffloadFile, folder: Path) -> None:
+        self.file = file
+        self.path = folder / f"{file.name}.partial"
+        self.pieces: deque[Piece] = deque()
+        self.settled: list[Piece] = []
+        self.is_written = False
+        self._opened: io.FileIO | None = None
+
+    def open(self) -> None:
+        """Make it, at its final size, and write its header.
+
+        Raises:
+            OutputError: the disk is full, or the folder cannot be written.
+        """
+        try:
+            self.path.unlink(missing_ok=True)
+            self._opened = io.FileIO(self.path, "x+")
+            reserve(self._opened.fileno(), self.file.size)
+            self.write(memoryview(self.file.head), 0, "")
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot reserve {format_size(self.file.size)}: {error.strerror or error}; "
+                "make room, or convert into a folder on another disk"
+            ) from error
+
+    @property
+    def fd(self) -> int:
+        """Its descriptor while it is open."""
+        assert self._opened is not None
+        return self._opened.fileno()
+
+    def destination(self, placement: Placement) -> ShardDestination:
+        """The range that belongs to `placement`."""
+        return ShardDestination(placement, self)
+
+    def write(self, view: memoryview, offset: int, tensor: str) -> None:
+        """Write `view`, and remember what it was.
+
+        Raises:
+            OSError: the disk is full, or failed.
+        """
+        expected = checksum(view)
+        write_at(self.fd, view, offset)
+        self.pieces.append(Piece(offset, len(view), expected, tensor))
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._opened is not None:
+            self._opened.close()
+
+    def discard(self) -> None:
+        """Close and remove it; a second call does nothing."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+
+class ShardDestination(FileDestination):
+    """A range of a file; what needs no cast is written from where it was read to."""
+
+    def __init__(self, placement: Placement, shard: ShardFile) -> None:
+        super().__init__(placement, shard.fd, shard.file.spans[placement.target][0], os.fspath(shard.path))
+        entry = placement.links[0].entry
+        self._as_it_is = entry.is_plain and entry.dtype == placement.dtype
+        self._shard = shard
+        self._tensor = placement.target
+
+    def begin(self, move: Move, scratch: Scratch, at: int) -> memoryview:
+        """A place in the buffer."""
+        if not self._as_it_is:
+            return super().begin(move, scratch, at)
+        begin = scratch.place_of(move, at)
+        return scratch.memory[begin : begin + move.nbytes]
+
+    def end(self, move: Move, scratch: Scratch, at: int) -> None:
+        """Write from there, or cast and write."""
+        if not self._as_it_is:
+            super().end(move, scratch, at)
+            return
+        self._write(self.begin(move, scratch, at), self._offset + move.region.offset * self._dtype.itemsize)
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        try:
+            self._shard.write(view, offset, self._tensor)
+        except OSError as error:
+            raise OutputError(
+                f"{self._path}: tensor {self._tensor!r}: writing {len(view)} bytes at byte {offset} failed: "
+                f"{error.strerror or error}; make room, or convert into a folder on another disk"
+            ) from error
+
+
+def settle(fd: int, size: int) -> None:
+    """Wait until what was written is on the disk, and let go of its pages, so that the disk is asked for them."""
+    sync = getattr(os, "fdatasync", os.fsync)
+    sync(fd)
+    give_back(fd, 0, size)
+
+
+class Sealer:
+    """Brings files to the disk and reads them back, in a thread of its own, while others are written.
+
+    Args:
+        verify: read back what was written, from the disk.
+        seal: called with each file that is whole, in the sealer's thread.
+    """
+
+    def __init__(self, *, verify: bool, seal: Callable[[ShardFile], None]) -> None:
+        self._verify = verify
+        self._seal = seal
+        self._turn = threading.Condition()
+        self._shards: deque[ShardFile] = deque()
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name="lowmem-sealer", daemon=True)
+
+    def begin(self, shard: ShardFile) -> None:
+        """Another file; waits while too many are on their way to the disk.
+
+        Raises:
+            OutputError: it cannot be made, or one before it cannot be brought to the disk or differs.
+        """
+        self._wait(_MOST_OPEN - 1)
+        # Known before it is there, so that it is removed however this ends.
+        self._shards.append(shard)
+        shard.open()
+        if self._thread.ident is None:
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise OutputError(f"the system refused a thread ({error}); raise its limit (ulimit -u, -v)") from error
+
+    def look(self) -> None:
+        """There is more to bring to the disk, perhaps.
+
+        Raises:
+            OutputError: some of it cannot be brought there, or differs.
+        """
+        with self._turn:
+            self._raise()
+            self._turn.notify_all()
+
+    def finish(self) -> None:
+        """Wait until all files are whole.
+
+        Raises:
+            OutputError: one cannot be brought to the disk, or differs.
+        """
+        self._wait(0)
+
+    def end(self) -> None:
+        """End the thread and remove what is not whole. May be called again."""
+        self._stopped = True
+        with self._turn:
+            self._turn.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+        for shard in self._shards:
+            shard.discard()
+
+    def _wait(self, most: int) -> None:
+        with self._turn:
+            while len(self._shards) > most and self._error is None:
+                self._turn.wait()
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        audit = ReadBack() if self._verify else None
+        try:
+            while (shard := self._next()) is not None:
+                self._bring(shard, audit)
+        except OSError as error:
+            path = self._shards[0].path
+            self._error = OutputError(
+                f"{path}: cannot be brought to the disk: {error.strerror or error}; make room, or convert into a "
+                "folder on another disk"
+            )
+            self._error.__cause__ = error
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            self._error = error
+        finally:
+            if audit is not None:
+                audit.end()
+        with self._turn:
+            self._turn.notify_all()
+
+    def _next(self) -> ShardFile | None:
+        """The oldest file, when it is written or enough of it is; None when all is done."""
+        with self._turn:
+            while not self._stopped:
+                shard = self._shards[0] if self._shards else None
+                if shard is not None and (shard.is_written or _size_of(shard.pieces) >= _BATCH):
+                    return shard
+                self._turn.wait()
+        return None
+
+    def _bring(self, shard: ShardFile, audit: ReadBack | None) -> None:
+        # In this order: what is written after the look is for the next time.
+        is_written = shard.is_written
+        pieces = sorted(shard.pieces.popleft() for _ in range(len(shard.pieces)))
+        settle(shard.fd, shard.file.size)
+        shard.settled += pieces
+        if audit is not None:
+            audit.look()
+            audit.begin(shard.path, pieces, direct=is_written)
+        if is_written:
+            if audit is not None:
+                audit.finish()
+            self._seal(shard)
+            with self._turn:
+                self._shards.popleft()
+                self._turn.notify_all()
+
+
+def _size_of(pieces: Iterable[Piece]) -> int:
+    return sum(piece.nbytes for piece in tuple(pieces))
+
+
+def write_shard(plan: LoadPlan, shard: ShardFile, sealer: Sealer, moved: Callable[[int], None]) -> None:
+    """Run the moves of one file; the sealer makes it whole later.
+
+    Args:
+        plan: its moves.
+        shard: the file, not open yet.
+        sealer: takes it from here.
+        moved: called from the calling thread with bytes that were read and written.
+
+    Raises:
+        CheckpointError: a source file changed, shrank or cannot be read.
+        OutputError: the file cannot be written, or one before it differs from what was written.
+        BudgetError: memory that the plan counted on was taken by others.
+    """
+    sealer.begin(shard)
+    feed = Feed(plan, shard)
+    crew = Crew(plan, feed, at_once=False)
+    try:
+        crew.start()
+        while (finished := crew.next()) is not None:
+            sealer.look()
+            moved(sum(done.read.nbytes for done in finished))
+        feed.finish()
+    finally:
+        undisturbed(crew.end)
+    shard.is_written = True
+    sealer.look()

@@ -1,0 +1,290 @@
+"""The plan of a conversion: the files that will be written, and for each of them the moves of a load that writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from .._page_cache import cached_share
+from .._patterns import name_matches
+from ..checkpoint import Checkpoint, TensorEntry
+from ..checkpoint.index import SHARED
+from ..checkpoint.safetensors import layout
+from ..dtypes import is_floating
+from ..errors import KeysError
+from ..limits import HostMemory, host_memory
+from ..mapping import KeyMapping, Link, whole
+from ..mapping.records import KeyRules
+from ..sizes import KIB, MIB, format_size, shown
+from . import budget
+from .final_dtypes import check_cast, nbytes_of
+from .moves import Placement
+from .records import IO, DevicePlan, HostPlan, LoadPlan, OffloadFile, OffloadPlan, Reading, Staging
+
+FORMAT = "lowmem-convert/1"
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# What save_pretrained of transformers writes into each header (modeling_utils.py): whose tensors these are.
+_METADATA = {"format": "pt"}
+# Python objects, measured with 30,000 small tensors: in all, and for each.
+_OVERHEAD = 4 * MIB
+_PER_ENTRY = 4 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertRequest:
+    """What the user asked of a conversion, parsed. Sizes in bytes; `staging` None means that lowmem decides."""
+
+    dtype: str = "auto"
+    max_shard_size: int = 5 * 1024**3
+    rules: KeyRules = field(default_factory=KeyRules)
+    staging: int | None = None
+    io: IO = "auto"
+    keep_cache: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ConvertPlan:
+    """Everything that a conversion will write, decided before the first tensor byte is read.
+
+    Attributes:
+        checkpoint: what is read.
+        folder: where the result will lie.
+        fingerprint: of the source files and of every tensor made from them.
+        shards: a plan for each file, whose placements all go into that file.
+        files: those files: name, first bytes, size.
+        shared: name that is left out → name under which its bytes are stored.
+        staging: the readers' buffers, the same for every file.
+        host: host memory of the conversion.
+        dtype: what was asked for; `"auto"` when every tensor keeps its own.
+    """
+
+    checkpoint: Checkpoint = field(repr=False)
+    folder: Path
+    fingerprint: str
+    shards: tuple[LoadPlan, ...] = field(repr=False)
+    files: tuple[OffloadFile, ...]
+    shared: Mapping[str, str] = field(repr=False)
+    staging: Staging
+    host: HostPlan
+    dtype: str
+
+    @property
+    def bytes_read(self) -> int:
+        """Tensor bytes that will be read."""
+        return sum(shard.bytes_read for shard in self.shards)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def tensors(self) -> int:
+        """Tensors that are stored; names that share one are counted once."""
+        return sum(len(file.spans) for file in self.files)
+
+    def index(self) -> dict[str, Any] | None:
+        """The index, as transformers' save_pretrained writes it; None where there is one file, which needs none."""
+        if len(self.files) == 1:
+            return None
+        stored = sum(nbytes for file in self.files for _, nbytes in file.spans.values())
+        metadata: dict[str, Any] = {"total_size": stored}
+        if self.shared:
+            metadata[SHARED] = dict(self.shared)
+        return {"metadata": metadata, "weight_map": {key: file.name for file in self.files for key in file.spans}}
+
+
+def make_convert_plan(checkpoint: Checkpoint, folder: Path, request: ConvertRequest) -> ConvertPlan:
+    """Decide a conversion into `folder`.
+
+    Raises:
+        KeysError: a rule names nothing, nothing is left, or two keys would have one name.
+        UnsupportedError: a dtype that torch or safetensors does not have, or a cast that would change the meaning.
+        BudgetError: the least staging is more than the machine has.
+    """
+    named = name_keys(checkpoint, request.rules)
+    order = {shard.file: number for number, shard in enumerate(checkpoint.shards)}
+    # As stable as the source: names of one range stay in its own order.
+    rows = sorted(named.items(), key=lambda row: (order[row[1].file], row[1].offset))
+    kept, shared = _share(rows)
+    placements = [_place(name, entry, request.dtype) for name, entry in kept]
+    groups = list(_groups(placements, request.max_shard_size))
+    files = tuple(_file(number, len(groups), group, shared) for number, group in enumerate(groups, start=1))
+    staging, host = _fit(checkpoint, placements, request)
+    fingerprint = _fingerprint(checkpoint, placements, files)
+    reading = Reading(request.io, request.keep_cache)
+    plans = tuple(
+        _plan(checkpoint, tuple(group), OffloadPlan(folder, fingerprint, (file,), reused=False), staging, host, reading)
+        for group, file in zip(groups, files, strict=True)
+    )
+    return ConvertPlan(checkpoint, folder, fingerprint, plans, files, shared, staging, host, request.dtype)
+
+
+def name_keys(checkpoint: Checkpoint, rules: KeyRules) -> dict[str, TensorEntry]:
+    """New name → entry, by the user's rules: `prefix`, then `only` and `skip`, then `rename`.
+
+    Raises:
+        KeysError: a rule names nothing, nothing is left, or two keys would have one name.
+    """
+    taken = {key: key for key in checkpoint}
+    if rules.prefix:
+        inside = rules.prefix.removesuffix(".") + "."
+        taken = {key.removeprefix(inside): key for key in checkpoint if key.startswith(inside)}
+        if not taken:
+            raise KeysError(f"{checkpoint.source}: prefix={shown(rules.prefix)}: no key begins with {inside!r}")
+    if rules.only is not None:
+        taken = _picked(checkpoint, taken, rules.only, "only")
+    left = _picked(checkpoint, taken, rules.skip, "skip") if rules.skip else {}
+    named: dict[str, str] = {}
+    for short, key in taken.items():
+        if short in left:
+            continue
+        name = _renamed(short, rules)
+        if name in named:
+            raise KeysError(
+                f"{checkpoint.source}: tensors {named[name]!r} and {key!r} would both be {name!r}; "
+                "let rename keep them apart, or leave one out by skip"
+            )
+        named[name] = key
+    if not named:
+        raise KeysError(f"{checkpoint.source}: no tensor is left to convert; check only, skip and prefix")
+    return {name: checkpoint[key] for name, key in named.items()}
+
+
+def _picked(checkpoint: Checkpoint, taken: dict[str, str], rule: Any, what: str) -> dict[str, str]:
+    if callable(rule):
+        return {short: key for short, key in taken.items() if rule(short)}
+    chosen: set[str] = set()
+    for name in rule:
+        found = [name] if name in taken else [short for short in taken if name_matches(short, name)]
+        if not found:
+            raise KeysError(
+                f"{checkpoint.source}: {what}={shown(name)}: expected a tensor, a module or a pattern with *, found no "
+                "such key in the checkpoint; lowmem inspect SRC --tensors lists them"
+            )
+        chosen.update(found)
+    return {short: key for short, key in taken.items() if short in chosen}
+
+
+def _renamed(key: str, rules: KeyRules) -> str:
+    for rule in rules.rename:
+        key = rule(key) if callable(rule) else rule[0].sub(rule[1], key)
+    return key
+
+
+def _share(rows: list[tuple[str, TensorEntry]]) -> tuple[list[tuple[str, TensorEntry]], dict[str, str]]:
+    """What is stored, and name → stored name for tensors that are the same range of the same file.
+
+    The first in the source's order is stored: of tied weights transformers expects the embedding, not the head.
+    """
+    first: dict[Any, str] = {}
+    kept, shared = [], {}
+    for name, entry in rows:
+        place = (entry.file, entry.offset, entry.nbytes, entry.dtype, entry.shape, entry.strides, entry.swapped)
+        # The metadata of a header has one key that is not a tensor's name.
+        if entry.nbytes and name not in _METADATA and place in first:
+            shared[name] = first[place]
+            continue
+        first.setdefault(place, name)
+        kept.append((name, entry))
+    return kept, shared
+
+
+def _place(name: str, entry: TensorEntry, wanted: str) -> Placement:
+    dtype = wanted if wanted != "auto" and is_floating(entry.dtype) else entry.dtype
+    check_cast(entry.key, entry.dtype, dtype)
+    links = (Link(entry, name, whole(entry.shape)),)
+    return Placement(name, (name,), entry.shape, dtype, nbytes_of(entry.shape, dtype), "disk", "write", links)
+
+
+def _groups(placements: list[Placement], most: int) -> Iterator[list[Placement]]:
+    """Filled in order up to `most` bytes of tensors; one that is larger alone."""
+    group: list[Placement] = []
+    size = 0
+    for placement in placements:
+        if group and size + placement.nbytes > most:
+            yield group
+            group, size = [], 0
+        group.append(placement)
+        size += placement.nbytes
+    yield group
+
+
+def _file(number: int, count: int, group: list[Placement], shared: Mapping[str, str]) -> OffloadFile:
+    """The names of save_pretrained; shared names in the header as safetensors.torch.save_model records them."""
+    name = WHOLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    here = {placement.target for placement in group}
+    metadata = {**_METADATA, **{left_out: kept for left_out, kept in shared.items() if kept in here}}
+    head, spans, size = layout([(p.target, p.dtype, p.shape) for p in group], metadata)
+    return OffloadFile(name, head, size, spans)
+
+
+def _fit(checkpoint: Checkpoint, placements: list[Placement], request: ConvertRequest) -> tuple[Staging, HostPlan]:
+    memory = host_memory()
+    overhead = _OVERHEAD + _PER_ENTRY * len(checkpoint)
+    need = budget.needs_of(placements, request.io, cached_share, free_address_space=not memory.rlimits)
+    staging = budget.fit_staging(memory.available - overhead, request.staging, need)
+    host = _host(staging, overhead, memory)
+    if host.peak > host.limit:
+        remedies = [] if request.staging is None else [f"a smaller staging (now {format_size(request.staging)})"]
+        budget.refuse(host.peak, host.limit, host.bound_by, remedies, what="conversion")
+    return staging, host
+
+
+def _host(staging: Staging, overhead: int, memory: HostMemory) -> HostPlan:
+    """Nothing is resident: what is made goes into files."""
+    return HostPlan(
+        resident=0,
+        mapped=0,
+        staging=staging.total,
+        overhead=overhead,
+        peak=staging.total + overhead,
+        available=memory.available,
+        bound_by=memory.bound_by,
+        limit=memory.available,
+    )
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    placements: tuple[Placement, ...],
+    offload: OffloadPlan,
+    staging: Staging,
+    host: HostPlan,
+    reading: Reading,
+) -> LoadPlan:
+    weights = sum(placement.nbytes for placement in placements)
+    links = tuple(link for placement in placements for link in placement.links)
+    return LoadPlan(
+        checkpoint=checkpoint,
+        mapping=KeyMapping(links, {}, {}, (), (), (), (), ()),
+        device_map={"": "disk"},
+        placements=placements,
+        offload=offload,
+        staging=staging,
+        devices={"disk": DevicePlan(weights, 0, offload.nbytes, 0, offload.nbytes)},
+        host=host,
+        main_device="cpu",
+        reading=reading,
+    )
+
+
+def _fingerprint(checkpoint: Checkpoint, placements: list[Placement], files: tuple[OffloadFile, ...]) -> str:
+    """SHA-256 over the source files (path, size, time) and every tensor, where it comes from and where it goes."""
+    entries = map(itemgetter(0), (placement.links for placement in placements))
+    table: Any = {
+        "format": FORMAT,
+        "sources": [[str(s.file.resolve()), s.size, s.mtime_ns] for s in checkpoint.shards],
+        "tensors": [
+            [e.key, e.dtype, e.file.name, e.offset, e.nbytes, e.strides, e.swapped]
+            for e in (link.entry for link in entries)
+        ],
+        "files": [[file.name, file.size, hashlib.sha256(file.head).hexdigest()] for file in files],
+    }
+    return hashlib.sha256(json.dumps(table, separators=(",", ":")).encode()).hexdigest()
