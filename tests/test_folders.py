@@ -169,10 +169,12 @@ def test_what_lies_beside_is_said(names: list[str], believed: str, odd: list[str
 def test_pickles_beside_an_index_of_safetensors_are_said_unless_they_are_the_same_model(tmp_path: Path) -> None:
     put_index(tmp_path, ST_INDEX, "model-00001-of-00001.safetensors")
     put(tmp_path, "model-00001-of-00001.safetensors", "pytorch_model-00001-of-00002.bin", "mm_projector.bin")
+    put(tmp_path, "adapter_model.safetensors", "adapter_model.bin", "adapter_model.md")
     put_index(tmp_path, PT_INDEX, "pytorch_model-00001-of-00002.bin")
     found = resolve(tmp_path)
     assert chosen(found) == [ST_INDEX]
-    assert found.warnings == (f"mm_projector.bin: beside {ST_INDEX}, which was believed",)
+    odd = "mm_projector.bin, adapter_model.bin, adapter_model.safetensors"
+    assert found.warnings == (f"{odd}: beside {ST_INDEX}, which was believed",)
 
 
 def test_a_whole_numbered_set_of_pickles_needs_no_index(tmp_path: Path) -> None:

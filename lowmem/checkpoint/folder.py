@@ -200,13 +200,12 @@ def choose(place: Place) -> Choice:
             continue
         index, chosen = found
         name = index or chosen[0]
-        # An index's own format is left to who reads it: only the index knows its shards.
+        # Weights of an index's own format are left to who reads it: only the index knows its shards.
         beside = [] if index else [n for n in files if n not in chosen]
         others = [] if pickled else [n for n in formats[True] if not _alike(name, n)]
         if others and index is None and not _numbered(name) and name != canonical_name(False):
             raise _several(place, [name, *others], "weight files")
-        adapters = [n for n in place.names if _ADAPTER.match(n) and (index is None or is_pickled(n) != pickled)]
-        beside += others + [n for n in adapters if is_pickled(n) or n.lower().endswith(SAFETENSORS)]
+        beside += others + _adapters(place)
         if beside:
             odd.append(f"{listed(beside)}: beside {name}, which was believed")
         return Choice(index, tuple(chosen), pickled, tuple(odd))
@@ -341,6 +340,11 @@ def _refuse_ranks(place: Place, files: list[str]) -> None:
         )
 
 
+def _adapters(place: Place) -> list[str]:
+    """The files of changes to a base model, as peft and diffusers call them (`SAFETENSORS_WEIGHTS_NAME` in peft)."""
+    return [n for n in place.names if _ADAPTER.match(n) and n.lower().endswith((SAFETENSORS, *PICKLES))]
+
+
 def _with_weights(place: Place) -> list[str]:
     return [
         folder
@@ -351,7 +355,7 @@ def _with_weights(place: Place) -> list[str]:
 
 def _nothing(place: Place) -> SourceError | UnsupportedError:
     """The error for a place without weights, which says what is there instead."""
-    adapters = [n for n in place.names if _ADAPTER.match(n)]
+    adapters = _adapters(place)
     if adapters:
         return SourceError(
             f"{place.text}: only an adapter ({listed(adapters)}), which changes a base model; give the base model that "
