@@ -30,7 +30,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "path/to").mkdir(parents=True)
     write_checkpoint(llama_recipe(8 * MIB), folder / "path/to/model", max_shard_size=3 * MIB)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-    save_file(model.state_dict(), folder / "path/to/weights.safetensors")
+    state = model.state_dict()
+    save_file(state, folder / "path/to/weights.safetensors")
+    wrapped = {f"module.{key}": value for key, value in state.items()}
+    training = {"model": wrapped, "model_ema": wrapped, "optimizer": {"state": {}}, "epoch": 3}
+    torch.save(training, folder / "path/to/training.pth")
     return folder
 
 
