@@ -152,7 +152,7 @@ def _time(loader: Loader, job: Job, repeats: int) -> dict[str, Any]:
             return {"status": "wrong", "reason": f"wrong: {error}"}
         finally:
             del model
-            _release()
+            release()
         if last:
             answer["cut"] = number < len(turns) - 1
             break
@@ -170,7 +170,7 @@ def _load_once(loader: Loader, job: Job) -> tuple[Model, dict[str, Any]]:
     return model, {**phases.to_dict(), "variant": job.variant}
 
 
-def _release() -> None:
+def release() -> None:
     """Give freed memory back to the kernel, so that every load gets fresh memory, as the limit does."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
