@@ -281,7 +281,7 @@ class Machine(Reader):
 
     def _update(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        if type(target) is Inert:
+        if isinstance(target, Inert):
             if target.pairs is None:
                 target.pairs = {}
             target = target.pairs
@@ -302,7 +302,7 @@ class Machine(Reader):
         thing = self._stack[-1]
         if type(thing) is Dict:
             thing.state = state
-        elif type(thing) is Inert:
+        elif isinstance(thing, Inert):
             made = self.build(thing, state)
             if made is not thing:
                 # It was put in the memo when it was new.

@@ -1,8 +1,8 @@
 """Files of `torch.save` since torch 1.6: a zip with a pickle and a record for each storage.
 
 Format (`_save` and `_load` in torch's `serialization.py`, `caffe2/serialize/inline_container.cc`): `<name>/data.pkl`,
-`<name>/data/<key>`, `<name>/version`, and `<name>/byteorder`, which old files lack: they are little-endian. torch stores
-records without compression; other programs may pack them. The zip itself: PKWARE's APPNOTE.TXT.
+`<name>/data/<key>`, `<name>/version`, and `<name>/byteorder`, which old files lack: they are little-endian. torch
+stores records without compression; other programs may pack them. The zip itself: PKWARE's APPNOTE.TXT.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .places import FileRange, Locator, Place, place_of_array, read_at
 from .records import Packed, PickledFile, Shard
 
 SIGNATURE = b"PK\x03\x04"
-# A zip of 100,000 storages has a directory of about 8 MB.
-_MAX_DIRECTORY = 1 << 25
+# A zip of 100,000 storages has a directory of about 8 MB. A hostile one of this size takes 250 MB when read.
+_MAX_DIRECTORY = 1 << 24
 # Unpacked: a few MB in practice. A larger one would take long to pass over, and only a packed one must be.
 _MAX_PACKED_PICKLE = 1 << 29
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
