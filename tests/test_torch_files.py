@@ -27,6 +27,7 @@ from torch_files import (
     pickle_in_zip,
     rewritten,
     save,
+    torch_bytes,
 )
 
 from lowmem import CheckpointError, UnsupportedError
@@ -372,7 +373,9 @@ def test_an_array_packed_twice_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_compressions_are_refused_by_name(method: int, tmp_path: Path) -> None:
     original = save({"t": torch.ones(3)}, tmp_path / "a.pt")
-    with pytest.raises(UnsupportedError, match=r"record .*expected it stored or deflated, found the method (bzip2|lzma)"):
+    with pytest.raises(
+        UnsupportedError, match=r"record .*expected it stored or deflated, found the method (bzip2|lzma)"
+    ):
         read_pickled(rewritten(original, tmp_path / "b.pt", method=method))
 
 
@@ -631,12 +634,7 @@ def test_any_views_over_shared_storages(tensors: list[torch.Tensor], legacy: boo
         entries, shard = picked.locate(leaves)
         for key, tensor in value.items():
             assert leaves[key].shape == tuple(tensor.shape)
-            assert bytes_of(entries[key], shard) == torch_bytes_of(tensor)
-
-
-def torch_bytes_of(tensor: torch.Tensor) -> bytes:
-    flat = tensor.contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+            assert bytes_of(entries[key], shard) == torch_bytes(tensor)
 
 
 def test_reading_needs_no_torch() -> None:

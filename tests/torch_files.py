@@ -84,7 +84,8 @@ def torch_bytes(value: Any) -> bytes:
     """The same of a tensor or array that was loaded."""
     if isinstance(value, np.ndarray):
         return np.ascontiguousarray(value.astype(value.dtype.newbyteorder("="))).tobytes()
-    flat = value.detach().contiguous().reshape(-1)
+    # A tensor of one element may count as contiguous with any stride.
+    flat = value.detach().contiguous().clone().as_strided((value.numel(),), (1,))
     return b"" if not flat.numel() else flat.view(torch.uint8).numpy().tobytes()
 
 
