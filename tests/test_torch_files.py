@@ -122,12 +122,10 @@ def test_parameters_and_state_dicts(protocol: int, legacy: bool, file: Path) -> 
 @BOTH
 def test_a_training_checkpoint(legacy: bool, file: Path) -> None:
     module = torch.nn.Linear(3, 4)
-    optimizer = torch.optim.Adam(module.parameters())
-    module(torch.ones(2, 3)).sum().backward()
-    optimizer.step()
+    moments = {i: {"step": torch.tensor(1.0), "exp_avg": torch.ones_like(p)} for i, p in enumerate(module.parameters())}
     value = {
         "model": module.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": {"state": moments, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 1]}]},
         "args": argparse.Namespace(lr=0.1, nested=argparse.Namespace(path=Path("x"))),
         "epoch": 7,
         "best": 0.25,
