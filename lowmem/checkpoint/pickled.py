@@ -79,15 +79,15 @@ def _other(file: Path, head: bytes, size: int) -> LowmemError:
         return UnsupportedError(
             f"{file}: expected a file of torch.save, found a safetensors file by its header; name it *.safetensors"
         )
-    if head[0] == 0x80 and 2 <= head[1:2][0] <= 5 if len(head) > 1 else False:
+    if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:
         return UnsupportedError(
             f"{file}: expected a file of torch.save, found a plain pickle, as pickle.dump or joblib write; "
             "load it where you trust it, and save its tensors with torch.save or safetensors"
         )
-    if all(byte >= 0x20 or byte in b"\t\r\n" for byte in head):
-        words = head[:40].decode("utf-8", "replace").strip()
+    if head.isascii() and all(byte >= 0x20 or byte in b"\t\r\n" for byte in head):
+        text = head[:40].decode("utf-8", "replace").strip()
         return UnsupportedError(
-            f"{file}: expected a file of torch.save, found text that begins with {words!r}; "
+            f"{file}: expected a file of torch.save, found text that begins with {text!r}; "
             "look what was downloaded, and download it again"
         )
     return CheckpointError(

@@ -212,7 +212,11 @@ class Tensors(Machine):
         return Leaf(dtype, shape, strides_or_none, storage.name, storage.shift + offset, nbytes, why_not)
 
     def _dimensions(self, value: Any) -> tuple[int, ...]:
-        if type(value) not in (tuple, list) or len(value) > _MAX_DIMENSIONS or not all(map(_is_size, value)):
+        sound = type(value) in (tuple, list) and len(value) <= _MAX_DIMENSIONS
+        for n in value if sound else ():
+            if type(n) is not int or not 0 <= n < _TOO_MANY:
+                sound = False
+        if not sound:
             self.refuse("a tensor whose shape or strides are not whole numbers from 0 to 2**63")
         return tuple(value)
 

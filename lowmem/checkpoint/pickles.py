@@ -24,21 +24,27 @@ __all__ = ["MAX_STEPS", "Dict", "Extension", "Global", "Inert", "Key", "Machine"
 MAX_STEPS = 10_000_000
 # Hashes of numbers above are taken modulo 2**61 - 1, so that a file could choose keys that all collide.
 _MAX_INT_KEY = 1 << 60
+_WORD = struct.Struct("<I")
 # What a built object may have been put in the memo before, at most: numpy has a dozen.
 _LOOK_BACK = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """The name of a class or function; nothing of that name was looked for."""
+    """The name of a class or function; nothing of that name was looked for.
+
+    Attributes:
+        module: where it is.
+        name: what it is there.
+        path: both, with a dot between.
+    """
 
     module: str
     name: str
+    path: str = field(init=False, repr=False, compare=False)
 
-    @property
-    def path(self) -> str:
-        """Module and name, with a dot between."""
-        return f"{self.module}.{self.name}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", f"{self.module}.{self.name}")
 
 
 class Inert:
@@ -138,7 +144,7 @@ class Machine(Reader):
         """
         memo, recent, handlers = self._memo, self._recent, _HANDLERS
         buf, at, safe, stack = self._buf, self._at, self._safe, self._stack
-        texts_left = MAX_TEXTS
+        texts, word = 0, _WORD.unpack_from
         try:
             # The commonest opcodes stand here, in the order of how often they are met: a method for each takes twice
             # the time.
@@ -149,11 +155,8 @@ class Machine(Reader):
                     buf, at, safe = self._buf, self._at, self._safe
                 op = buf[at]
                 at += 1
-                if op == 0x71:  # BINPUT
-                    memo[buf[at]] = stack[-1]
-                    at += 1
-                elif op == 0x72:  # LONG_BINPUT
-                    memo[int.from_bytes(buf[at : at + 4], "little")] = stack[-1]
+                if op == 0x72:  # LONG_BINPUT
+                    memo[word(buf, at)[0]] = stack[-1]
                     at += 4
                 elif op == 0x68:  # BINGET
                     stack.append(memo[buf[at]])
@@ -170,12 +173,17 @@ class Machine(Reader):
                     stack.append(items)
                 elif op == 0x94:  # MEMOIZE
                     memo[len(memo)] = stack[-1]
-                elif op == 0x58 and at + 6 < (end := at + 4 + int.from_bytes(buf[at : at + 4], "little")) <= safe:
-                    text = str(buf[at + 4 : end], "utf-8", "backslashreplace")  # BINUNICODE of usual length
+                elif op == 0x58 and at + 6 < (end := at + 4 + word(buf, at)[0]) <= safe:  # BINUNICODE, of usual length
+                    text = str(buf[at + 4 : end], "utf-8", "backslashreplace")
                     recent.append((text, self._base + at + 4, end - at - 4, False))
                     stack.append(text)
-                    texts_left -= end - at
+                    texts += end - at
                     at = end
+                    if texts > MAX_TEXTS:
+                        self._spend_text(texts)
+                elif op == 0x86:  # TUPLE2
+                    last = stack.pop()
+                    stack[-1] = (stack[-1], last)
                 elif op == 0x2E:  # STOP
                     self._at = at
                     return stack.pop()
@@ -183,10 +191,6 @@ class Machine(Reader):
                     self._at = at
                     handlers[op](self)
                     buf, at, safe, stack = self._buf, self._at, self._safe, self._stack
-                if texts_left < 0:
-                    self._at = at
-                    self._texts_left = -1
-                    self._spend_text(0)
         except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
             if buf is self._buf:
                 self._at = max(self._at, at)
@@ -281,7 +285,7 @@ class Machine(Reader):
 
     def _update(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        if type(target) is Inert:
+        if isinstance(target, Inert):
             if target.pairs is None:
                 target.pairs = {}
             target = target.pairs
@@ -302,7 +306,7 @@ class Machine(Reader):
         thing = self._stack[-1]
         if type(thing) is Dict:
             thing.state = state
-        elif type(thing) is Inert:
+        elif isinstance(thing, Inert):
             made = self.build(thing, state)
             if made is not thing:
                 # It was put in the memo when it was new.
@@ -468,6 +472,7 @@ _OPCODES: dict[bytes, Callable[[Machine], object]] = {
     b"1": lambda m: m._pop_mark(),  # POP_MARK
     b"2": lambda m: m._push(m._stack[-1]),  # DUP
     b"g": lambda m: m._push(m._memo[int(m._digits())]),  # GET
+    b"q": lambda m: m._put(m._number(1)),  # BINPUT
     b"j": lambda m: m._push(m._memo[m._number(4)]),  # LONG_BINGET
     b"p": lambda m: m._put(int(m._digits())),  # PUT
     b"\x82": lambda m: m._push(Extension(m._number(1))),  # EXT1

@@ -184,8 +184,8 @@ class Locator:
             return TensorEntry(key, leaf.dtype, leaf.shape, self.shard.file, 0, 0, leaf.strides)
         if leaf.offset + leaf.nbytes > place.size:
             raise CheckpointError(
-                f"{self.shard.file}: tensor {key!r}: expected bytes {leaf.offset} to {leaf.offset + leaf.nbytes} of its "
-                f"storage, found a storage of {place.size}; the file is damaged, download it again"
+                f"{self.shard.file}: tensor {key!r}: expected bytes {leaf.offset} to {leaf.offset + leaf.nbytes} of "
+                f"its storage, found a storage of {place.size}; the file is damaged, download it again"
             )
         return TensorEntry(
             key,
@@ -218,8 +218,8 @@ def place_of_array(file: Path, storage: Storage, pickle: Packed | None = None) -
         return Place(span.offset, span.nbytes, pickle, storage.swapped)
     if pickle is not None:
         raise UnsupportedError(
-            f"{file}: a numpy array at byte {span.offset} of its compressed pickle: expected bytes, found bytes written "
-            "as text, which pickle protocol 2 does; unzip the file and zip it without compression"
+            f"{file}: a numpy array at byte {span.offset} of its compressed pickle: expected bytes, found bytes "
+            "written as text, which pickle protocol 2 does; unzip the file and zip it without compression"
         )
     packed = Packed(0, storage.nbytes, span.offset, span.nbytes, "latin1")
     return Place(0, storage.nbytes, packed, storage.swapped)

@@ -1,8 +1,8 @@
 """Files of `torch.save` from before torch 1.6: some pickles, and the storages behind them.
 
-Format (`_legacy_save` and `_legacy_load` in torch's `serialization.py`, and `THPStorage_writeFileRaw`): the pickles of a
-magic number, the protocol version, facts of the system, the object, and the list of storage keys; then of each storage
-in that order the number of elements, 8 bytes, and the elements. All is little-endian, whatever the machine was.
+Format (`_legacy_save` and `_legacy_load` in torch's `serialization.py`, and `THPStorage_writeFileRaw`): the pickles of
+a magic number, the protocol version, facts of the system, the object, and the list of storage keys; then of each
+storage in that order the number of elements, 8 bytes, and the elements. All is little-endian, whatever wrote it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class _Legacy:
         expected = storage.nbytes // itemsize(storage.dtype)
         if count != expected:
             raise CheckpointError(
-                f"{self.file}: storage {storage.key!r} at byte {start}: expected {expected} elements of {storage.dtype}, "
-                f"found {count}; the file is damaged, download it again"
+                f"{self.file}: storage {storage.key!r} at byte {start}: expected {expected} elements of "
+                f"{storage.dtype}, found {count}; the file is damaged, download it again"
             )
         return Place(start + 8, storage.nbytes)

@@ -1,8 +1,8 @@
 """Files of `torch.save` since torch 1.6: a zip with a pickle and a record for each storage.
 
 Format (`_save` and `_load` in torch's `serialization.py`, `caffe2/serialize/inline_container.cc`): `<name>/data.pkl`,
-`<name>/data/<key>`, `<name>/version`, and `<name>/byteorder`, which old files lack: they are little-endian. torch stores
-records without compression; other programs may pack them. The zip itself: PKWARE's APPNOTE.TXT.
+`<name>/data/<key>`, `<name>/version`, and `<name>/byteorder`, which old files lack: they are little-endian. torch
+stores records without compression; other programs may pack them. The zip itself: PKWARE's APPNOTE.TXT.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from .places import FileRange, Locator, Place, place_of_array, read_at
 from .records import Packed, PickledFile, Shard
 
 SIGNATURE = b"PK\x03\x04"
-# A zip of 100,000 storages has a directory of about 8 MB.
-_MAX_DIRECTORY = 1 << 25
+# A zip of 100,000 storages has a directory of about 8 MB. A hostile one of this size takes 250 MB when read.
+_MAX_DIRECTORY = 1 << 24
 # Unpacked: a few MB in practice. A larger one would take long to pass over, and only a packed one must be.
 _MAX_PACKED_PICKLE = 1 << 29
+# No byte of deflate stands for more: zlib's technical notes.
+_DEFLATE_RATIO = 1032
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _DEFLATED = {zipfile.ZIP_STORED: False, zipfile.ZIP_DEFLATED: True}
 
@@ -120,10 +122,12 @@ def _check_kind(file: Path, record: zipfile.ZipInfo) -> None:
             f"{file}: record {record.filename[:200]!r}: expected it stored or deflated, found the method {known}; "
             "unzip the file and zip it without compression"
         )
-    if record.compress_type == zipfile.ZIP_STORED and record.compress_size != record.file_size:
+    most = record.compress_size * (_DEFLATE_RATIO if _DEFLATED[record.compress_type] else 1)
+    least = 0 if _DEFLATED[record.compress_type] else most
+    if not least <= record.file_size <= most:
         raise CheckpointError(
-            f"{file}: record {record.filename[:200]!r}: expected a stored record of one size, found {record.file_size} "
-            f"and {record.compress_size}; download it again"
+            f"{file}: record {record.filename[:200]!r}: expected {least} to {most} bytes in {record.compress_size} of "
+            f"the file, found a claim of {record.file_size}; download it again"
         )
 
 
