@@ -2,8 +2,8 @@
 
 The Llama of `bench.make_checkpoint` is loaded from its safetensors shards and from the same shards as `.bin`: mapped,
 copied, cast, and with its layers on disk, by lowmem, and from `.bin` by transformers and `torch.load`. They take turns
-in one process; the least of each is compared. Then the weights of a training checkpoint, most of which is the optimizer's,
-are loaded, and the bytes are counted that the kernel was asked for.
+in one process; the least of each is compared. Then the weights of a training checkpoint, most of which is the
+optimizer's, are loaded, and the bytes are counted that the kernel was asked for.
 """
 
 from __future__ import annotations
