@@ -72,23 +72,26 @@ def alike(a: Shape, b: Shape) -> bool:
     return a == b or squeezed(a) == squeezed(b)
 
 
-def partners(wanted: Sequence[Group], offered: Sequence[Group], most: int = 3) -> dict[str, list[Group]]:
-    """For each wanted stem the offered groups that it may be called, the likeliest first.
+def partners(wanted: Sequence[Group], offered: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Wanted groups with the offered ones that they are likely called: each has one partner, the likeliest pairs first.
 
     By shape first; then by the same numbers, the same last components, the edit distance, and the place in the order.
     """
-    found: dict[str, list[Group]] = {}
+    scored = []
     for i, group in enumerate(wanted[:_MOST]):
-        scored = []
         for j, other in enumerate(offered[:_MOST]):
             score = _score(group, other)
             if score > 0:
                 order = 1 - abs(i / len(wanted) - j / len(offered))
-                scored.append((score + 0.5 * order, -j, other))
-        if scored:
-            scored.sort(key=lambda item: item[:2], reverse=True)
-            found[group.stem] = [other for *_, other in scored[:most]]
-    return found
+                scored.append((-score - 0.5 * order, i, j))
+    scored.sort()
+    pairs: dict[int, int] = {}
+    taken: set[int] = set()
+    for _, i, j in scored:
+        if i not in pairs and j not in taken:
+            pairs[i] = j
+            taken.add(j)
+    return [(wanted[i], offered[j]) for i, j in pairs.items()]
 
 
 def _score(a: Group, b: Group) -> float:
