@@ -66,7 +66,9 @@ def _best(
         pair = pair_of(group, other)
         if pair is not None:
             rules.update(((r.pattern.pattern, r.replacement), r) for r in candidates(pair[1], pair[0]))
-    meant = {name: set(other.names) for group, other in pairs for name in group.names}
+    meant: dict[str, Collection[str]] = {}
+    for group, other in pairs:
+        meant.update(dict.fromkeys(group.names, set(other.names)))
     tried = _samples(offered)
     scored = [(_gain(rule, tried, left, open_, state, meant), rule) for rule in rules.values()]
     # Sorting is stable: of two that feed as much and are as long, the likelier pair's.
