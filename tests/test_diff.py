@@ -1,7 +1,8 @@
-"""The difference of keys in few lines, and rules that mend it when they are pasted: the ConvNeXt-V2 story and others."""
+"""The difference of keys in few lines, and rules that mend it when they are pasted, as for ConvNeXt-V2."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -42,14 +43,12 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, width: int, mm: bool, flat: bool) -> None:
         super().__init__()
-        dw, one, two = (
-            ("depthwise_conv", "pointwise_conv1", "pointwise_conv2") if mm else ("dwconv", "pwconv1", "pwconv2")
-        )
-        self.add_module(dw, nn.Conv2d(width, width, 7, groups=width))
+        depth, point = ("depthwise_conv", "pointwise_conv") if mm else ("dwconv", "pwconv")
+        self.add_module(depth, nn.Conv2d(width, width, 7, groups=width))
         self.norm = nn.LayerNorm(width)
-        self.add_module(one, nn.Linear(width, 4 * width))
+        self.add_module(f"{point}1", nn.Linear(width, 4 * width))
         self.grn = GRN((4 * width,) if flat else (1, 1, 1, 4 * width))
-        self.add_module(two, nn.Linear(4 * width, width))
+        self.add_module(f"{point}2", nn.Linear(4 * width, width))
 
 
 class ConvNeXt(nn.Module):
@@ -58,7 +57,7 @@ class ConvNeXt(nn.Module):
     def __init__(self, mm: bool = False, flat: bool = False, head: bool = True) -> None:
         super().__init__()
         self.downsample_layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, WIDTHS[0], 4), nn.LayerNorm(WIDTHS[0]))])
-        for a, b in zip(WIDTHS, WIDTHS[1:], strict=False):
+        for a, b in itertools.pairwise(WIDTHS):
             self.downsample_layers.append(nn.Sequential(nn.LayerNorm(a), nn.Conv2d(a, b, 2)))
         self.stages = nn.ModuleList(
             nn.Sequential(*[ConvNeXtBlock(width, mm, flat) for _ in range(depth)])
@@ -98,7 +97,8 @@ def headless() -> nn.Module:
     return ConvNeXt(mm=True, flat=True, head=False)
 
 
-def without_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def mm_backbone() -> dict[str, torch.Tensor]:
+    state = in_mmpretrain(official())
     return {k.removeprefix("backbone."): v for k, v in state.items() if not k.startswith("head.")}
 
 
@@ -111,10 +111,10 @@ STORY: list[tuple[str, Callable[[], Any], Callable[[], nn.Module], Callable[[], 
         "official into a backbone",
         official,
         headless,
-        lambda: without_head(in_mmpretrain(official())),
+        mm_backbone,
         ["rename", "reshape"],
     ),
-    ("the backbone", lambda: in_mmpretrain(official()), headless, lambda: without_head(in_mmpretrain(official())), []),
+    ("the backbone", lambda: in_mmpretrain(official()), headless, mm_backbone, []),
     ("official", official, ConvNeXt, official, []),
     ("wrapped", lambda: {f"module.{k}": v for k, v in official().items()}, ConvNeXt, official, []),
 ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 # More groups than this on a side are compared by nobody: names without order.
 _MOST = 80
 # Only between names that are as like: safetensors files are in the order of the alphabet.

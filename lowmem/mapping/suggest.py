@@ -68,7 +68,8 @@ def _best(
             rules.update(((r.pattern.pattern, r.replacement), r) for r in candidates(pair[1], pair[0]))
     meant: dict[str, Collection[str]] = {}
     for group, other in pairs:
-        meant.update(dict.fromkeys(group.names, set(other.names)))
+        likely = set(other.names)
+        meant.update((name, likely) for name in group.names)
     tried = _samples(offered)
     scored = [(_gain(rule, tried, left, open_, state, meant), rule) for rule in rules.values()]
     # Sorting is stable: of two that feed as much and are as long, the likelier pair's.
