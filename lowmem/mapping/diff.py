@@ -210,8 +210,9 @@ def _bare(mapping: KeyMapping, checkpoint: Checkpoint, targets: Mapping[str, Tar
     unexpected = group_names({key: checkpoint[key].shape for key in mapping.unexpected})
     odd = {m.target: m for m in mapping.mismatched}
     groups = [_other_shape(group, odd) for group in group_names({m.target: m.found for m in odd.values()})]
-    groups += _sided("missing", missing, unexpected)
-    groups += _sided("unexpected", unexpected, missing)
+    pairs = partners(missing, unexpected)
+    groups += _sided("missing", missing, {a.stem: b.pattern for a, b in pairs})
+    groups += _sided("unexpected", unexpected, {b.stem: a.pattern for a, b in pairs})
     return KeyDiff(
         missing=mapping.missing,
         unexpected=mapping.unexpected,
@@ -222,11 +223,10 @@ def _bare(mapping: KeyMapping, checkpoint: Checkpoint, targets: Mapping[str, Tar
     )
 
 
-def _sided(kind: Literal["missing", "unexpected"], own: list[Group], others: list[Group]) -> list[KeyGroup]:
-    like = partners(own, others, most=1)
+def _sided(kind: Literal["missing", "unexpected"], own: list[Group], like: Mapping[str, str]) -> list[KeyGroup]:
     groups: dict[tuple[object, ...], list[tuple[Group, str | None]]] = {}
     for group in own:
-        partner = like[group.stem][0].pattern if group.stem in like else None
+        partner = like.get(group.stem)
         stem, _, leaf = group.stem.rpartition(".")
         other, _, there = (partner or "").rpartition(".")
         # Weight and bias of one module are one line, if their partners are those of one module too.
@@ -302,7 +302,7 @@ def make_diff(
     if naming is None or not mended or not fed <= naming.targets:
         rename, reshape, mended = {}, (), 0
     prefixes, more = _prefixes(mapping, checkpoint, state, rules, attempt)
-    if more > mended:
+    if more and more >= mended:
         rename, reshape, mended = {}, (), more
     diff = replace(diff, rename=rename, reshape=reshape, prefixes=prefixes, mended=mended)
     return replace(diff, suggestions=tuple(_sentences(diff, checkpoint, state, any(map(callable, rules.rename)))))
@@ -392,7 +392,8 @@ def _sentences(diff: KeyDiff, checkpoint: Checkpoint, state: Mapping[str, Target
     if diff.rules:
         own = ", after your own functions" if functions and diff.rename else ""
         which = "one of these" if not diff.rename and not diff.reshape and len(diff.prefixes) > 1 else "this"
-        return [f"{which} would feed {diff.mended} more of them{own}; paste it into the call:", *diff.rules]
+        guess = " (names and shapes say so: compare the pairs above)" if diff.rename else ""
+        return [f"{which} would feed {diff.mended} more{own}{guess}; paste it into the call:", *diff.rules]
     hints = []
     pool = {key: checkpoint[key].shape for key in diff.unexpected[:2000]}
     for name in diff.missing[:3] if pool else ():

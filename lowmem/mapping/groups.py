@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 # More groups than this on a side are compared by nobody: names without order.
 _MOST = 80
+# Only between names that are as like: safetensors files are in the order of the alphabet.
+_ORDER = 0.03
 
 
 @dataclass(frozen=True)
@@ -72,23 +74,26 @@ def alike(a: Shape, b: Shape) -> bool:
     return a == b or squeezed(a) == squeezed(b)
 
 
-def partners(wanted: Sequence[Group], offered: Sequence[Group], most: int = 3) -> dict[str, list[Group]]:
-    """For each wanted stem the offered groups that it may be called, the likeliest first.
+def partners(wanted: Sequence[Group], offered: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Wanted groups with the offered ones that they are likely called: each has one partner, the likeliest pairs first.
 
     By shape first; then by the same numbers, the same last components, the edit distance, and the place in the order.
     """
-    found: dict[str, list[Group]] = {}
+    scored = []
     for i, group in enumerate(wanted[:_MOST]):
-        scored = []
         for j, other in enumerate(offered[:_MOST]):
             score = _score(group, other)
             if score > 0:
                 order = 1 - abs(i / len(wanted) - j / len(offered))
-                scored.append((score + 0.5 * order, -j, other))
-        if scored:
-            scored.sort(key=lambda item: item[:2], reverse=True)
-            found[group.stem] = [other for *_, other in scored[:most]]
-    return found
+                scored.append((-score - _ORDER * order, i, j))
+    scored.sort()
+    pairs: dict[int, int] = {}
+    taken: set[int] = set()
+    for _, i, j in scored:
+        if i not in pairs and j not in taken:
+            pairs[i] = j
+            taken.add(j)
+    return [(wanted[i], offered[j]) for i, j in pairs.items()]
 
 
 def _score(a: Group, b: Group) -> float:
@@ -97,9 +102,22 @@ def _score(a: Group, b: Group) -> float:
         return 0.0
     numbers = a.members.keys() == b.members.keys()
     left, right = a.stem.split("."), b.stem.split(".")
-    same = next((i for i, (x, y) in enumerate(zip(left[::-1], right[::-1], strict=False)) if x != y), len(left))
-    suffix = same / max(len(left), len(right))
-    return 4 * shape + 2 * numbers + suffix + 2 * difflib.SequenceMatcher(None, a.stem, b.stem, False).ratio()
+    front = _common(left, right)
+    back = _common(left[front:][::-1], right[front:][::-1])
+    suffix = _common(left[::-1], right[::-1]) / max(len(left), len(right))
+    # What differs tells more than what is the same in all of them.
+    old, new = ".".join(left[front : len(left) - back]), ".".join(right[front : len(right) - back])
+    parts = _ratio(old, new) if old and new else 1.0
+    return 4 * shape + 2 * numbers + suffix + _ratio(a.stem, b.stem) + 2 * parts
+
+
+def _common(left: Sequence[str], right: Sequence[str]) -> int:
+    """How many components are the same from the beginning."""
+    return next((i for i, (x, y) in enumerate(zip(left, right, strict=False)) if x != y), min(len(left), len(right)))
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b, False).ratio()
 
 
 def _same_shapes(a: Group, b: Group) -> float:

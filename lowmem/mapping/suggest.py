@@ -60,25 +60,23 @@ def _best(
 ) -> Rule | None:
     """The rule that feeds most, the shortest of those, if it leaves alone what is fed."""
     offered, wanted = group_names(left), group_names(open_)
+    pairs = partners(wanted, offered)
     rules: dict[tuple[str, str], Rule] = {}
-    for group, others in _pairs(wanted, offered):
-        for other in others:
-            pair = pair_of(group, other)
-            if pair is not None:
-                rules.update(((r.pattern.pattern, r.replacement), r) for r in candidates(pair[1], pair[0]))
+    for group, other in pairs:
+        pair = pair_of(group, other)
+        if pair is not None:
+            rules.update(((r.pattern.pattern, r.replacement), r) for r in candidates(pair[1], pair[0]))
+    meant: dict[str, Collection[str]] = {}
+    for group, other in pairs:
+        likely = set(other.names)
+        meant.update((name, likely) for name in group.names)
     tried = _samples(offered)
-    scored = [(_gain(rule, tried, left, open_, state), rule) for rule in rules.values()]
-    scored = sorted((s for s in scored if s[0] > 0), key=lambda s: (-s[0], s[1].length))
-    for _, rule in scored:
+    scored = [(_gain(rule, tried, left, open_, state, meant), rule) for rule in rules.values()]
+    # Sorting is stable: of two that feed as much and are as long, the likelier pair's.
+    for _, rule in sorted((s for s in scored if s[0] > 0), key=lambda s: (-s[0], s[1].length)):
         if not any(rule.pattern.sub(rule.replacement, name) != name for name in fed):
             return rule
     return None
-
-
-def _pairs(wanted: list[Group], offered: list[Group]) -> Iterator[tuple[Group, list[Group]]]:
-    stems = {group.stem: group for group in wanted}
-    for stem, others in partners(wanted, offered).items():
-        yield stems[stem], others
 
 
 def _samples(groups: list[Group]) -> dict[str, float]:
@@ -97,8 +95,9 @@ def _gain(
     left: Mapping[str, Shape],
     open_: Mapping[str, Shape],
     state: Collection[str],
+    meant: Mapping[str, Collection[str]],
 ) -> float:
-    """How many names it would feed, less what it would spoil."""
+    """How many names it would feed, less what it would spoil; little for a name that another is more like."""
     gain = 0.0
     seen: set[str] = set()
     for name, weight in tried.items():
@@ -107,7 +106,7 @@ def _gain(
             continue
         if new in open_ and new not in seen and alike(left[name], open_[new]):
             seen.add(new)
-            gain += weight
+            gain += weight if name in meant.get(new, (name,)) else 0.4 * weight
         elif new in state or new in left:
             gain -= 2 * weight
         else:
