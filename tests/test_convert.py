@@ -378,6 +378,10 @@ def test_another_conversion_does_not_go_on_with_it(tmp_path: Path) -> None:
     kill_after(2, source, out)
     with pytest.raises(OutputError, match="unfinished conversion of something else"):
         lowmem.convert(source, out, max_shard_size="1MiB", dtype="bfloat16")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"found notes\.txt"):
+        lowmem.convert(source, out, max_shard_size="1MiB")
+    (out / "notes.txt").unlink()
     os.utime(source, ns=(1, 1))
     with pytest.raises(OutputError, match="unfinished conversion of something else"):
         lowmem.convert(source, out, max_shard_size="1MiB")
@@ -445,6 +449,16 @@ def test_a_run_that_fails_at_once_leaves_nothing(
     assert out.exists() == existed
     assert not existed or not list(out.iterdir())
     assert no_threads()
+
+
+def test_what_the_disk_has_no_room_for_is_refused_at_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 5 * MIB})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match=r"14\.0. MiB are still to be written, the disk has 5\.00 MiB free"):
+        lowmem.convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @linux
