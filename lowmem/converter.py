@@ -167,6 +167,7 @@ def convert(
     result = ConversionFolder(plan, beside, last)
     with result.open():
         kept = {file.name for file in plan.files if result.is_whole(file, verify=verify)}
+        result.check_room(sum(file.size for file in plan.files if file.name not in kept))
         _write(plan, kept, result, verify, progress)
         result.publish()
     fresh = [n for n, file in enumerate(plan.files) if file.name not in kept]

@@ -105,7 +105,8 @@ def _check(arguments: argparse.Namespace) -> int:
         return code
     from ..report import plain
 
-    verdict = "fine" if report.is_fine else f"{len(report.problems)} problems"
+    count = len(report.problems)
+    verdict = "fine" if not count else "1 problem" if count == 1 else f"{count} problems"
     read = f"{len(report.verified)} verified by hash ({format_size(report.hashed)} read)"
     show(*(plain(str(problem)) for problem in report.problems))
     show(plain(f"{verdict}: {len(report.files)} files, {read}, {report.seconds:.2f} s"))

@@ -24,6 +24,7 @@ from typing import Any
 from ..errors import OutputError
 from ..planner.convert import FORMAT, ConvertPlan
 from ..planner.records import OffloadFile
+from ..sizes import format_size
 from .cleanup import undisturbed
 from .locks import hold
 from .offload_writer import sync
@@ -90,17 +91,36 @@ class ConversionFolder:
         names = {entry.name for entry in self.out.iterdir()}
         state = _read_json(self.hidden / _STATE)
         ours = {HIDDEN, *(path.name for path in self._beside), *self._last, *(file.name for file in self._plan.files)}
-        if state.get("fingerprint") == self._plan.fingerprint and names <= ours:
-            return
-        if names - {HIDDEN} or state:
-            found = "an unfinished conversion of something else" if state else sorted(names - {HIDDEN})[0]
+        # Before there is a state, nothing of a conversion has its name.
+        others = sorted(names - ours if state else names - {HIDDEN})
+        known = not state or state.get("fingerprint") == self._plan.fingerprint
+        if others or not known:
             raise OutputError(
-                f"{self.out}: expected an empty folder, or what an earlier run of this conversion left; found {found}; "
+                f"{self.out}: expected an empty folder, or what an earlier run of this conversion left; found "
+                f"{others[0] if others else 'an unfinished conversion of something else'}; "
                 "give another folder, or remove this one"
             )
         self.hidden.mkdir(exist_ok=True)
-        table = {"format": FORMAT, "fingerprint": self._plan.fingerprint, "source": self._plan.checkpoint.source}
-        self._write(_STATE, json.dumps(table, indent=1).encode())
+        for pattern in ("*.partial", "*.draft"):
+            for path in self.hidden.glob(pattern):
+                path.unlink()
+        if not state:
+            table = {"format": FORMAT, "fingerprint": self._plan.fingerprint, "source": self._plan.checkpoint.source}
+            self._write(_STATE, json.dumps(table, indent=1).encode())
+            _sync_folder(self.hidden)
+
+    def check_room(self, nbytes: int) -> None:
+        """Refuse what the disk has no room for, before the first byte of it.
+
+        Raises:
+            OutputError: `nbytes` is more than is free.
+        """
+        free = shutil.disk_usage(self.out).free
+        if free < nbytes:
+            raise OutputError(
+                f"{self.out}: {format_size(nbytes)} are still to be written, the disk has {format_size(free)} free; "
+                "make room, or convert into a folder on another disk, or to a smaller dtype"
+            )
 
     def is_whole(self, file: OffloadFile, *, verify: bool) -> bool:
         """Whether an earlier run has finished this file: its record, size, header and, with `verify`, every byte."""
@@ -132,6 +152,7 @@ class ConversionFolder:
         pieces = [piece[:3] for piece in sorted(shard.settled)]
         record = {"size": shard.file.size, "mtime_ns": mtime_ns, "pieces": pieces}
         self._write(f"{shard.file.name}.json", json.dumps(record, separators=(",", ":")).encode())
+        _sync_folder(self.hidden)
 
     def publish(self) -> None:
         """All weights are whole: give everything its name.
@@ -167,7 +188,6 @@ class ConversionFolder:
         yield draft
         sync(draft)
         draft.replace(self.hidden / name)
-        _sync_folder(self.hidden)
 
     def _clean(self) -> None:
         """Without a whole file there is nothing to go on with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import threading
@@ -92,6 +93,8 @@ class _Window:
         self._memory = memoryview(anonymous_map(_BUFFER))
         self._begin = self._end = 0
         self._last = end
+        self._path = path
+        self._direct = direct
         self._file = _open(path, direct)
 
     def __enter__(self) -> _Window:
@@ -117,13 +120,24 @@ class _Window:
         size = min(_BUFFER, self._last + -self._last % BLOCK - self._begin)
         # Only the last block of a file is read short.
         while self._end < self._begin + size and self._end % BLOCK == 0:
-            self._file.seek(self._end)
-            got = self._file.readinto(self._memory[self._end - self._begin : size])
+            got = self._read(self._memory[self._end - self._begin : size])
             if not got:
                 break
             self._end += got
-        if hasattr(os, "posix_fadvise"):
-            give_back(self._file.fileno(), self._begin, size)
+        give_back(self._file.fileno(), self._begin, size)
+
+    def _read(self, view: memoryview) -> int:
+        try:
+            self._file.seek(self._end)
+            return self._file.readinto(view) or 0
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._direct:
+                raise
+        # A file system that took the flag and not the read, or a device that wants larger blocks.
+        self._direct = False
+        self._file.close()
+        self._file = _open(self._path, False)
+        return self._read(view)
 
 
 def _open(path: Path, direct: bool) -> io.FileIO:
