@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ._page_cache import give_back, look
-from .checkpoint import Checkpoint, inspect
+from .checkpoint import Checkpoint, survey
+from .checkpoint.source import Source, resolve
 from .errors import CheckpointError, OptionError
 from .planner import Progress, ProgressCallback
 from .planner.request import checks_names, parse_folder
@@ -99,6 +100,7 @@ def check(
     manifest: str | os.PathLike[str] | None = None,
     write_manifest: str | os.PathLike[str] | None = None,
     *,
+    download: bool = False,
     progress: ProgressCallback | None = None,
 ) -> CheckReport:
     """Check a checkpoint: headers against sizes, the index against the headers, and hashes where some are known.
@@ -108,9 +110,10 @@ def check(
     SHA-1 of a git blob. Files are read in small buffers, by a few threads.
 
     Args:
-        source: a folder, an index file or a `.safetensors` file.
+        source: what `load` takes.
         manifest: a file of hashes to compare with. Files of the folder that it does not name are mentioned.
         write_manifest: where to write the hashes of all files of the folder; only when nothing is wrong.
+        download: whether a model of the hub may be fetched.
         progress: called with a `Progress` from the calling thread.
 
     Returns:
@@ -128,11 +131,13 @@ def check(
     target = None if write_manifest is None else parse_folder(write_manifest, "write_manifest")
     problems: list[Problem | str] = []
     checkpoint = None
+    place = resolve(source, download=download)
     try:
-        checkpoint = inspect(source)
+        # Which mapping of a pickle holds the weights is nothing to check.
+        checkpoint = survey(source).glance
     except CheckpointError as error:
         problems.append(str(error))
-    folder, files = _files(source, checkpoint, [path for path in (listed, target) if path is not None])
+    folder, files = _files(source, place, checkpoint, [path for path in (listed, target) if path is not None])
     warnings = list(checkpoint.warnings) if checkpoint is not None else []
     hashes = [*_hub_hashes(files)]
     if listed is not None:
@@ -164,10 +169,12 @@ def check(
 
 
 def _files(
-    source: str | os.PathLike[str], checkpoint: Checkpoint | None, without: list[Path]
+    source: str | os.PathLike[str], place: Source, checkpoint: Checkpoint | None, without: list[Path]
 ) -> tuple[Path, list[Path]]:
     """The folder, and the files that a check is about: of a folder all that are not hidden."""
     path = Path(source).expanduser().absolute()
+    if not path.exists():
+        path = place.folder.absolute()  # a scheme led there
     if path.is_dir():
         found = [file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path)) and file.is_file()]
         return path, [file for file in found if file not in without]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,19 @@ from .engine import undisturbed
 from .engine.conversion_folder import ConversionFolder
 from .engine.shard_writer import Sealer, ShardFile, write_shard
 from .errors import OptionError
-from .mapping.records import KeyRules
 from .planner import Progress, ProgressCallback
 from .planner.convert import INDEX, ConvertPlan, ConvertRequest, make_convert_plan
-from .planner.request import checks_names, flag, names_of, parse_folder, parse_io, parse_staging
+from .planner.request import (
+    Names,
+    Renames,
+    checks_names,
+    flag,
+    make_key_rules,
+    parse_folder,
+    parse_io,
+    parse_staging,
+)
 from .sizes import parse_size, shown
-
-Names = str | Iterable[str] | Callable[[str], bool]
-Rename = Mapping[str, str] | Callable[[str], str]
 
 # What transformers and tokenizers write beside weights, and read again; never weights or an optimizer's state.
 _BESIDE = (
@@ -107,10 +111,13 @@ def convert(
     *,
     dtype: Any = "auto",
     max_shard_size: int | str = "5GiB",
-    rename: Rename | Iterable[Rename] | None = None,
+    rename: Renames = None,
     prefix: str | None = None,
-    only: Names | None = None,
-    skip: Names = (),
+    only: Names = None,
+    skip: Names = None,
+    weights: str | None = None,
+    ema: bool | None = None,
+    download: bool = False,
     staging: int | str | None = None,
     io: str = "auto",
     keep_cache: bool = False,
@@ -125,7 +132,7 @@ def convert(
     others like them come along; in `config.json` the dtype is the one that was asked for.
 
     Args:
-        source: a folder, an index file or a `.safetensors` file.
+        source: what `load` takes.
         out: a folder that is empty, not there yet, or holds an unfinished run of this conversion.
         dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only.
         max_shard_size: bytes of tensors in one file; a larger tensor has a file of its own.
@@ -133,6 +140,9 @@ def convert(
         prefix: take only what is inside this module, and leave the prefix off.
         only: the tensors to take: names of tensors or modules, patterns with `*`, or a function of the key.
         skip: those to leave, likewise.
+        weights: path of the mapping inside a pickled file, as in `inspect`.
+        ema: averaged weights or others, as in `inspect`.
+        download: whether a model of the hub may be fetched.
         staging: bound on the readers' buffers, at least 1 MiB. Default: what they can use, at most 64 MiB.
         io: how files are read, as in `load`.
         keep_cache: leave in the page cache what was read and was not there before.
@@ -150,7 +160,7 @@ def convert(
     request = ConvertRequest(
         dtype=parse_dtype(dtype),
         max_shard_size=parse_size(max_shard_size, "max_shard_size"),
-        rules=_parse_rules(rename, prefix, only, skip),
+        rules=make_key_rules(prefix=prefix, only=only, skip=skip, rename=rename),
         staging=parse_staging(staging),
         io=parse_io(io),
         keep_cache=flag(keep_cache, "keep_cache"),
@@ -160,7 +170,7 @@ def convert(
     if progress is not None and not callable(progress):
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
     with paused_collector():
-        checkpoint = inspect(source)
+        checkpoint = inspect(source, weights=weights, ema=ema, download=download)
         plan = make_convert_plan(checkpoint, folder, request)
     beside = _beside(checkpoint)
     last = _last(checkpoint, plan)
@@ -281,37 +291,6 @@ def _read_table(path: Path) -> dict[str, Any]:
         if isinstance(table, dict):
             return table
     return {}
-
-
-def _parse_rules(
-    rename: Rename | Iterable[Rename] | None, prefix: str | None, only: Names | None, skip: Names
-) -> KeyRules:
-    """What the user said about keys.
-
-    Raises:
-        OptionError: a value that means nothing.
-    """
-    if prefix is not None and (not isinstance(prefix, str) or not prefix):
-        raise OptionError(f"prefix: expected the name of a module, found {shown(prefix)}")
-    steps: list[tuple[re.Pattern[str], str] | Callable[[str], str]] = []
-    rules: Iterable[Any] = () if rename is None else (rename,) if isinstance(rename, Mapping) else rename  # type: ignore[assignment]
-    for rule in (rules,) if callable(rules) else rules:
-        if callable(rule):
-            steps.append(rule)
-            continue
-        if not isinstance(rule, Mapping):
-            raise OptionError(f"rename: expected regular expression → replacement or a function, found {shown(rule)}")
-        for pattern, replacement in rule.items():
-            try:
-                steps.append((re.compile(pattern), str(replacement)))
-            except (re.error, TypeError) as error:
-                raise OptionError(f"rename: expected a regular expression, found {shown(pattern)}: {error}") from error
-    return KeyRules(
-        prefix=prefix,
-        only=only if only is None or callable(only) else names_of(only, "only"),
-        skip=skip if callable(skip) else names_of(skip, "skip"),
-        rename=tuple(steps),
-    )
 
 
 __all__ = ["ConvertReport", "convert"]

@@ -644,6 +644,8 @@ class TestLayout:
     def test_safetensors_reads_what_is_laid_out(
         self, held: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str], file: Path
     ) -> None:
+        # What names a tensor is a name for it, which is another test's.
+        metadata = {name: text for name, text in metadata.items() if text not in {key for key, _, _ in held}}
         head, spans, size = layout(held, metadata)
         file.write_bytes(head + bytes(i % 251 for i in range(size - len(head))))
         found = assert_equal_to_reader(file)

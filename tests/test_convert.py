@@ -192,8 +192,8 @@ def test_keys_are_picked_and_renamed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rename": {r"\d": "x"}}, "would both be"),
-        ({"prefix": "nothing"}, "no key begins with"),
+        ({"rename": {r"\d": "x"}}, "both become"),
+        ({"prefix": "nothing"}, "found none; keys begin with"),
         ({"only": ["nothing"]}, "only='nothing'"),
         ({"skip": ["*"]}, "no tensor is left"),
     ],

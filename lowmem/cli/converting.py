@@ -6,9 +6,8 @@ import argparse
 from typing import Any
 
 from .._terminal import print_json, progress_bar, show, warn
-from ..errors import OptionError
-from ..sizes import format_size, shown
-from .options import split
+from ..sizes import format_size
+from .options import add_key_options, add_source, key_options, source_options
 from .parser import FAILED, FINE, verb
 
 
@@ -16,20 +15,11 @@ def add_convert(verbs: Any) -> None:
     """`lowmem convert`."""
     parser = verb(verbs, "convert", "write a checkpoint as sharded safetensors, in bounded memory; goes on", _convert)
     add = parser.add_argument
-    add("source", metavar="SRC", help="folder, index file or .safetensors file")
+    add_source(parser)
     add("out", metavar="OUT", help="folder: empty, not there yet, or with an unfinished run of this conversion")
     add("--dtype", default="auto", help="auto (the checkpoint's, default), float32, bfloat16, float16, ...")
     add("--max-shard-size", metavar="SIZE", default="5GiB", help="bytes of tensors in one file (default 5GiB)")
-    add(
-        "--rename",
-        metavar="OLD=NEW",
-        action="append",
-        default=[],
-        help="regular expression and replacement; several are applied in order",
-    )
-    add("--prefix", metavar="MODULE", help="take only what is inside, without the prefix")
-    add("--only", metavar="NAMES", action="append", help="tensors, modules or patterns to take, a,b,...")
-    add("--skip", metavar="NAMES", action="append", default=[], help="tensors, modules or patterns to leave, a,b,...")
+    add_key_options(parser)
     add("--staging", metavar="SIZE", help="bound on the readers' buffers, at least 1MiB")
     add(
         "--io", choices=("auto", "buffered", "direct", "mmap"), default="auto", help="how files are read (default auto)"
@@ -42,7 +32,8 @@ def add_check(verbs: Any) -> None:
     """`lowmem check`."""
     parser = verb(verbs, "check", "check headers, index, sizes, and hashes where some are known", _check)
     add = parser.add_argument
-    add("source", metavar="SRC", help="folder, index file or .safetensors file")
+    add("source", metavar="SRC", help="what load takes")
+    add("--download", action="store_true", help="fetch a model of the hub that is not in its cache")
     add("--manifest", metavar="FILE", help="SHA-256 of the files, as sha256sum writes it, names relative to SRC")
     add("--write-manifest", metavar="FILE", help="write one, of all files")
 
@@ -56,10 +47,8 @@ def _convert(arguments: argparse.Namespace) -> int:
             arguments.out,
             dtype=arguments.dtype,
             max_shard_size=arguments.max_shard_size,
-            rename=[_rule(text) for text in arguments.rename],
-            prefix=arguments.prefix,
-            only=None if arguments.only is None else split(arguments.only),
-            skip=split(arguments.skip),
+            **source_options(arguments),
+            **key_options(arguments),
             staging=arguments.staging,
             io=arguments.io,
             keep_cache=arguments.keep_cache,
@@ -86,18 +75,17 @@ def _convert(arguments: argparse.Namespace) -> int:
     return FINE
 
 
-def _rule(text: str) -> dict[str, str]:
-    old, equals, new = text.partition("=")
-    if not equals or not old:
-        raise OptionError(f"--rename: expected OLD=NEW, found {shown(text)}")
-    return {old: new}
-
-
 def _check(arguments: argparse.Namespace) -> int:
     from ..checker import check
 
     with progress_bar() as progress:
-        report = check(arguments.source, arguments.manifest, arguments.write_manifest, progress=progress)
+        report = check(
+            arguments.source,
+            arguments.manifest,
+            arguments.write_manifest,
+            download=arguments.download,
+            progress=progress,
+        )
     warn(report.warnings)
     code = FINE if report.is_fine else FAILED
     if arguments.json:

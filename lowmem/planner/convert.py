@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from .._page_cache import cached_share
-from .._patterns import name_matches
 from ..checkpoint import Checkpoint, TensorEntry
 from ..checkpoint.index import SHARED
 from ..checkpoint.safetensors import layout
 from ..dtypes import is_floating
-from ..errors import KeysError
+from ..errors import KeysError, UnsupportedError
 from ..limits import HostMemory, host_memory
-from ..mapping import KeyMapping, Link, whole
-from ..mapping.records import KeyRules
-from ..sizes import KIB, MIB, format_size, shown
+from ..mapping import KeyMapping, KeyRules, Link, whole
+from ..mapping.names import give_names
+from ..sizes import KIB, MIB, format_size
 from . import budget
 from .final_dtypes import check_cast, nbytes_of
 from .moves import Placement
@@ -126,56 +125,21 @@ def make_convert_plan(checkpoint: Checkpoint, folder: Path, request: ConvertRequ
     return ConvertPlan(checkpoint, folder, fingerprint, plans, files, shared, staging, host, request.dtype)
 
 
-def name_keys(checkpoint: Checkpoint, rules: KeyRules) -> dict[str, TensorEntry]:
-    """New name → entry, by the user's rules: `prefix`, then `only` and `skip`, then `rename`.
+def name_keys(checkpoint: Checkpoint, rules: KeyRules) -> Mapping[str, TensorEntry]:
+    """New name → entry, by the user's rules.
 
     Raises:
         KeysError: a rule names nothing, nothing is left, or two keys would have one name.
+        UnsupportedError: a tensor that cannot be read.
     """
-    taken = {key: key for key in checkpoint}
-    if rules.prefix:
-        inside = rules.prefix.removesuffix(".") + "."
-        taken = {key.removeprefix(inside): key for key in checkpoint if key.startswith(inside)}
-        if not taken:
-            raise KeysError(f"{checkpoint.source}: prefix={shown(rules.prefix)}: no key begins with {inside!r}")
-    if rules.only is not None:
-        taken = _picked(checkpoint, taken, rules.only, "only")
-    left = _picked(checkpoint, taken, rules.skip, "skip") if rules.skip else {}
-    named: dict[str, str] = {}
-    for short, key in taken.items():
-        if short in left:
-            continue
-        name = _renamed(short, rules)
-        if name in named:
-            raise KeysError(
-                f"{checkpoint.source}: tensors {named[name]!r} and {key!r} would both be {name!r}; "
-                "let rename keep them apart, or leave one out by skip"
-            )
-        named[name] = key
-    if not named:
+    given = give_names(checkpoint, rules)
+    for key in given.unreadable.values():
+        raise UnsupportedError(
+            f"{checkpoint.source}: tensor {key!r}: {checkpoint.unreadable[key]}; leave it out by skip= (--skip)"
+        )
+    if not given.entries:
         raise KeysError(f"{checkpoint.source}: no tensor is left to convert; check only, skip and prefix")
-    return {name: checkpoint[key] for name, key in named.items()}
-
-
-def _picked(checkpoint: Checkpoint, taken: dict[str, str], rule: Any, what: str) -> dict[str, str]:
-    if callable(rule):
-        return {short: key for short, key in taken.items() if rule(short)}
-    chosen: set[str] = set()
-    for name in rule:
-        found = [name] if name in taken else [short for short in taken if name_matches(short, name)]
-        if not found:
-            raise KeysError(
-                f"{checkpoint.source}: {what}={shown(name)}: expected a tensor, a module or a pattern with *, found no "
-                "such key in the checkpoint; lowmem inspect SRC --tensors lists them"
-            )
-        chosen.update(found)
-    return {short: key for short, key in taken.items() if short in chosen}
-
-
-def _renamed(key: str, rules: KeyRules) -> str:
-    for rule in rules.rename:
-        key = rule(key) if callable(rule) else rule[0].sub(rule[1], key)
-    return key
+    return given.entries
 
 
 def _share(rows: list[tuple[str, TensorEntry]]) -> tuple[list[tuple[str, TensorEntry]], dict[str, str]]:
