@@ -628,3 +628,60 @@ def test_the_shell_converts(source: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["convert", str(source), str(tmp_path / "x"), "--rename", "nothing"]) == 2
     assert main(["convert", str(source), str(tmp_path / "y"), "--no-verify", "--max-shard-size", "4MiB"]) == 0
     assert "not read back" in capsys.readouterr().out
+
+
+def pickled(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A training checkpoint with views, a shared tensor, and an optimizer."""
+    torch.manual_seed(5)
+    both = torch.randn(300, 500)
+    state = {
+        "turned.weight": both[:, :200].t(),
+        "columns.weight": both[:, 100:400],
+        "whole.weight": torch.randn(64, 32, dtype=torch.bfloat16),
+        "steps": torch.tensor(7),
+        "many": torch.randn(1, 6).expand(5, 6),
+    }
+    state["head.weight"] = state["whole.weight"]
+    file = tmp_path / "training.pth"
+    torch.save({"model": state, "optimizer": {"state": {0: torch.randn(1000)}}, "epoch": 3}, file)
+    return file, state
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickled_checkpoint_becomes_safetensors(tmp_path: Path, dtype: str, legacy: bool) -> None:
+    file, state = pickled(tmp_path)
+    if legacy:
+        torch.save({"model": state}, file, _use_new_zipfile_serialization=False)
+    report = lowmem.convert(file, tmp_path / "out", dtype=dtype)
+    assert report.shared == {"head.weight": "whole.weight"}
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == state.keys() - {"head.weight"}
+    for key, value in found.items():
+        wanted = state[key] if dtype == "auto" or not state[key].is_floating_point() else state[key].half()
+        assert value.dtype == wanted.dtype
+        assert torch.equal(value, wanted), key
+    assert torch.equal(dict(lowmem.stream(tmp_path / "out"))["head.weight"], found["whole.weight"])
+
+
+def test_any_mapping_of_a_pickled_file_is_converted(tmp_path: Path) -> None:
+    file, _ = pickled(tmp_path)
+    lowmem.convert(file, tmp_path / "out", weights="optimizer.state")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == {"0"}
+
+
+def test_what_was_scattered_is_read_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposed weight is written through a mapping; a byte that changed on its way to the disk is found."""
+    file, _ = pickled(tmp_path)
+    from lowmem.engine import shard_writer
+
+    real = shard_writer.settle
+
+    def damaging(fd: int, size: int) -> None:
+        real(fd, size)
+        os.pwrite(fd, b"\x55\xaa\x55", size - 2000)
+
+    lowmem.convert(file, tmp_path / "fine", only=["turned"])
+    monkeypatch.setattr(shard_writer, "settle", damaging)
+    with pytest.raises(OutputError, match="turned"):
+        lowmem.convert(file, tmp_path / "out", only=["turned"])

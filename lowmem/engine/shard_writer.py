@@ -5,14 +5,18 @@ and reads them back.
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+
 from .._page_cache import give_back
 from ..errors import OutputError
+from ..mapping import Region
 from ..planner import LoadPlan, Move, Placement
 from ..planner.records import OffloadFile
 from ..sizes import MIB, format_size
@@ -27,6 +31,8 @@ from .read_back import Piece, ReadBack, checksum
 _BATCH = 128 * MIB
 # Written while the one before is still on its way to the disk.
 _MOST_OPEN = 2
+# Bytes of one checksum of what was scattered.
+_STEP = 4 * MIB
 
 
 class ShardFile:
@@ -102,6 +108,7 @@ class ShardDestination(FileDestination):
         self._as_it_is = entry.is_plain and entry.dtype == placement.dtype
         self._shard = shard
         self._tensor = placement.target
+        self._is_scattered = False
 
     def begin(self, move: Move, scratch: Scratch, at: int) -> memoryview:
         """A place in the buffer."""
@@ -116,6 +123,22 @@ class ShardDestination(FileDestination):
             super().end(move, scratch, at)
             return
         self._write(self.begin(move, scratch, at), self._offset + move.region.offset * self._dtype.itemsize)
+
+    def _scatter(self, region: Region, source: torch.Tensor) -> None:
+        super()._scatter(region, source)
+        self._is_scattered = True
+
+    def settle(self) -> None:
+        """The tensor is whole. What was scattered is remembered now, as it lies in the file."""
+        if not self._is_scattered or self._pages is None:
+            return
+        begin = self._offset % mmap.ALLOCATIONGRANULARITY
+        with memoryview(self._pages) as pages:
+            for at in range(0, self._nbytes, _STEP):
+                size = min(_STEP, self._nbytes - at)
+                with pages[begin + at : begin + at + size] as part:
+                    self._shard.pieces.append(Piece(self._offset + at, size, checksum(part), self._tensor))
+        self._pages = None
 
     def _write(self, view: memoryview, offset: int) -> None:
         try:
@@ -277,6 +300,10 @@ def write_shard(plan: LoadPlan, shard: ShardFile, sealer: Sealer, moved: Callabl
     try:
         crew.start()
         while (finished := crew.next()) is not None:
+            for done in finished:
+                for _, destination in done.whole:
+                    if isinstance(destination, ShardDestination):
+                        destination.settle()
             sealer.look()
             moved(sum(done.read.nbytes for done in finished))
         feed.finish()
