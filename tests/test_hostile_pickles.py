@@ -220,6 +220,9 @@ def test_the_number_of_opcodes_and_the_text_are_bounded(monkeypatch: pytest.Monk
     monkeypatch.setattr(pickles, "MAX_STEPS", 1000)
     with pytest.raises(CheckpointError, match="more than 1000 opcodes"):
         decoded(b"N" * 2000 + b".")
+    monkeypatch.setattr(pickles, "MAX_GLOBALS", 50)
+    with pytest.raises(CheckpointError, match="more than 50 different classes and functions"):
+        decoded(b"".join(b"cx\n%d\n" % i for i in range(60)) + b".")
     copies = b"ccollections\nOrderedDict\nq\x00]q\x01(" + b"NN\x86" * 150 + b"eh\x01\x85q\x02" + b"h\x00h\x02R0" * 20
     with pytest.raises(CheckpointError, match="values copied many times"):
         decoded(copies + b".")

@@ -282,7 +282,8 @@ def test_the_old_ways_to_build_tensors(file: Path) -> None:
     """Before torch 0.4: without gradients, and by a state of four."""
     storage = b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x06tQ"
     old = b"\x80\x02}(X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor\n" + storage + b"K\x01K\x02\x85K\x01\x85tR"
-    older = b"X\x01\x00\x00\x00bctorch\nFloatTensor\n)R" + storage + b"K\x02K\x01K\x02\x86K\x02K\x01\x86tb"
+    on_gpu = storage.replace(b"ctorch\n", b"ctorch.cuda\n").replace(b"\x03\x00\x00\x00cpu", b"\x06\x00\x00\x00cuda:0")
+    older = b"X\x01\x00\x00\x00bctorch\nFloatTensor\n)R" + on_gpu + b"K\x02K\x01K\x02\x86K\x02K\x01\x86tb"
     pickle_in_zip(file, old + older + b"u.", _0=np.arange(6, dtype=np.float32).tobytes())
     picked = read_pickled(file)
     entries, shard = picked.locate(leaves_of(picked.root))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,11 @@ from .pickle_bytes import MAX_LONG, MAX_TEXTS, Reader, Span, Stream
 
 __all__ = ["MAX_STEPS", "Dict", "Extension", "Global", "Inert", "Key", "Machine", "Persistent", "Span"]
 
-# Opcodes of one pickle. A checkpoint needs 32 a tensor, so this is 300,000 of them; an opcode makes an object of about
-# 100 bytes at most, so a hostile file takes no more than about 1 GB and a few seconds.
-MAX_STEPS = 10_000_000
+# Opcodes of one pickle. A checkpoint needs 32 a tensor, so this is 250,000 of them; an opcode makes an object of about
+# 100 bytes at most, so a hostile file takes less than 1 GB and some seconds.
+MAX_STEPS = 8_000_000
+# Different names of classes and functions. A checkpoint has some dozens.
+MAX_GLOBALS = 65_536
 # Hashes of numbers above are taken modulo 2**61 - 1, so that a file could choose keys that all collide.
 _MAX_INT_KEY = 1 << 60
 _WORD = struct.Struct("<I")
@@ -66,7 +68,7 @@ class Inert:
         self.args = args
         self.kwargs = kwargs
         self.state: Any = None
-        self.items: list[Any] = []
+        self.items: Sequence[Any] = ()
         self.pairs: dict[Any, Any] | None = None
 
     def __repr__(self) -> str:
@@ -261,6 +263,8 @@ class Machine(Reader):
             raise TypeError("a name that is not text")
         made = self._globals.get((module, name))
         if made is None:
+            if len(self._globals) >= MAX_GLOBALS:
+                self.refuse(f"more than {MAX_GLOBALS} different classes and functions")
             made = self._globals[module, name] = Global(module, name)
         return made
 
@@ -278,6 +282,8 @@ class Machine(Reader):
     def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if isinstance(target, Inert):
+            if type(target.items) is not list:
+                target.items = []
             target = target.items
         if type(target) is not list:
             raise TypeError("items for what is no list")
@@ -370,7 +376,7 @@ class Machine(Reader):
         self._push(line == b"01" if line in (b"00", b"01") else int(line, 0))
 
     def _frozen(self, items: list[Any]) -> Inert:
-        made = Inert(Global("builtins", "frozenset"))
+        made = Inert(_FROZENSET)
         made.items = items
         return made
 
@@ -418,6 +424,7 @@ def _key(key: Any) -> Any:
     return Key(key)
 
 
+_SET, _FROZENSET = Global("builtins", "set"), Global("builtins", "frozenset")
 _MAPPINGS = frozenset(
     {
         "collections.OrderedDict",
@@ -465,7 +472,7 @@ _OPCODES: dict[bytes, Callable[[Machine], object]] = {
     b"d": Machine._dict,  # DICT
     b"s": lambda m: m._update([m._stack.pop(), m._stack.pop()][::-1]),  # SETITEM
     b"u": lambda m: m._update(m._pop_mark()),  # SETITEMS
-    b"\x8f": lambda m: m._push(Inert(Global("builtins", "set"))),  # EMPTY_SET
+    b"\x8f": lambda m: m._push(Inert(_SET)),  # EMPTY_SET
     b"\x90": lambda m: m._extend(m._pop_mark()),  # ADDITEMS
     b"\x91": lambda m: m._push_popped(m._frozen),  # FROZENSET
     b"0": Machine._pop,  # POP
