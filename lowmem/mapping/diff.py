@@ -230,8 +230,8 @@ def _bare(mapping: KeyMapping, checkpoint: Checkpoint, targets: Mapping[str, Tar
     odd = {m.target: m for m in mapping.mismatched}
     groups = [_other_shape(group, odd) for group in group_names({m.target: m.found for m in odd.values()})]
     pairs = partners(missing, unexpected)
-    groups += _sided("missing", missing, {a.stem: b.pattern for a, b in pairs})
-    groups += _sided("unexpected", unexpected, {b.stem: a.pattern for a, b in pairs})
+    groups += _sided("missing", missing, {pair.wanted.stem: pair.offered.pattern for pair in pairs})
+    groups += _sided("unexpected", unexpected, {pair.offered.stem: pair.wanted.pattern for pair in pairs})
     return KeyDiff(
         missing=mapping.missing,
         unexpected=mapping.unexpected,
@@ -318,7 +318,9 @@ def make_diff(
     if reshape:
         naming = attempt(_with(rules, rename, reshape))
     mended = 0 if naming is None else len(naming.targets - fed)
-    if naming is None or not mended or not fed <= naming.targets:
+    # A table that mends a small part only is more likely an accident.
+    few = 2 * mended < min(len(diff.missing), len(diff.unexpected)) if rename else not mended
+    if naming is None or few or not fed <= naming.targets:
         rename, reshape, mended = {}, (), 0
     prefixes, more = _prefixes(mapping, checkpoint, state, rules, attempt)
     if more and more >= mended:
