@@ -624,14 +624,14 @@ def trees(draw: st.DrawFn) -> dict[str, tuple[int, ...]]:
     return dict(zip(names, ((n,) for n in sizes), strict=True))
 
 
-def check(keys: dict[str, tuple[int, ...]], origin: dict[str, str], model: dict[str, tuple[int, ...]]) -> None:
-    """Either every tensor is fed by its own key, or what differs is said right."""
+def check(keys: dict[str, tuple[int, ...]], model: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """What differs is said right. Gives what is fed, and from which key; nothing where two keys fell together."""
     checkpoint, skeleton = made(keys, model)
     try:
         mapping = match(checkpoint, skeleton)
     except KeysError as error:
         if "both become" in str(error):
-            return
+            return {}
         raise
     state = {name for name, target in skeleton.targets.items() if target.persistent}
     fed = {link.target: link.entry.key for link in mapping.links}
@@ -652,7 +652,7 @@ def check(keys: dict[str, tuple[int, ...]], origin: dict[str, str], model: dict[
     if not mapping.steps:
         # Nothing was done: only equal names were linked.
         assert all(name == key for name, key in fed.items())
-    assert origin
+    return fed
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -661,8 +661,9 @@ def test_any_prefix_loads_the_same_or_is_told(model: dict[str, tuple[int, ...]],
     prefix = ".".join(front) + "."
     if not model:
         return
-    keys = {prefix + name: shape for name, shape in model.items()}
-    check(keys, {prefix + name: name for name in model}, model)
+    fed = check({prefix + name: shape for name, shape in model.items()}, model)
+    if fed and not any(prefix + name in model for name in model):
+        assert fed == {name: prefix + name for name in model}
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -676,7 +677,7 @@ def test_any_injective_renaming_loads_the_same_or_is_told(
     others = data.draw(st.permutations([*words, "q", "r.s", "t"]))
     table = dict(zip(words, others, strict=False))
     origin = {".".join(table[part] for part in name.split(".")): name for name in model}
-    check({key: model[name] for key, name in origin.items()}, origin, model)
+    check({key: model[name] for key, name in origin.items()}, model)
 
 
 @settings(max_examples=60, deadline=None)

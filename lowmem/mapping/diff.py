@@ -21,7 +21,9 @@ from .suggest import find_rules
 # Lines of a section of the text; the whole is in `groups`.
 _LINES = 12
 _MOST_PREFIXES = 3
+# How alike a key must be to be named, and how many are looked at.
 _LIKE = 0.6
+_LOOKED_AT = 2000
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class KeyDiff:
         prefixes: modules for `prefix=`, each of which would feed more; tried likewise.
         mended: how many more of the model's tensors `rename` and `reshape`, or else the first prefix, would feed.
         steps: what evidence did to the keys already.
-        suggestions: what would probably mend it, a sentence each.
+        hints: what single names may be called, where no rule was found, a sentence each.
+        after_own: the user has functions of his own, which `rename` follows.
     """
 
     missing: tuple[str, ...] = field(repr=False)
@@ -98,7 +101,8 @@ class KeyDiff:
     prefixes: tuple[str, ...] = ()
     mended: int = 0
     steps: tuple[str, ...] = ()
-    suggestions: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    after_own: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -118,6 +122,21 @@ class KeyDiff:
             return tuple(lines)
         return tuple(f"prefix={prefix!r}" for prefix in self.prefixes)
 
+    @property
+    def advice(self) -> str:
+        """What stands before `rules`; empty without any."""
+        if not self.rules:
+            return ""
+        which = "this" if self.rename or self.reshape or len(self.prefixes) == 1 else "one of these"
+        own = ", after your own functions" if self.after_own and self.rename else ""
+        guess = " (names and shapes say so: compare the pairs)" if self.rename else ""
+        return f"{which} would feed {self.mended} more{own}{guess}; paste it into the call:"
+
+    @property
+    def suggestions(self) -> tuple[str, ...]:
+        """What would probably mend it, a sentence each."""
+        return (f"{self.advice} {', '.join(self.rules)}",) if self.rules else self.hints
+
     def text(self) -> str:
         """For messages and the shell: counts, groups, and the rules to paste."""
         lines: list[str] = []
@@ -135,7 +154,7 @@ class KeyDiff:
                 if len(names) > 5 or (self.missing and self.unexpected):
                     lines += _lines([group for group in self.groups if group.kind == kind])
         lines += self.steps
-        lines += self.suggestions
+        lines += [self.advice, *self.rules] if self.rules else self.hints
         return "\n".join(lines) or f"no difference: {self.matched} tensors match"
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,8 +230,8 @@ def _bare(mapping: KeyMapping, checkpoint: Checkpoint, targets: Mapping[str, Tar
     odd = {m.target: m for m in mapping.mismatched}
     groups = [_other_shape(group, odd) for group in group_names({m.target: m.found for m in odd.values()})]
     pairs = partners(missing, unexpected)
-    groups += _sided("missing", missing, {a.stem: b.pattern for a, b in pairs})
-    groups += _sided("unexpected", unexpected, {b.stem: a.pattern for a, b in pairs})
+    groups += _sided("missing", missing, {pair.wanted.stem: pair.offered.pattern for pair in pairs})
+    groups += _sided("unexpected", unexpected, {pair.offered.stem: pair.wanted.pattern for pair in pairs})
     return KeyDiff(
         missing=mapping.missing,
         unexpected=mapping.unexpected,
@@ -299,13 +318,15 @@ def make_diff(
     if reshape:
         naming = attempt(_with(rules, rename, reshape))
     mended = 0 if naming is None else len(naming.targets - fed)
-    if naming is None or not mended or not fed <= naming.targets:
+    # A table that mends a small part only is more likely an accident.
+    few = 2 * mended < min(len(diff.missing), len(diff.unexpected)) if rename else not mended
+    if naming is None or few or not fed <= naming.targets:
         rename, reshape, mended = {}, (), 0
     prefixes, more = _prefixes(mapping, checkpoint, state, rules, attempt)
     if more and more >= mended:
         rename, reshape, mended = {}, (), more
     diff = replace(diff, rename=rename, reshape=reshape, prefixes=prefixes, mended=mended)
-    return replace(diff, suggestions=tuple(_sentences(diff, checkpoint, state, any(map(callable, rules.rename)))))
+    return replace(diff, hints=_hints(diff, checkpoint, state), after_own=any(map(callable, rules.rename)))
 
 
 def _with(rules: KeyRules, rename: Mapping[str, str], reshape: tuple[str, ...]) -> KeyRules:
@@ -388,16 +409,12 @@ def _prefixes(
     return tuple(ranked), gains[ranked[0]] if ranked else 0
 
 
-def _sentences(diff: KeyDiff, checkpoint: Checkpoint, state: Mapping[str, Target], functions: bool) -> list[str]:
-    if diff.rules:
-        own = ", after your own functions" if functions and diff.rename else ""
-        which = "one of these" if not diff.rename and not diff.reshape and len(diff.prefixes) > 1 else "this"
-        guess = " (names and shapes say so: compare the pairs above)" if diff.rename else ""
-        return [f"{which} would feed {diff.mended} more{own}{guess}; paste it into the call:", *diff.rules]
-    hints = []
-    pool = {key: checkpoint[key].shape for key in diff.unexpected[:2000]}
-    for name in diff.missing[:3] if pool else ():
+def _hints(diff: KeyDiff, checkpoint: Checkpoint, state: Mapping[str, Target]) -> tuple[str, ...]:
+    """What single names may be called, where no rule was found."""
+    hints: list[str] = []
+    pool = {key: checkpoint[key].shape for key in diff.unexpected[:_LOOKED_AT]}
+    for name in diff.missing[:3] if pool and not diff.rules else ():
         same = [key for key, shape in pool.items() if shape == state[name].shape]
         close = difflib.get_close_matches(name, same, n=1, cutoff=_LIKE)
         hints += [f"{name!r} may be the checkpoint's {key!r}" for key in close]
-    return hints
+    return tuple(hints)

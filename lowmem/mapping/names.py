@@ -45,8 +45,11 @@ def give_names(checkpoint: Checkpoint, rules: KeyRules) -> Given:
     unreadable: dict[str, str] = {}
     for key, stem in inside.items():
         if key not in chosen:
-            # A function may know nothing of what it was not meant for.
-            left_out.setdefault(_renamed(key, stem, [r for r in rules.rename if not callable(r)]), key)
+            try:
+                left_out[_renamed(key, stem, rules.rename)] = key
+            except OptionError:
+                # A function may know nothing of what it was not meant for.
+                left_out[stem] = key
             continue
         name = _renamed(key, stem, rules.rename)
         if name in entries or name in unreadable:

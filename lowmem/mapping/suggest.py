@@ -13,6 +13,8 @@ from .groups import Group, Shape, alike, group_names, pair_of, partners
 _MOST_RULES = 24
 # Names of each group that are tried; the others follow the same pattern.
 _TRIED = 3
+# Rules that are looked at more closely.
+_MOST_CHECKED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +64,40 @@ def _best(
     offered, wanted = group_names(left), group_names(open_)
     pairs = partners(wanted, offered)
     rules: dict[tuple[str, str], Rule] = {}
-    for group, other in pairs:
-        pair = pair_of(group, other)
-        if pair is not None:
-            rules.update(((r.pattern.pattern, r.replacement), r) for r in candidates(pair[1], pair[0]))
     meant: dict[str, Collection[str]] = {}
-    for group, other in pairs:
-        likely = set(other.names)
-        meant.update((name, likely) for name in group.names)
+    for pair in pairs:
+        names = pair_of(pair.wanted, pair.offered) if pair.sure else None
+        if names is not None:
+            rules.update(((r.pattern.pattern, r.replacement), r) for r in candidates(names[1], names[0]))
+        # What is not sure is fed by no rule, rather than from the wrong key.
+        likely = set(pair.offered.names) if pair.sure else ()
+        meant.update((name, likely) for name in pair.wanted.names)
     tried = _samples(offered)
     scored = [(_gain(rule, tried, left, open_, state, meant), rule) for rule in rules.values()]
+    scored = sorted((s for s in scored if s[0] > 0), key=lambda s: (-s[0], s[1].length))
     # Sorting is stable: of two that feed as much and are as long, the likelier pair's.
-    for _, rule in sorted((s for s in scored if s[0] > 0), key=lambda s: (-s[0], s[1].length)):
-        if not any(rule.pattern.sub(rule.replacement, name) != name for name in fed):
+    for _, rule in scored[:_MOST_CHECKED]:
+        if _keeps_modules(rule, left, open_) and not any(
+            rule.pattern.sub(rule.replacement, name) != name for name in fed
+        ):
             return rule
     return None
+
+
+def _keeps_modules(rule: Rule, left: Mapping[str, Shape], open_: Mapping[str, Shape]) -> bool:
+    """Whether the tensors of a module go to one module together, where that has a place for them."""
+    homes: dict[str, str] = {}
+    after: dict[str, str] = {}
+    for name, shape in left.items():
+        new = after[name] = rule.pattern.sub(rule.replacement, name)
+        if new != name and new in open_ and alike(shape, open_[new]):
+            homes[name.rpartition(".")[0]] = new.rpartition(".")[0]
+    for name, new in after.items():
+        home, _, leaf = name.rpartition(".")
+        there = f"{homes[home]}.{leaf}" if home in homes and homes[home] != home else None
+        if there in open_ and new != there:
+            return False
+    return True
 
 
 def _samples(groups: list[Group]) -> dict[str, float]:
@@ -106,7 +127,8 @@ def _gain(
             continue
         if new in open_ and new not in seen and alike(left[name], open_[new]):
             seen.add(new)
-            gain += weight if name in meant.get(new, (name,)) else 0.4 * weight
+            likely = meant.get(new)
+            gain += weight if likely is None or name in likely else -weight if not likely else 0.4 * weight
         elif new in state or new in left:
             gain -= 2 * weight
         else:
