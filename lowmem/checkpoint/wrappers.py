@@ -170,8 +170,8 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
     state = value.state
     transient = state.get("_non_persistent_buffers_set")
     if isinstance(transient, Inert):
-        # A set as protocols before 4 write it: a call with a list.
-        transient = transient.args[0] if transient.args else ()
+        # A set as protocol 4 writes it has items; before, it was a call with a list.
+        transient = list(transient.items) or (transient.args[0] if transient.args else ())
     lost = {n for n in transient if isinstance(n, str)} if isinstance(transient, (set, list, tuple)) else set()
     yield from _children(state["_parameters"])
     for key, child in _children(state.get("_buffers")):

@@ -165,10 +165,16 @@ class ReadBack:
             group.append(piece)
             size += piece.nbytes
             if size >= _TASK:
-                self._tasks.append(self._pool.submit(self._look, path, group, direct))
+                self._submit(path, group, direct)
                 group, size = [], 0
         if group:
-            self._tasks.append(self._pool.submit(self._look, path, group, direct))
+            self._submit(path, group, direct)
+
+    def _submit(self, path: Path, pieces: Sequence[Piece], direct: bool) -> None:
+        try:
+            self._tasks.append(self._pool.submit(self._look, path, pieces, direct))
+        except RuntimeError as error:
+            raise OutputError(f"the system refused a thread ({error}); raise its limit (ulimit -u, -v)") from error
 
     def look(self) -> None:
         """Raise what was found so far.

@@ -9,7 +9,7 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -170,6 +170,8 @@ class Sealer:
         self._seal = seal
         self._turn = threading.Condition()
         self._shards: deque[ShardFile] = deque()
+        # Bytes of the newest file since some of it was last brought to the disk.
+        self._waiting = 0
         self._error: BaseException | None = None
         self._stopped = False
         self._thread = threading.Thread(target=self._work, name="lowmem-sealer", daemon=True)
@@ -181,8 +183,10 @@ class Sealer:
             OutputError: it cannot be made, or one before it cannot be brought to the disk or differs.
         """
         self._wait(_MOST_OPEN - 1)
-        # Known before it is there, so that it is removed however this ends.
-        self._shards.append(shard)
+        with self._turn:
+            # Known before it is there, so that it is removed however this ends.
+            self._shards.append(shard)
+            self._waiting = 0
         shard.open()
         if self._thread.ident is None:
             try:
@@ -190,15 +194,21 @@ class Sealer:
             except RuntimeError as error:
                 raise OutputError(f"the system refused a thread ({error}); raise its limit (ulimit -u, -v)") from error
 
-    def look(self) -> None:
-        """There is more to bring to the disk, perhaps.
+    def add(self, nbytes: int) -> None:
+        """So much more was written into the newest file.
 
         Raises:
-            OutputError: some of it cannot be brought there, or differs.
+            OutputError: something written before cannot be brought to the disk, or differs.
         """
         with self._turn:
             self._raise()
+            self._waiting += nbytes
             self._turn.notify_all()
+
+    def close(self, shard: ShardFile) -> None:
+        """All of `shard` is written; raises as `add`."""
+        shard.is_written = True
+        self.add(0)
 
     def finish(self) -> None:
         """Wait until all files are whole.
@@ -253,7 +263,8 @@ class Sealer:
         with self._turn:
             while not self._stopped:
                 shard = self._shards[0] if self._shards else None
-                if shard is not None and (shard.is_written or _size_of(shard.pieces) >= _BATCH):
+                if shard is not None and (shard.is_written or self._waiting >= _BATCH):
+                    self._waiting = 0
                     return shard
                 self._turn.wait()
         return None
@@ -274,10 +285,6 @@ class Sealer:
             with self._turn:
                 self._shards.popleft()
                 self._turn.notify_all()
-
-
-def _size_of(pieces: Iterable[Piece]) -> int:
-    return sum(piece.nbytes for piece in tuple(pieces))
 
 
 def write_shard(plan: LoadPlan, shard: ShardFile, sealer: Sealer, moved: Callable[[int], None]) -> None:
@@ -304,10 +311,10 @@ def write_shard(plan: LoadPlan, shard: ShardFile, sealer: Sealer, moved: Callabl
                 for _, destination in done.whole:
                     if isinstance(destination, ShardDestination):
                         destination.settle()
-            sealer.look()
-            moved(sum(done.read.nbytes for done in finished))
+            nbytes = sum(done.read.nbytes for done in finished)
+            sealer.add(nbytes)
+            moved(nbytes)
         feed.finish()
     finally:
         undisturbed(crew.end)
-    shard.is_written = True
-    sealer.look()
+    sealer.close(shard)
