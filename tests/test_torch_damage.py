@@ -71,6 +71,12 @@ def test_ambiguous_zips_are_refused(tmp_path: Path) -> None:
         read_pickled(file)
 
 
+def test_a_zip_with_an_empty_directory(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"PK\x03\x04" + bytes(30) + b"PK\x05\x06" + bytes(18))
+    with pytest.raises(UnsupportedError, match=r"a\.pt: .*a zip of other things \(nothing\)"):
+        read_pickled(tmp_path / "a.pt")
+
+
 def test_overlapping_records_are_refused(tmp_path: Path) -> None:
     file = save({"a": torch.arange(4.0)}, tmp_path / "a.pt")
     raw = bytearray(file.read_bytes())
