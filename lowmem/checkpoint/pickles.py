@@ -89,9 +89,6 @@ class Dict(dict[Any, Any]):
         self.what = what
         self.state: Any = None
 
-    def __repr__(self) -> str:
-        return f"Dict({self.what!r}, {len(self)} keys)"
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Key:
@@ -380,9 +377,6 @@ class Machine(Reader):
         made.items = items
         return made
 
-    def _persist_line(self) -> None:
-        self._push(self.persist(self._line().decode("ascii")))
-
     def _persist_top(self) -> None:
         self._stack[-1] = self.persist(self._stack[-1])
 
@@ -495,7 +489,7 @@ _OPCODES: dict[bytes, Callable[[Machine], object]] = {
     b"\x92": Machine._new_with_names,  # NEWOBJ_EX
     b"\x80": Machine._protocol,  # PROTO
     b"\x95": lambda m: m._number(8),  # FRAME
-    b"P": Machine._persist_line,  # PERSID
+    b"P": lambda m: m._push(m.persist(m._line().decode("ascii"))),  # PERSID
     b"Q": Machine._persist_top,  # BINPERSID
 }
 _HANDLERS = [_OPCODES.get(bytes([code]), Machine._unknown) for code in range(256)]

@@ -177,7 +177,7 @@ def _directory(file: Path, f: BinaryIO, size: int) -> dict[str, zipfile.ZipInfo]
             f"{file}: expected each record once, found {twice[:200]!r} several times; save it again with torch.save"
         )
     found.sort(key=attrgetter("header_offset"))
-    for record, following in zip(found, [*(r.header_offset for r in found[1:]), end], strict=True):
+    for record, following in zip(found, [*(r.header_offset for r in found[1:]), end], strict=False):
         least = record.header_offset + _LOCAL_HEADER.size + len(record.orig_filename) + record.compress_size
         if record.header_offset < 0 or least > following:
             raise CheckpointError(
