@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file, save_model
 from tiny_models import same
 
 import lowmem
+from bench.kernel_limits import cgroup_kind
 from lowmem.checkpoint import TensorEntry
 from lowmem.cli import main
 from lowmem.engine import read_back, shard_writer
@@ -602,6 +603,24 @@ def test_memory_is_staging_whatever_the_size(tmp_path: Path, dtype: str, staging
     # Buffers of those who read back, and of Python's threads, besides.
     assert peak <= plan.host.peak + 12 * MIB
     assert plan.staging.total <= (64 if staging is None else 4) * MIB
+
+
+LIMITED = """
+import lowmem
+lowmem.convert(args["source"], args["out"], dtype=args["dtype"])
+result = True
+"""
+
+
+@linux
+@pytest.mark.cgroup
+@pytest.mark.skipif(cgroup_kind() is None, reason="this process may make no memory cgroup")
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_the_kernel_confirms_it(tmp_path: Path, dtype: str) -> None:
+    """Its own pages, those of both files, and what torch touches when it is first used: in less than the file has."""
+    limit = (cgroup_kind(), 100 * MIB, 0)
+    source = big_checkpoint()
+    assert server().run(LIMITED, limit=limit, source=str(source), out=str(tmp_path / "out"), dtype=dtype)
 
 
 def test_a_machine_without_memory_refuses(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
