@@ -25,7 +25,7 @@ def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
 
     On one device nothing is attached. Otherwise `accelerate.dispatch_model` moves weights and inputs at run time; a
     weight on disk is read from where the plan left it: the checkpoint itself, cast where its dtype is another, or the
-    offload folder. safetensors files are opened by accelerate, pickled ones are mapped here.
+    offload folder. What accelerate cannot open there is mapped here.
     """
     devices = set(plan.device_map.values())
     if devices == {"cpu"}:
@@ -65,12 +65,12 @@ def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:
     """Name → file and key, and dtype where it is cast, as accelerate's `OffloadedWeightsLoader` reads it, for every
     weight on disk that it can open.
     """
-    files = _safetensors(plan)
+    mapped = _mapped_here(plan)
     index: dict[str, dict[str, str]] = {}
     for placement in plan.placements:
         if placement.residency == "refer":
             entry = placement.links[0].entry
-            if entry.file not in files:
+            if placement in mapped:
                 continue
             where = {"safetensors_file": os.fspath(entry.file.absolute()), "weight_name": entry.key}
             if entry.dtype != placement.dtype:
@@ -85,25 +85,31 @@ def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:
     return index
 
 
-def _safetensors(plan: LoadPlan) -> set[Path]:
-    return {shard.file for shard in plan.checkpoint.shards if shard.container == "safetensors"}
+def _mapped_here(plan: LoadPlan) -> set[Placement]:
+    """Weights on disk that accelerate cannot open by their file and key: in pickles, of a key that only names another,
+    or of another shape than the model's.
+    """
+    shards = {shard.file: shard for shard in plan.checkpoint.shards}
+    found = set()
+    for placement in plan.placements:
+        if placement.residency == "refer":
+            entry = placement.links[0].entry
+            shard = shards[entry.file]
+            shared = entry.key in shard.metadata
+            if shard.container != "safetensors" or shared or plan.checkpoint[entry.key].shape != entry.shape:
+                found.add(placement)
+    return found
 
 
 def _held(model: nn.Module, plan: LoadPlan) -> Mapping[str, torch.Tensor] | None:
-    """What accelerate is to take from here: weights that wait in memory, and those in files that it cannot open."""
+    """What accelerate is to take from here: weights that wait in memory, and those on disk that it cannot open."""
     kept = _kept_in_memory(model, plan)
-    files = _safetensors(plan)
-    lying = {
-        name: p
-        for p in plan.placements
-        if p.residency == "refer" and p.links[0].entry.file not in files
-        for name in p.names
-    }
-    return PickledWeights(kept or {}, lying, plan) if lying else kept
+    lying = {name: placement for placement in _mapped_here(plan) for name in placement.names}
+    return MappedWeights(kept or {}, lying, plan) if lying else kept
 
 
-class PickledWeights(Mapping[str, torch.Tensor]):
-    """Weights that stay in pickled files, mapped when they are first used, beside others that are in memory.
+class MappedWeights(Mapping[str, torch.Tensor]):
+    """Weights that stay in their files, mapped when they are first used, beside others that are in memory.
 
     Args:
         kept: name → tensor in memory.

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fresh import big_checkpoint, server
 from pickled_checkpoints import pickle_folder
+from safetensors.torch import save_file
 from test_budget import PREDICTED, check_prediction, with_folder
 from test_kernel_limits import KINDS as LIMITS
 from test_kernel_limits import counted
@@ -221,3 +222,33 @@ def test_a_mapped_shard_is_the_whole_file(made: Any) -> None:
     shard = lowmem.inspect(made("llama")).shards[0]
     assert shard.container == "torch zip"
     assert len(map_shard(shard)) == shard.size
+
+
+class Grown(nn.Module):
+    """A weight whose shape has dimensions of one in old files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+def two() -> nn.Module:
+    return nn.Sequential(Grown(), Grown())
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_reshaped_and_shared_weights_on_disk_are_mapped(tmp_path: Path, dtype: str) -> None:
+    """accelerate opens tensors by their key and in their own shape."""
+    state = {"0.weight": torch.randn(1, 1, 6)}
+    header = {"1.weight": "0.weight"}
+    save_file(state, tmp_path / "model.safetensors", metadata=header)
+    options: dict[str, Any] = {"model": two, "reshape": ["*"], "dtype": dtype}
+    whole = lowmem.load(tmp_path, **options).model
+    model = lowmem.load(tmp_path, device_map={"0": "cpu", "1": "disk"}, **options).model
+    x = torch.randn(2, 6, dtype=next(whole.parameters()).dtype)
+    with torch.no_grad():
+        assert same(model(x), whole(x))
+        assert same(whole(x), x * whole[0].weight * whole[0].weight)

@@ -56,7 +56,8 @@ def _fingerprint(checkpoint: Checkpoint, written: Sequence[Placement]) -> str:
 
 def _link_row(link: Link) -> list[Any]:
     entry, region = link.entry, link.region
-    return [entry.key, entry.dtype, entry.offset, region.offset, region.shape, region.strides]
+    source = [entry.key, entry.dtype, entry.offset, entry.shape, entry.strides, entry.swapped]
+    return [*source, region.offset, region.shape, region.strides]
 
 
 def boot_id() -> str | None:
