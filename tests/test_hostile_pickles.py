@@ -271,6 +271,18 @@ def test_a_packed_bomb_is_refused_or_passed_over(tmp_path: Path, monkeypatch: py
         read_pickled(file)
 
 
+def test_no_more_is_unpacked_than_was_claimed(tmp_path: Path) -> None:
+    """Else an array in a packed pickle could lie behind what its range unpacks to."""
+    original = save({"n": np.arange(9)}, tmp_path / "a.pt", protocol=4)
+    file = rewritten(original, tmp_path / "b.pt", method=zipfile.ZIP_DEFLATED)
+    raw = bytearray(file.read_bytes())
+    at = raw.index(b"PK\x01\x02")
+    raw[at + 24 : at + 28] = (200).to_bytes(4, "little")
+    file.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"a/data\.pkl: byte 149: .*72 bytes claimed where fewer are left"):
+        read_pickled(file)
+
+
 def test_damage_in_a_packed_pickle(tmp_path: Path) -> None:
     original = save({f"k{i}": torch.ones(3) for i in range(50)}, tmp_path / "a.pt")
     file = rewritten(original, tmp_path / "b.pt", method=zipfile.ZIP_DEFLATED)
