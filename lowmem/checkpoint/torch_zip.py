@@ -56,7 +56,7 @@ def read_torch_zip(file: Path, f: BinaryIO, status: os.stat_result) -> PickledFi
                     f"{name}: expected a compressed pickle of at most {_MAX_PACKED_PICKLE} bytes, found {packed.size}; "
                     "unzip the file and zip it without compression"
                 )
-            stream = _Inflated(stream, name)
+            stream = _Inflated(stream, name, packed.size)
         tensors = Tensors(stream, 0 if packed else where, name)
         root = tensors.run()
     shard = Shard(file, status.st_size, status.st_mtime_ns, where, {}, "torch zip")
@@ -231,22 +231,23 @@ def _is_big_endian(file: Path, f: BinaryIO, size: int, prefix: str, records: dic
         return False
     where, packed = _Zip(file, size, prefix, records, False).range_of(f, record)
     stream: Stream = FileRange(f, where, record.compress_size)
-    text = (_Inflated(stream, str(file)) if packed else stream).read(16)
+    text = (_Inflated(stream, str(file), packed.size) if packed else stream).read(16)
     if text not in (b"little", b"big"):
         raise CheckpointError(f"{file}: byteorder: expected 'little' or 'big', found {text!r}; download it again")
     return text == b"big"
 
 
 class _Inflated:
-    """A deflated record as a stream for a pickle."""
+    """A deflated record as a stream for a pickle: no more of it than the `size` bytes that it claims."""
 
-    def __init__(self, packed: Stream, name: str) -> None:
-        self._packed, self._name = packed, name
+    def __init__(self, packed: Stream, name: str, size: int) -> None:
+        self._packed, self._name, self._left = packed, name, size
         self._inflate = zlib.decompressobj(-zlib.MAX_WBITS)
 
     def read(self, n: int, /) -> bytes:
         """The next `n` bytes, or less at the end."""
         pieces = []
+        n = min(n, self._left)
         try:
             while n and not self._inflate.eof:
                 data = self._inflate.unconsumed_tail or self._packed.read(1 << 16)
@@ -255,6 +256,7 @@ class _Inflated:
                     break
                 pieces.append(piece)
                 n -= len(piece)
+                self._left -= len(piece)
         except zlib.error as error:
             raise CheckpointError(
                 f"{self._name}: expected deflated bytes, found damage ({error}); download it again"
