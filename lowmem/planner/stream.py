@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from .._page_cache import cached_share
-from .._patterns import name_matches
 from ..checkpoint import Checkpoint
 from ..dtypes import is_floating
-from ..errors import KeysError, UnsupportedError
+from ..errors import UnsupportedError
 from ..limits import HostMemory, host_memory
 from ..mapping import KeyMapping, Link, whole
-from ..sizes import KIB, MIB, format_size, shown
+from ..mapping.names import choose
+from ..sizes import KIB, MIB, format_size
 from . import budget
 from .final_dtypes import check_cast, nbytes_of
 from .moves import Placement
@@ -74,26 +74,13 @@ def _chosen(checkpoint: Checkpoint, request: StreamRequest) -> list[str]:
         KeysError: a name that fits no key.
         UnsupportedError: a tensor that cannot be read.
     """
-    only = request.only
+    keys = [*checkpoint, *checkpoint.unreadable]
+    chosen = set(keys) if request.only is None else choose(checkpoint.source, keys, request.only, "only")
     for key, why in checkpoint.unreadable.items():
-        if only is None or (only(key) if callable(only) else any(name_matches(key, name) for name in only)):
+        if key in chosen:
             raise UnsupportedError(
                 f"{checkpoint.source}: tensor {key!r}: {why}; leave it out by only= (inspect lists what can be read)"
             )
-    if only is None:
-        return list(checkpoint)
-    if callable(only):
-        return [key for key in checkpoint if only(key)]
-    found: dict[str, list[str]] = {
-        name: [name] if name in checkpoint else [key for key in checkpoint if name_matches(key, name)] for name in only
-    }
-    for name, keys in found.items():
-        if not keys:
-            raise KeysError(
-                f"{checkpoint.source}: only={shown(name)}: expected a tensor, a module or a pattern with *, found no "
-                "such key in the checkpoint; lowmem inspect SRC --tensors lists them"
-            )
-    chosen = {key for keys in found.values() for key in keys}
     return [key for key in checkpoint if key in chosen]
 
 
