@@ -155,8 +155,8 @@ class PickledFile:
 
     Attributes:
         shard: the file.
-        root: what was pickled: dicts, lists, tuples and plain values as they are, tensors as `Leaf`, and everything
-            else as `pickles.Inert`.
+        root: what was pickled: dicts, lists, tuples and plain values as they are, tensors as `Leaf`, bytes as
+            `Span`, objects as `pickles.Inert` and their classes as `pickles.Global`. It may be deep, and hold itself.
         locate: leaves → their entries in the file, and the shard with the packed ranges that they need. Reads what
             stands before each storage in the file, and checks that the leaf fits its storage.
     """
