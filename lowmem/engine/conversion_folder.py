@@ -149,7 +149,7 @@ class ConversionFolder:
         mtime_ns = os.fstat(shard.fd).st_mtime_ns
         shard.close()
         shard.path.replace(self.hidden / shard.file.name)
-        pieces = [piece[:3] for piece in sorted(shard.settled)]
+        pieces = [piece[:3] for piece in sorted(shard.pieces)]
         record = {"size": shard.file.size, "mtime_ns": mtime_ns, "pieces": pieces}
         self._write(f"{shard.file.name}.json", json.dumps(record, separators=(",", ":")).encode())
         _sync_folder(self.hidden)

@@ -56,19 +56,16 @@ def checksum(view: memoryview, before: int = 0) -> int:
     return crc32(view[whole:], before)
 
 
-def find_difference(path: Path, pieces: Sequence[Piece], *, direct: bool = True) -> str | None:
-    """Read pieces back: what differs from what was written, in words, or None.
+def find_difference(path: Path, pieces: Sequence[Piece]) -> str | None:
+    """Read pieces back, best in file order: what differs from what was written, in words, or None.
 
-    Args:
-        path: of the file.
-        pieces: of it, best in file order.
-        direct: past the page cache, where the file system can. Not while the file is still written: ext4 lets nobody
-            write to a file that is read directly. What is read otherwise is given back.
+    Past the page cache where the file system can; elsewhere what is read is given back. Not for a file that is still
+    being written: ext4 lets nobody write while it is read directly.
 
     Raises:
         OSError: the file cannot be read.
     """
-    with _Window(path, max((piece.offset + piece.nbytes for piece in pieces), default=0), direct) as window:
+    with _Window(path, max((piece.offset + piece.nbytes for piece in pieces), default=0)) as window:
         for piece in pieces:
             found = done = 0
             while done < piece.nbytes:
@@ -89,13 +86,13 @@ def find_difference(path: Path, pieces: Sequence[Piece], *, direct: bool = True)
 class _Window:
     """A part of a file in memory; moves on as it is asked for later bytes, up to `end`."""
 
-    def __init__(self, path: Path, end: int, direct: bool) -> None:
+    def __init__(self, path: Path, end: int) -> None:
         self._memory = memoryview(anonymous_map(_BUFFER))
         self._begin = self._end = 0
         self._last = end
         self._path = path
-        self._direct = direct
-        self._file = _open(path, direct)
+        self._direct = True
+        self._file = _open(path, True)
 
     def __enter__(self) -> _Window:
         return self
@@ -157,7 +154,7 @@ class ReadBack:
         self._tasks: list[Future[None]] = []
         self._stopped = threading.Event()
 
-    def begin(self, path: Path, pieces: Sequence[Piece], *, direct: bool) -> None:
+    def begin(self, path: Path, pieces: Sequence[Piece]) -> None:
         """Look at these pieces of `path`, which are on the disk; see `find_difference`."""
         group: list[Piece] = []
         size = 0
@@ -165,46 +162,41 @@ class ReadBack:
             group.append(piece)
             size += piece.nbytes
             if size >= _TASK:
-                self._submit(path, group, direct)
+                self._submit(path, group)
                 group, size = [], 0
         if group:
-            self._submit(path, group, direct)
+            self._submit(path, group)
 
-    def _submit(self, path: Path, pieces: Sequence[Piece], direct: bool) -> None:
+    def _submit(self, path: Path, pieces: Sequence[Piece]) -> None:
         try:
-            self._tasks.append(self._pool.submit(self._look, path, pieces, direct))
+            self._tasks.append(self._pool.submit(self._look, path, pieces))
         except RuntimeError as error:
             raise OutputError(f"the system refused a thread ({error}); raise its limit (ulimit -u, -v)") from error
 
-    def look(self) -> None:
-        """Raise what was found so far.
+    def finish(self) -> bool:
+        """Wait until all was looked at; False when it was stopped before.
 
         Raises:
             OutputError: a piece differs from what was to be written.
             OSError: the file cannot be read.
         """
-        running = []
-        for task in self._tasks:
-            if task.done():
-                task.result()
-            else:
-                running.append(task)
-        self._tasks = running
-
-    def finish(self) -> None:
-        """Wait until all was looked at; raises as `look`."""
         for task in self._tasks:
             task.result()
         self._tasks = []
+        return not self._stopped.is_set()
+
+    def stop(self) -> None:
+        """Let what is not begun be."""
+        self._stopped.set()
 
     def end(self) -> None:
         """End the threads. May be called again."""
-        self._stopped.set()
+        self.stop()
         self._pool.shutdown(cancel_futures=True)
 
-    def _look(self, path: Path, pieces: Sequence[Piece], direct: bool) -> None:
+    def _look(self, path: Path, pieces: Sequence[Piece]) -> None:
         if self._stopped.is_set():
             return
-        problem = find_difference(path, pieces, direct=direct)
+        problem = find_difference(path, pieces)
         if problem is not None:
             raise OutputError(f"{problem}; the disk or the memory of this machine is not to be trusted")

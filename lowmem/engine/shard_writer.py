@@ -46,8 +46,7 @@ class ShardFile:
     def __init__(self, file: OffloadFile, folder: Path) -> None:
         self.file = file
         self.path = folder / f"{file.name}.partial"
-        self.pieces: deque[Piece] = deque()
-        self.settled: list[Piece] = []
+        self.pieces: list[Piece] = []
         self.is_written = False
         self._opened: io.FileIO | None = None
 
@@ -166,7 +165,7 @@ class Sealer:
     """
 
     def __init__(self, *, verify: bool, seal: Callable[[ShardFile], None]) -> None:
-        self._verify = verify
+        self._audit = ReadBack() if verify else None
         self._seal = seal
         self._turn = threading.Condition()
         self._shards: deque[ShardFile] = deque()
@@ -221,6 +220,8 @@ class Sealer:
     def end(self) -> None:
         """End the thread and remove what is not whole. May be called again."""
         self._stopped = True
+        if self._audit is not None:
+            self._audit.stop()
         with self._turn:
             self._turn.notify_all()
         if self._thread.ident is not None:
@@ -239,10 +240,9 @@ class Sealer:
             raise self._error
 
     def _work(self) -> None:
-        audit = ReadBack() if self._verify else None
         try:
             while (shard := self._next()) is not None:
-                self._bring(shard, audit)
+                self._bring(shard)
         except OSError as error:
             path = self._shards[0].path
             self._error = OutputError(
@@ -253,8 +253,8 @@ class Sealer:
         except BaseException as error:  # handed to the caller's thread, which raises it
             self._error = error
         finally:
-            if audit is not None:
-                audit.end()
+            if self._audit is not None:
+                self._audit.end()
         with self._turn:
             self._turn.notify_all()
 
@@ -269,22 +269,20 @@ class Sealer:
                 self._turn.wait()
         return None
 
-    def _bring(self, shard: ShardFile, audit: ReadBack | None) -> None:
+    def _bring(self, shard: ShardFile) -> None:
         # In this order: what is written after the look is for the next time.
         is_written = shard.is_written
-        pieces = sorted(shard.pieces.popleft() for _ in range(len(shard.pieces)))
         settle(shard.fd, shard.file.size)
-        shard.settled += pieces
-        if audit is not None:
-            audit.look()
-            audit.begin(shard.path, pieces, direct=is_written)
-        if is_written:
-            if audit is not None:
-                audit.finish()
-            self._seal(shard)
-            with self._turn:
-                self._shards.popleft()
-                self._turn.notify_all()
+        if not is_written:
+            return
+        if self._audit is not None:
+            self._audit.begin(shard.path, sorted(shard.pieces))
+            if not self._audit.finish():
+                return
+        self._seal(shard)
+        with self._turn:
+            self._shards.popleft()
+            self._turn.notify_all()
 
 
 def write_shard(plan: LoadPlan, shard: ShardFile, sealer: Sealer, moved: Callable[[int], None]) -> None:
