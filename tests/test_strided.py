@@ -189,6 +189,14 @@ def test_damage_in_packed_bytes_is_an_error_and_no_reader_waits_for_ever(tmp_pat
         read_all(checkpoint_of(file, entries, ranges))
 
 
+def test_more_text_than_the_bytes_of_an_array_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "storage"
+    file.write_bytes("\xe9".encode() * 65)
+    entry = entry_of("a", torch.zeros(64, dtype=torch.uint8), file, 192, packed=True)
+    with pytest.raises(CheckpointError, match="expected 64 bytes, found more"):
+        read_all(checkpoint_of(file, [entry], (Packed(192, 64, 0, 130, "latin1"),)))
+
+
 def test_the_same_place_is_the_same_without_being_read(tmp_path: Path) -> None:
     file = tmp_path / "storage"
     file.write_bytes(bytes(400))

@@ -147,9 +147,16 @@ class PackedRanges:
         self._at += len(made)
         if packed.crc is not None:
             self._crc = zlib.crc32(made, self._crc)
-            if self._at == packed.size and self._crc != packed.crc:
-                raise self._damaged(packed, f"expected the checksum {packed.crc:08x}, found {self._crc:08x}")
+        if self._at == packed.size:
+            self._check_end(packed)
         return made
+
+    def _check_end(self, packed: Packed) -> None:
+        if packed.crc is not None:
+            if self._crc != packed.crc:
+                raise self._damaged(packed, f"expected the checksum {packed.crc:08x}, found {self._crc:08x}")
+        elif self._fed < packed.nbytes or self._unpacker.take(1):
+            raise self._damaged(packed, f"expected {packed.size} bytes, found more")
 
     def _damaged(self, packed: Packed, what: str) -> CheckpointError:
         return CheckpointError(
