@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,15 +134,20 @@ class Candidate:
 
     Attributes:
         path: the keys that lead to it, joined by dots; empty for the whole file.
-        leaves: key → tensor, in the order they were pickled; those of nested mappings have their keys joined by dots.
+        flatten: makes `leaves`, when they are first asked for: an optimizer's never are.
         module: it is a pickled `torch.nn.Module` and not a mapping.
         own: it holds tensors itself, and not only in mappings inside of it.
     """
 
     path: str
-    leaves: Mapping[str, Leaf] = field(repr=False)
+    flatten: Callable[[], Mapping[str, Leaf]] = field(repr=False)
     module: bool = False
     own: bool = True
+
+    @functools.cached_property
+    def leaves(self) -> Mapping[str, Leaf]:
+        """Key → tensor, in the order they were pickled; those of nested mappings have their keys joined by dots."""
+        return self.flatten()
 
     @property
     def nbytes(self) -> int:

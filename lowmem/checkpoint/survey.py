@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from ..errors import CheckpointError, OptionError, SourceError
 from ..sizes import shown
 from .index import Listing, check_keys, oddities, read_listing
 from .pickled import read_pickled
-from .records import Candidate, Checkpoint, PickledFile, Shard, TensorEntry
+from .records import Candidate, Checkpoint, Leaf, PickledFile, Shard, TensorEntry
 from .safetensors import read_shard
 from .source import Source, resolve
-from .wrappers import NO_WISH, CoverOf, Wish, choose, find_candidates, make_wish, merge
+from .wrappers import NO_WISH, CoverOf, Wish, choose, find_by_path, find_candidates, make_wish, merge, not_there
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +56,10 @@ class Survey:
                 )
             return self.glance
         candidates = merge([held for _, held in self.pickled])
+        if wish.weights is not None:
+            return self._named(wish.weights, candidates)
         chosen, said = choose(self.found.text, candidates, wish, cover)
-        return self._unwrapped(chosen, [*_told(chosen, candidates), *said])
+        return self._unwrapped(chosen.path, [*_told(chosen, candidates), *said])
 
     @functools.cached_property
     def glance(self) -> Checkpoint:
@@ -70,19 +72,30 @@ class Survey:
             candidates = merge([held for _, held in self.pickled])
             if not candidates:
                 raise
-            return self._unwrapped(max(candidates, key=lambda c: c.nbytes), [])
+            return self._unwrapped(max(candidates, key=lambda c: c.nbytes).path, [])
 
-    def _unwrapped(self, chosen: Candidate, said: Sequence[str]) -> Checkpoint:
+    def _named(self, path: str, candidates: Sequence[Candidate]) -> Checkpoint:
+        """The mapping at `path`, which need be no candidate."""
+        held = [find_by_path(file.root, path, file.shard.file) for file, _ in self.pickled]
+        if not any(found is not None and found.leaves for found in held):
+            raise not_there(self.found.text, path, candidates)
+        return self._unwrapped(path, [], [found.leaves if found is not None else {} for found in held])
+
+    def _unwrapped(
+        self, path: str, said: Sequence[str], leaves_of: Sequence[Mapping[str, Leaf]] | None = None
+    ) -> Checkpoint:
+        """What the mapping at `path` holds in each file."""
+        if leaves_of is None:
+            leaves_of = [next((c.leaves for c in held if c.path == path), {}) for _, held in self.pickled]
         shards: list[Shard] = []
         entries: dict[str, TensorEntry] = {}
         unreadable: dict[str, str] = {}
-        for file, candidates in self.pickled:
-            leaves = next((c.leaves for c in candidates if c.path == chosen.path), {})
+        for (file, _), leaves in zip(self.pickled, leaves_of, strict=True):
             held, shard = file.locate({key: leaf for key, leaf in leaves.items() if leaf.why_not is None})
             unreadable.update({key: leaf.why_not for key, leaf in leaves.items() if leaf.why_not is not None})
             shards.append(shard)
             _add(entries, sorted(held.values(), key=lambda e: (e.offset, e.nbytes)), shard.file)
-        return self._checkpoint(shards, entries, said, chosen.path, unreadable)
+        return self._checkpoint(shards, entries, said, path, unreadable)
 
     def _checkpoint(
         self,

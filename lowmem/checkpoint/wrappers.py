@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,10 @@ CoverOf = Callable[[Candidate], Cover]
 def find_candidates(root: Any, file: Path) -> tuple[Candidate, ...]:
     """Every mapping of tensors inside of `root`, and every pickled module; the outer ones first.
 
+    Of what trainers keep beside weights only the outermost mapping: an optimizer has one for each weight.
+
     Raises:
-        CheckpointError: nested deeper than any checkpoint, or more tensors than any has.
+        CheckpointError: nested deeper than any checkpoint, or more mappings than any has.
     """
     found: list[Candidate] = []
     seen: set[int] = set()
@@ -90,15 +92,39 @@ def find_candidates(root: Any, file: Path) -> tuple[Candidate, ...]:
         seen.add(id(value))
         if depth > _DEEPEST:
             raise budget.refusal(f"more than {_DEEPEST} mappings one inside the other")
-        module = _is_module(value)
-        leaves = dict(_flatten(value, budget))
-        if leaves:
-            own = module or any(isinstance(child, Leaf) for _, child in _children(value))
-            found.append(Candidate(path, leaves, module, own))
-        if not module:
+        made = _candidate(path, value, budget)
+        found.append(made)
+        if not made.module and not _is_auxiliary(path):
             inner = [(f"{path}.{key}" if path else key, child, depth + 1) for key, child in _children(value)]
             waiting += reversed(inner)
-    return tuple(found)
+    return tuple(c for c in found if _is_auxiliary(c.path) or c.leaves)
+
+
+def _candidate(path: str, value: Any, budget: _Budget) -> Candidate:
+    module = _is_module(value)
+    own = module or any(isinstance(child, Leaf) for _, child in _children(value))
+    return Candidate(path, lambda: dict(_flatten(value, budget)), module, own)
+
+
+def find_by_path(root: Any, path: str, file: Path) -> Candidate | None:
+    """The mapping at `path`, wherever it is, also inside an optimizer; None where there is none.
+
+    Raises:
+        CheckpointError: more mappings inside of it than any checkpoint has.
+    """
+    value, left = root, path
+    while left:
+        # A key may have dots itself: the longest that fits goes first.
+        fitting = [
+            (key, child)
+            for key, child in _children(value)
+            if (left == key or left.startswith(f"{key}.")) and _holds(child)
+        ]
+        if not fitting:
+            return None
+        key, value = max(fitting, key=lambda pair: len(pair[0]))
+        left = left[len(key) + 1 :]
+    return _candidate(path, value, _Budget(file)) if _holds(value) else None
 
 
 class _Budget:
@@ -187,12 +213,18 @@ def merge(files: Sequence[tuple[Candidate, ...]]) -> tuple[Candidate, ...]:
     """
     if len(files) == 1:
         return files[0]
-    by_path: dict[str, dict[str, Leaf]] = {}
+    by_path: dict[str, list[Candidate]] = {}
     for candidates in files:
         for candidate in candidates:
-            by_path.setdefault(candidate.path, {}).update(candidate.leaves)
-    own = {c.path for candidates in files for c in candidates if c.own}
-    return tuple(Candidate(path, leaves, own=path in own) for path, leaves in by_path.items())
+            by_path.setdefault(candidate.path, []).append(candidate)
+    return tuple(_merged(path, held) for path, held in by_path.items())
+
+
+def _merged(path: str, held: Sequence[Candidate]) -> Candidate:
+    def flatten() -> Mapping[str, Leaf]:
+        return {key: leaf for candidate in held for key, leaf in candidate.leaves.items()}
+
+    return Candidate(path, flatten, own=any(c.own for c in held))
 
 
 def choose(
@@ -212,10 +244,8 @@ def choose(
     Raises:
         SourceError: none, none as wished, or several that are as good; they are listed.
     """
-    if not candidates:
+    if not any(c.leaves for c in candidates):
         raise SourceError(f"{source}: no tensors in it; is it the file with the weights?")
-    if wish.weights is not None:
-        return _named(source, candidates, wish.weights), []
     swapped = _averages_are_swapped(candidates)
     weights = [c for c in candidates if not _is_auxiliary(c.path)]
     if wish.ema is not None:
@@ -224,7 +254,7 @@ def choose(
             what = "averaged (EMA) weights" if wish.ema else "weights that are no averages"
             raise SourceError(f"{source}: ema={wish.ema}: no {what} in it. It holds:\n{listed(candidates)}")
     best = _fitting(weights or list(candidates), cover) if cover is not None else []
-    best = best or _by_name(weights or list(candidates))
+    best = best or _by_name(weights or [c for c in candidates if c.leaves])
     said: list[str] = []
     if len(best) > 1:
         averages = [c for c in best if _is_average(c, swapped)]
@@ -242,11 +272,9 @@ def choose(
     return best[0], said
 
 
-def _named(source: str, candidates: Sequence[Candidate], path: str) -> Candidate:
-    for candidate in candidates:
-        if candidate.path == path:
-            return candidate
-    raise SourceError(
+def not_there(source: str, path: str, candidates: Sequence[Candidate]) -> SourceError:
+    """The error for a wish that names no mapping of tensors."""
+    return SourceError(
         f"{source}: weights={path!r}: expected the path of a mapping of tensors, found none there. It holds:\n"
         f"{listed(candidates)}"
     )
@@ -258,6 +286,7 @@ def listed(candidates: Sequence[Candidate]) -> str:
     lines = [
         f"  weights={c.path!r}: {len(c.leaves)} tensors, {format_size(c.nbytes)} ({next(iter(c.leaves))!r}, …)"
         for c in few
+        if c.leaves
     ]
     return "\n".join(lines + (["  …"] if len(candidates) > len(few) else []))
 
