@@ -150,6 +150,8 @@ def load(
     with measure() as memory:
         clock.begin()
         skeleton, plan = _prepare(found, wish, origin, request, settle_ties=True, clock=clock)
+        # All that was pickled is described in it.
+        del found
         check_present(plan)
         clock.end("plan")
         read = _execute(skeleton, plan, progress, lambda file: memory.mark(file.name))

@@ -165,11 +165,13 @@ class PickledFile:
             `Span`, objects as `pickles.Inert` and their classes as `pickles.Global`. It may be deep, and hold itself.
         locate: leaves → their entries in the file, and the shard with the packed ranges that they need. Reads what
             stands before each storage in the file, and checks that the leaf fits its storage.
+        storages: how many the pickle names, the optimizer's too.
     """
 
     shard: Shard
     root: Any = field(repr=False)
     locate: Callable[[Mapping[str, Leaf]], tuple[dict[str, TensorEntry], Shard]] = field(repr=False)
+    storages: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +187,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         warnings: what was odd and what was believed.
         opened: the path of the mapping inside a pickled file that holds the weights; empty for the whole file.
         unreadable: key → why it cannot be read: sparse, quantised, on no device. An error only for who wants it.
+        described: how many storages its pickles name, which takes memory while it is looked at.
     """
 
     source: str
@@ -196,6 +199,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
     warnings: tuple[str, ...] = ()
     opened: str = ""
     unreadable: Mapping[str, str] = field(default_factory=dict, repr=False)
+    described: int = 0
 
     def __getitem__(self, key: str) -> TensorEntry:
         return self.entries[key]

@@ -119,6 +119,7 @@ class Survey:
             warnings=tuple(warnings),
             opened=opened,
             unreadable=unreadable or {},
+            described=sum(file.storages for file, _ in self.pickled),
         )
 
 

@@ -53,7 +53,8 @@ def read_torch_legacy(file: Path, f: BinaryIO, status: os.stat_result) -> Pickle
     data = machine.position
     starts = _starts(file, keys, tensors.storages, data, status.st_size)
     shard = Shard(file, status.st_size, status.st_mtime_ns, data, {}, "torch legacy")
-    return PickledFile(shard, root, Locator(shard, tensors.storages, _Legacy(file, starts)).locate)
+    locator = Locator(shard, tensors.storages, _Legacy(file, starts))
+    return PickledFile(shard, root, locator.locate, len(tensors.storages))
 
 
 def _starts(file: Path, keys: Any, storages: dict[str, Storage], at: int, size: int) -> dict[str, int]:

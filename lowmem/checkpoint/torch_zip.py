@@ -61,7 +61,8 @@ def read_torch_zip(file: Path, f: BinaryIO, status: os.stat_result) -> PickledFi
         root = tensors.run()
     shard = Shard(file, status.st_size, status.st_mtime_ns, where, {}, "torch zip")
     archive = _Zip(file, status.st_size, prefix, records, archive.swapped, packed)
-    return PickledFile(shard, root, Locator(shard, tensors.storages, archive).locate)
+    locator = Locator(shard, tensors.storages, archive)
+    return PickledFile(shard, root, locator.locate, len(tensors.storages))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

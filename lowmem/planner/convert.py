@@ -191,7 +191,7 @@ def _file(number: int, count: int, group: list[Placement], shared: Mapping[str, 
 
 def _fit(checkpoint: Checkpoint, placements: list[Placement], request: ConvertRequest) -> tuple[Staging, HostPlan]:
     memory = host_memory()
-    overhead = _OVERHEAD + _PER_ENTRY * len(checkpoint)
+    overhead = _OVERHEAD + _PER_ENTRY * len(checkpoint) + budget.PER_DESCRIBED * checkpoint.described
     need = budget.needs_of(placements, request.io, cached_share, free_address_space=not memory.rlimits)
     staging = budget.fit_staging(memory.available - overhead, request.staging, need)
     host = _host(staging, overhead, memory)

@@ -93,7 +93,7 @@ def _place(checkpoint: Checkpoint, key: str, request: StreamRequest) -> Placemen
 
 
 def _overhead(checkpoint: Checkpoint) -> int:
-    return _OVERHEAD + _PER_ENTRY * len(checkpoint)
+    return _OVERHEAD + _PER_ENTRY * len(checkpoint) + budget.PER_DESCRIBED * checkpoint.described
 
 
 def _host(
