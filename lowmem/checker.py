@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ._page_cache import give_back, look
 from .checkpoint import Checkpoint, survey
-from .checkpoint.source import Source, resolve
-from .errors import CheckpointError, OptionError
-from .planner import Progress, ProgressCallback
+from .checkpoint.survey import find
+from .engine.hashing import hash_all
+from .errors import CheckpointError, OptionError, UnsupportedError
+from .planner import ProgressCallback
 from .planner.request import checks_names, parse_folder
 from .sizes import MIB, shown
 
-_BUFFER = MIB
-_WORKERS = 4
-_PROGRESS_EVERY = 0.1
 # As coreutils' sha256sum writes it: a backslash in front says that the name is escaped; `*` is for binary mode.
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
@@ -131,20 +125,20 @@ def check(
     target = None if write_manifest is None else parse_folder(write_manifest, "write_manifest")
     problems: list[Problem | str] = []
     checkpoint = None
-    place = resolve(source, download=download)
+    place = find(source, download=download)
     try:
         # Which mapping of a pickle holds the weights is nothing to check.
-        checkpoint = survey(source).glance
-    except CheckpointError as error:
+        checkpoint = survey(place).glance()
+    except (CheckpointError, UnsupportedError) as error:
         problems.append(str(error))
-    folder, files = _files(source, place, checkpoint, [path for path in (listed, target) if path is not None])
+    folder, files = _files(place.path.absolute(), checkpoint, [path for path in (listed, target) if path is not None])
     warnings = list(checkpoint.warnings) if checkpoint is not None else []
     hashes = [*_hub_hashes(files)]
     if listed is not None:
         wanted = _read_manifest(listed)
         hashes += [_Hash(folder / name, "sha256", value, listed.name) for name, value in wanted.items()]
         unnamed = [path for path in files if path.relative_to(folder).as_posix() not in wanted]
-        weights = {shard.file for shard in checkpoint.shards} if checkpoint is not None else set()
+        weights = {shard.file.absolute() for shard in checkpoint.shards} if checkpoint is not None else set()
         problems += [_unnamed(path, listed) for path in unnamed if path in weights]
         others = [path.relative_to(folder).as_posix() for path in unnamed if path not in weights]
         if others:
@@ -152,7 +146,7 @@ def check(
     kinds = {(h.file, h.kind): None for h in hashes}
     if target is not None:
         kinds.update({(path, "sha256"): None for path in files})
-    found, hashed = _hash_all(list(kinds), progress)
+    found, hashed = hash_all(list(kinds), progress)
     problems += [problem for h in hashes if (problem := _compare(h, found[h.file, h.kind])) is not None]
     if target is not None and not problems:
         _write_manifest(target, folder, {path: found[path, "sha256"] for path in files})
@@ -168,13 +162,8 @@ def check(
     )
 
 
-def _files(
-    source: str | os.PathLike[str], place: Source, checkpoint: Checkpoint | None, without: list[Path]
-) -> tuple[Path, list[Path]]:
+def _files(path: Path, checkpoint: Checkpoint | None, without: list[Path]) -> tuple[Path, list[Path]]:
     """The folder, and the files that a check is about: of a folder all that are not hidden."""
-    path = Path(source).expanduser().absolute()
-    if not path.exists():
-        path = place.folder.absolute()  # a scheme led there
     if path.is_dir():
         found = [file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path)) and file.is_file()]
         return path, [file for file in found if file not in without]
@@ -273,82 +262,6 @@ def _write_manifest(target: Path, folder: Path, found: Mapping[Path, str | OSErr
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise OptionError(f"write_manifest: {target}: cannot be written: {error.strerror or error}") from error
-
-
-def _hash_all(
-    wanted: list[tuple[Path, str]], progress: ProgressCallback | None
-) -> tuple[dict[tuple[Path, str], str | OSError], int]:
-    """The hash of each file, or why there is none; and the bytes that were read."""
-    meter = _Meter(sum(_size(file) for file, _ in wanted), progress)
-    stop = threading.Event()
-    with ThreadPoolExecutor(_WORKERS, thread_name_prefix="lowmem-check") as pool:
-        try:
-            tasks: dict[Future[str | OSError], tuple[Path, str]] = {
-                pool.submit(_hash, file, kind, stop, meter.moved): (file, kind) for file, kind in wanted
-            }
-            running = set(tasks)
-            while running:
-                running = wait(running, timeout=_PROGRESS_EVERY, return_when=FIRST_COMPLETED).not_done
-                meter.report()
-            return {key: task.result() for task, key in tasks.items()}, meter.done
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0
-
-
-def _hash(file: Path, kind: str, stop: threading.Event, moved: Callable[[Path, int], None]) -> str | OSError:
-    """By reading it once, in a small buffer; pages that were not in memory before are given back."""
-    buffer = memoryview(bytearray(_BUFFER))
-    try:
-        with file.open("rb", buffering=0) as opened:
-            fd = opened.fileno()
-            size = os.fstat(fd).st_size
-            cached = look(fd, size)
-            state = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-            at = 0
-            while (got := opened.readinto(buffer)) and not stop.is_set():
-                state.update(buffer[:got])
-                for begin, length in cached.absent(at, got):
-                    give_back(fd, begin, length)
-                at += got
-                moved(file, got)
-            return state.hexdigest()
-    except OSError as error:
-        return error
-
-
-class _Meter:
-    """Counts what the threads have read, and tells the caller in his own."""
-
-    def __init__(self, total: int, progress: ProgressCallback | None) -> None:
-        self.done = 0
-        self._total = total
-        self._progress = progress
-        self._lock = threading.Lock()
-        self._started = time.monotonic()
-        self._file = ""
-
-    def moved(self, file: Path, nbytes: int) -> None:
-        """A thread has read this."""
-        with self._lock:
-            self.done += nbytes
-            self._file = file.name
-
-    def report(self) -> None:
-        """Tell how far it is."""
-        if self._progress is None:
-            return
-        rate = self.done / max(time.monotonic() - self._started, 1e-9)
-        left = (self._total - self.done) / rate if rate else None
-        self._progress(Progress(self.done, self._total, rate, left, self._file))
 
 
 __all__ = ["CheckReport", "Problem", "check"]

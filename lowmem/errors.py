@@ -55,7 +55,7 @@ class PlacementError(LowmemError):
 
 
 class BudgetError(LowmemError):
-    """The load or stream needs more memory than it is allowed.
+    """The load, stream or conversion needs more memory than it is allowed.
 
     Attributes:
         required: least host bytes (anonymous peak) that this plan can do with.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def load(
     held = max(0, anonymous_memory() - held)
     clock.end("inspect")
     # Imports happen here: they are the program's, not the load's.
-    origin = find_origin(found.glance, model, trust_remote_code)
+    origin = find_origin(found.glance(wish), model, trust_remote_code)
     clock.end("import")
     with measure() as memory:
         clock.begin()
@@ -182,7 +182,7 @@ def plan(
     wish = make_wish(weights, ema)
     with paused_collector():
         found = survey(source, download=download)
-        origin = find_origin(found.glance, model, trust_remote_code)
+        origin = find_origin(found.glance(wish), model, trust_remote_code)
         return _prepare(found, wish, origin, request, settle_ties=False, clock=_Phases())[1]
 
 
@@ -213,10 +213,11 @@ def diff(
     wish = make_wish(weights, ema)
     with paused_collector():
         found = survey(source, download=download)
-        origin = find_origin(found.glance, model, trust_remote_code)
-        skeleton = make_skeleton(origin, found.glance, "auto")
-        checkpoint = found.open(wish, cover_of(skeleton))
-        return diff_of(match(checkpoint, skeleton, rules=request.keys), checkpoint, skeleton)
+        origin = find_origin(found.glance(wish), model, trust_remote_code)
+        skeleton = make_skeleton(origin, found.glance(wish), "auto")
+        checkpoint = found.open(wish, cover_of(skeleton, request.keys))
+        found_diff = diff_of(match(checkpoint, skeleton, rules=request.keys), checkpoint, skeleton)
+    return replace(found_diff, opened=checkpoint.opened)
 
 
 class _Phases:
@@ -242,9 +243,9 @@ def _prepare(
 ) -> tuple[Skeleton, LoadPlan]:
     """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
     with paused_collector():
-        skeleton = make_skeleton(origin, found.glance, request.dtype)
+        skeleton = make_skeleton(origin, found.glance(wish), request.dtype)
         clock.end("build")
-        checkpoint = found.open(wish, cover_of(skeleton))
+        checkpoint = found.open(wish, cover_of(skeleton, request.keys))
         mapping = match(checkpoint, skeleton, rules=request.keys)
         if settle_ties and mapping.doubled:
             untied = _differing(checkpoint, skeleton, mapping, request.keep_cache)

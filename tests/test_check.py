@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import lowmem
-from lowmem import checker
 from lowmem.cli import main
+from lowmem.engine import hashing
 from lowmem.errors import CheckpointError, OptionError, SourceError
 
 sha256sum = pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs coreutils")
@@ -211,7 +211,7 @@ def test_progress_is_told_and_may_end_it(folder: Path, tmp_path: Path) -> None:
 
 
 def test_files_are_read_in_small_buffers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checker, "_BUFFER", 4096)
+    monkeypatch.setattr(hashing, "_BUFFER", 4096)
     lowmem.check(folder, write_manifest=tmp_path / "small")
     monkeypatch.undo()
     lowmem.check(folder, write_manifest=tmp_path / "large")
@@ -232,3 +232,30 @@ def test_the_shell_says_it_by_its_exit_code(folder: Path, capsys: pytest.Capture
     assert "1 problem:" in out
     assert main(["check", str(folder), "--manifest", f"{sums}\0"]) == 2
     assert main(["check", str(folder / "nothing")]) == 1
+
+
+def test_an_extra_shard_is_a_problem_wherever_the_check_is_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is that of the same files."""
+    sums = tmp_path / "sums"
+    lowmem.check(folder, write_manifest=sums)
+    lines = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(line for line in lines if second(folder).name not in line))
+    monkeypatch.chdir(folder.parent)
+    for source in (folder, folder.name):
+        assert [p for p in lowmem.check(source, sums).problems if second(folder).name in str(p)]
+
+
+def test_what_is_no_checkpoint_is_a_problem_and_no_end(tmp_path: Path) -> None:
+    """A pointer of git-lfs is what a download often leaves."""
+    (tmp_path / "model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    report = lowmem.check(tmp_path)
+    assert not report.is_fine
+    assert "git-lfs" in str(report.problems[0])
+
+
+def test_a_scheme_that_leads_to_a_file_checks_that_file(folder: Path, tmp_path: Path) -> None:
+    report = lowmem.check(f"local:{second(folder)}", write_manifest=tmp_path / "sums")
+    assert report.files == (str(second(folder)),)
+    assert lowmem.check(f"local:{folder}").files == lowmem.check(folder).files

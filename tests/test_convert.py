@@ -729,3 +729,19 @@ def test_what_was_scattered_is_read_back_too(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(shard_writer, "settle", damaging)
     with pytest.raises(OutputError, match="turned"):
         lowmem.convert(file, tmp_path / "out", only=["turned"])
+
+
+def test_an_error_of_the_callback_stays_what_it_is(tmp_path: Path) -> None:
+    file, _ = pickled(tmp_path)
+
+    def fail(progress: object) -> None:
+        raise OSError(5, "mine")
+
+    with pytest.raises(OSError, match="mine"):
+        lowmem.convert(file, tmp_path / "out", progress=fail)
+
+
+def test_a_tensor_may_not_have_the_name_of_the_metadata(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(LowmemError, match="__metadata__"):
+        lowmem.convert(tmp_path / "a.pt", tmp_path / "out", rename={"^a$": "__metadata__"})

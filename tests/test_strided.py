@@ -202,3 +202,14 @@ def test_the_same_place_is_the_same_without_being_read(tmp_path: Path) -> None:
     file.write_bytes(bytes(400))
     entry = entry_of("a", torch.zeros(10, 10).t(), file)
     assert same_bytes(entry, entry, {})
+
+
+def test_a_packed_record_that_ends_early_is_damage_at_once(tmp_path: Path) -> None:
+    """What stands behind its end is not kept in memory."""
+    packed = deflated(bytes(1000)) + bytes(3 * MIB)
+    file = tmp_path / "storage"
+    file.write_bytes(packed)
+    begin = len(packed) + -len(packed) % 64
+    entry = entry_of("a", torch.zeros(8 * MIB, dtype=torch.uint8), file, begin, packed=True)
+    with pytest.raises(CheckpointError, match="ends too early"):
+        read_all(checkpoint_of(file, [entry], (Packed(begin, 8 * MIB, 0, len(packed), "deflate", 0),)))

@@ -256,3 +256,35 @@ def test_mappings_deeper_than_any_are_refused_and_those_in_themselves_end() -> N
     ring: dict[str, Any] = {"w": LEAF}
     ring["self"] = ring
     assert [c.path for c in find_candidates(ring, Path("ring.pt"))] == [""]
+
+
+def test_names_of_mmengine_in_files_of_others_mean_what_they_say(tmp_path: Path) -> None:
+    file = saved(lambda: {"state_dict": RAW, "ema_state_dict": EMA}, tmp_path / "a.pth")
+    assert lowmem.inspect(file, ema=True).opened == "ema_state_dict"
+    assert lowmem.inspect(file, ema=False).opened == "state_dict"
+
+
+def test_a_mapping_that_stands_there_twice_has_both_names(tmp_path: Path) -> None:
+    file = saved(lambda: {"net": RAW, "model": RAW}, tmp_path / "a.pth")
+    assert lowmem.inspect(file, weights="model").opened == "model"
+    assert lowmem.inspect(file, weights="net").opened == "net"
+
+
+def test_an_optimizer_alone_is_no_weights(tmp_path: Path) -> None:
+    file = saved(lambda: {"optimizer": optimizer(), "scheduler": {"last": torch.ones(1)}}, tmp_path / "a.pth")
+    with pytest.raises(SourceError, match="found only what trainers keep"):
+        lowmem.inspect(file)
+
+
+def test_the_weights_that_rename_would_make_fit_are_found(tmp_path: Path) -> None:
+    """Two mappings under other names than the model's: what the user's rules make of them decides."""
+    ours = {f"x_{key}": value for key, value in RAW.items()}
+    theirs = {f"y_{key}": value for key, value in EMA.items()}
+    file = saved(lambda: {"one": theirs, "two": ours}, tmp_path / "a.pth")
+    result = lowmem.load(file, model=Net, rename={"^x_": ""})
+    assert result.report.opened == "two"
+
+
+def test_what_was_opened_stands_in_the_difference(tmp_path: Path) -> None:
+    file = saved(FILES["ConvNeXt-V2"][0], tmp_path / "a.pth")
+    assert "'model'" in lowmem.diff(file, model=Net).text()

@@ -13,7 +13,6 @@ from .records import PickledFile
 from .torch_legacy import MAGIC, read_torch_legacy
 from .torch_zip import SIGNATURE, read_torch_zip
 
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # The pickle of the magic number is shorter in every protocol.
 _MAGIC_LENGTH = 64
 # First bytes → what such a file is, and what to do.
@@ -30,11 +29,6 @@ _KINDS = {
     b"gguf": ("a GGUF file", "take the original weights"),
     b"pk\x05\x06": ("an empty zip", "download it again"),
 }
-
-
-def is_pickled_name(name: str) -> bool:
-    """Whether a file of this name is usually written by `torch.save`."""
-    return name.endswith(SUFFIXES)
 
 
 def read_pickled(file: Path) -> PickledFile:

@@ -168,7 +168,8 @@ class Locator:
     def _give_addresses(self, places: dict[str, Place]) -> tuple[Packed, ...]:
         """Addresses behind the file for what must be unpacked, in the order of the file; one for what several name."""
         made: dict[tuple[int, int], Packed] = {}
-        at = -(-self.shard.size // _ALIGNMENT) * _ALIGNMENT
+        # Behind the end and not at it: no read goes from the one into the other.
+        at = (self.shard.size // _ALIGNMENT + 1) * _ALIGNMENT
         ranges = {(p.offset, p.nbytes): p for p in (place.packed for place in places.values()) if p is not None}
         for where, packed in sorted(ranges.items()):
             made[where] = replace(packed, address=at)

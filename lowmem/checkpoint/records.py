@@ -84,7 +84,7 @@ class Shard:
         file: its path.
         size: in bytes.
         mtime_ns: modification time.
-        data_offset: where the data begins.
+        data_offset: where the data begins; of a torch zip where its pickle does.
         metadata: its own, text to text.
         container: what kind of file it is.
         packed: the ranges that must be unpacked, by address.

@@ -232,12 +232,16 @@ def layout(
         The data begins at a multiple of 64 bytes.
 
     Raises:
-        UnsupportedError: a dtype that safetensors has no name for, or half a byte.
+        UnsupportedError: a dtype that safetensors has no name for, half a byte, or the name of its metadata.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     spans: dict[str, tuple[int, int]] = {}
     at = 0
     for key, dtype, shape in tensors:
+        if key == "__metadata__":
+            raise UnsupportedError(
+                "tensor '__metadata__': safetensors keeps its metadata under that name; rename it, or leave it out"
+            )
         packed = dtype == "float4_e2m1fn_x2"
         if dtype not in SAFETENSORS_NAMES or dtype in NOT_IN_TORCH or (packed and not shape):
             raise UnsupportedError(

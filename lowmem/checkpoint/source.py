@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import SourceError
@@ -36,6 +36,7 @@ class Source:
         config: the `config.json` beside them, if there is one.
         warnings: what was odd and what was believed.
         pickled: the weights are pickles by their names, not safetensors.
+        path: what the text led to: a folder, an index or a weights file.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Source:
     config: Path | None
     warnings: tuple[str, ...] = ()
     pickled: bool = False
+    path: Path = Path()
 
 
 def resolve(source: str | os.PathLike[str], *, download: bool = False) -> Source:
@@ -73,9 +75,8 @@ def resolve(source: str | os.PathLike[str], *, download: bool = False) -> Source
         path = None if led is None else _existing(text, os.fspath(led))
     if path is None:
         raise SourceError(f"{text or repr(text)}: no such file or folder; give {_EXPECTED}")
-    if path.is_dir():
-        return _in_folder(text, path)
-    return _of_file(text, path)
+    found = _in_folder(text, path) if path.is_dir() else _of_file(text, path)
+    return replace(found, path=path)
 
 
 def _existing(text: str, path: str) -> Path | None:

@@ -54,25 +54,38 @@ class Survey:
                     f"{self.found.text}: weights={wish.weights!r} names a mapping inside a pickled file, and these are "
                     "safetensors, which hold tensors only; leave it out, or use prefix="
                 )
-            return self.glance
+            if wish.ema:
+                raise SourceError(
+                    f"{self.found.text}: ema=True prefers averaged weights inside a pickled file, and these are "
+                    "safetensors, which do not say what they hold; leave it out"
+                )
+            return self._whole
         candidates = merge([held for _, held in self.pickled])
         if wish.weights is not None:
             return self._named(wish.weights, candidates)
         chosen, said = choose(self.found.text, candidates, wish, cover)
         return self._unwrapped(chosen.path, [*_told(chosen, candidates), *said])
 
-    @functools.cached_property
-    def glance(self) -> Checkpoint:
-        """The likeliest checkpoint, for what must be known before there is a model."""
-        if not self.pickled:
-            return self._checkpoint(self.shards, self.entries)
+    def glance(self, wish: Wish = NO_WISH) -> Checkpoint:
+        """The likeliest checkpoint, for what must be known before there is a model.
+
+        Raises:
+            SourceError: there are no tensors, or `wish` names what is not there.
+            CheckpointError: as `open`.
+        """
+        if not self.pickled or wish.weights is not None:
+            return self.open(wish)
         try:
-            return self.open()
+            return self.open(wish)
         except SourceError:
             candidates = merge([held for _, held in self.pickled])
-            if not candidates:
+            if wish.ema is not None or not candidates:
                 raise
             return self._unwrapped(max(candidates, key=lambda c: c.nbytes).path, [])
+
+    @functools.cached_property
+    def _whole(self) -> Checkpoint:
+        return self._checkpoint(self.shards, self.entries)
 
     def _named(self, path: str, candidates: Sequence[Candidate]) -> Checkpoint:
         """The mapping at `path`, which need be no candidate."""
@@ -95,6 +108,10 @@ class Survey:
             unreadable.update({key: leaf.why_not for key, leaf in leaves.items() if leaf.why_not is not None})
             shards.append(shard)
             _add(entries, sorted(held.values(), key=lambda e: (e.offset, e.nbytes)), shard.file)
+        if unreadable:
+            key, why = next(iter(unreadable.items()))
+            more = f", and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+            said = [*said, f"{key!r} cannot be read ({why}){more}: an error only for who wants it"]
         return self._checkpoint(shards, entries, said, path, unreadable)
 
     def _checkpoint(
@@ -123,7 +140,19 @@ class Survey:
         )
 
 
-def survey(source: str | os.PathLike[str], *, download: bool = False) -> Survey:
+def find(source: str | os.PathLike[str], *, download: bool = False) -> Source:
+    """Where the files of a source are; none of them is opened.
+
+    Raises:
+        SourceError: nothing that can be loaded is there.
+        UnsupportedError: only weights of kinds that lowmem does not read.
+    """
+    if not isinstance(download, bool):
+        raise OptionError(f"download: expected True or False, found {shown(download)}")
+    return resolve(source, download=download)
+
+
+def survey(source: str | os.PathLike[str] | Source, *, download: bool = False) -> Survey:
     """Look at a source: headers and pickles, and no tensor byte. Imports no torch.
 
     Raises:
@@ -131,9 +160,7 @@ def survey(source: str | os.PathLike[str], *, download: bool = False) -> Survey:
         CheckpointError: a file is damaged.
         UnsupportedError: the weights are of a kind that lowmem does not read.
     """
-    if not isinstance(download, bool):
-        raise OptionError(f"download: expected True or False, found {shown(download)}")
-    found = resolve(source, download=download)
+    found = source if isinstance(source, Source) else find(source, download=download)
     with paused_collector():
         listing = read_listing(found)
         files = tuple(listing.files.values()) if listing is not None else found.shards

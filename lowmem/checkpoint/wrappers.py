@@ -248,13 +248,18 @@ def choose(
         raise SourceError(f"{source}: no tensors in it; is it the file with the weights?")
     swapped = _averages_are_swapped(candidates)
     weights = [c for c in candidates if not _is_auxiliary(c.path)]
+    if not weights:
+        raise SourceError(
+            f"{source}: expected weights, found only what trainers keep beside them; weights= (--weights) takes it all "
+            f"the same. It holds:\n{listed(candidates)}"
+        )
     if wish.ema is not None:
         weights = [c for c in weights if _is_average(c, swapped) == wish.ema]
         if not weights:
             what = "averaged (EMA) weights" if wish.ema else "weights that are no averages"
             raise SourceError(f"{source}: ema={wish.ema}: no {what} in it. It holds:\n{listed(candidates)}")
-    best = _fitting(weights or list(candidates), cover) if cover is not None else []
-    best = best or _by_name(weights or [c for c in candidates if c.leaves])
+    best = _fitting(weights, cover) if cover is not None else []
+    best = best or _by_name(weights)
     said: list[str] = []
     if len(best) > 1:
         averages = [c for c in best if _is_average(c, swapped)]
@@ -307,8 +312,12 @@ def _averages_are_swapped(candidates: Sequence[Candidate]) -> bool:
 
     (`EMAHook.before_save_checkpoint`, mmengine/hooks/ema_hook.py.)
     """
-    paths = {c.path for c in candidates}
-    return {"state_dict", "ema_state_dict"} <= paths
+    held = {c.path: c for c in candidates}
+    if "state_dict" not in held or "ema_state_dict" not in held:
+        return False
+    # Others use these names as they are meant. mmengine's averages are a module of its own, with a count of steps.
+    raw = held["ema_state_dict"].leaves
+    return "steps" in raw or all(key.startswith("module.") for key in raw)
 
 
 def _fitting(candidates: Sequence[Candidate], cover: CoverOf) -> list[Candidate]:
@@ -355,4 +364,15 @@ def _is_known(candidate: Candidate) -> bool:
 
 
 def _outermost(candidates: Sequence[Candidate]) -> list[Candidate]:
-    return [c for c in candidates if not any(_is_inside(c, other) for other in candidates)]
+    paths = {c.path for c in candidates}
+    return [c for c in candidates if not any(outer in paths for outer in _above(c.path))]
+
+
+def _above(path: str) -> Iterator[str]:
+    """What a path may be inside of; a key may have dots itself."""
+    if path:
+        yield ""
+    at = path.find(".")
+    while at >= 0:
+        yield path[:at]
+        at = path.find(".", at + 1)

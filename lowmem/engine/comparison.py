@@ -33,17 +33,19 @@ def same_bytes(a: TensorEntry, b: TensorEntry, shards: dict[Path, Shard], *, kee
         return False
     with ExitStack() as opened:
         ways = Ways("buffered")
-        # One reader for both where they share a file: a second would find the pages that the first has read.
+        # One reader for both where they share a file: a second would find the pages that the first has read. But what
+        # is packed is unpacked in order.
+        places = [(entry.file, entry.key if entry.packed else "") for entry in (a, b)]
         readers = {
-            file: opened.enter_context(closing(ShardReader(shards[file], ways, keep_cache=keep_cache)))
-            for file in dict.fromkeys((a.file, b.file))
+            place: opened.enter_context(closing(ShardReader(shards[place[0]], ways, keep_cache=keep_cache)))
+            for place in dict.fromkeys(places)
         }
         buffers = bytearray(min(_STEP, a.nbytes)), bytearray(min(_STEP, a.nbytes))
         for at in range(0, a.nbytes, _STEP):
             size = min(_STEP, a.nbytes - at)
             views = [memoryview(buffer)[:size] for buffer in buffers]
-            for entry, view in zip((a, b), views, strict=True):
-                reader = readers[entry.file]
+            for entry, place, view in zip((a, b), places, views, strict=True):
+                reader = readers[place]
                 reader.fill([view], entry.offset + at, None, reader.ticket(entry.offset))
             if views[0] != views[1]:
                 return False

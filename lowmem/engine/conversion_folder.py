@@ -61,15 +61,22 @@ class ConversionFolder:
         Raises:
             OutputError: it holds something else, another run is writing there, or it cannot be written.
         """
-        try:
-            self._made = not self.out.exists()
-            self.out.mkdir(parents=True, exist_ok=True)
-            with self._alone():
+        with contextlib.ExitStack() as held:
+            with self._writing():
+                self._made = not self.out.exists()
+                self.out.mkdir(parents=True, exist_ok=True)
+                held.enter_context(self._alone())
                 self._take_up()
-                try:
-                    yield
-                finally:
+            try:
+                yield
+            finally:
+                with self._writing():
                     undisturbed(self._clean)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise OutputError(
                 f"{error.filename or self.out}: cannot be written: {error.strerror or error}; make room or check its "
@@ -115,7 +122,8 @@ class ConversionFolder:
         Raises:
             OutputError: `nbytes` is more than is free.
         """
-        free = shutil.disk_usage(self.out).free
+        with self._writing():
+            free = shutil.disk_usage(self.out).free
         if free < nbytes:
             raise OutputError(
                 f"{self.out}: {format_size(nbytes)} are still to be written, the disk has {format_size(free)} free; "
@@ -158,8 +166,12 @@ class ConversionFolder:
         """All weights are whole: give everything its name.
 
         Raises:
-            OSError: the folder cannot be written.
+            OutputError: the folder cannot be written.
         """
+        with self._writing():
+            self._publish()
+
+    def _publish(self) -> None:
         for path in self._beside:
             with self._draft(path.name) as draft:
                 shutil.copyfile(path, draft)

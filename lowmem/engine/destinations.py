@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..dtypes import itemsize
-from ..errors import BudgetError, OffloadError
+from ..errors import BudgetError, LowmemError, OffloadError
 from ..mapping import Region
 from ..planner import Move, Placement
 from ..planner.moves import ALIGNMENT, BLOCK, LEAST_DIRECT
@@ -136,7 +136,10 @@ class FileDestination:
         try:
             write_at(self._fd, view, offset)
         except OSError as error:
-            raise OffloadError(f"{self._path}: writing failed: {error.strerror or error}") from error
+            raise self._failed(f"writing failed: {error.strerror or error}") from error
+
+    def _failed(self, what: str) -> LowmemError:
+        return OffloadError(f"{self._path}: {what}; give offload_folder on another disk, or raise the limit")
 
     def _scatter(self, region: Region, source: torch.Tensor) -> None:
         """Elements that do not lie one behind the other in the file: through a mapping, or each would be a write."""
@@ -145,7 +148,7 @@ class FileDestination:
                 begin = self._offset - self._offset % mmap.ALLOCATIONGRANULARITY
                 self._pages = mmap.mmap(self._fd, self._offset + self._nbytes - begin, offset=begin)
         except (OSError, ValueError) as error:
-            raise OffloadError(f"{self._path}: cannot be mapped for writing: {error}") from error
+            raise self._failed(f"cannot be mapped for writing: {error}") from error
         begin = self._offset % mmap.ALLOCATIONGRANULARITY
         whole = torch.frombuffer(
             self._pages, dtype=self._dtype, count=self._nbytes // self._dtype.itemsize, offset=begin

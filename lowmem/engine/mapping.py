@@ -62,6 +62,7 @@ def view_of(pages: mmap.mmap, entry: TensorEntry) -> torch.Tensor:
         return torch.empty(entry.shape, dtype=dtype)
     count = entry.nbytes // dtype.itemsize
     if entry.offset % dtype.itemsize:
-        return torch.frombuffer(bytearray(pages[entry.offset : entry.end]), dtype=dtype).reshape(entry.shape)
+        copied = bytearray(memoryview(pages)[entry.offset : entry.end])
+        return torch.frombuffer(copied, dtype=dtype).reshape(entry.shape)
     # Resized in place: the same elements under another shape, for less than a view, and without a base to keep.
     return torch.frombuffer(pages, dtype=dtype, count=count, offset=entry.offset).resize_(entry.shape)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from .._page_cache import give_back
-from ..errors import OutputError
+from ..dtypes import itemsize
+from ..errors import LowmemError, OutputError
 from ..mapping import Region
 from ..planner import LoadPlan, Move, Placement
 from ..planner.records import OffloadFile
@@ -127,6 +128,11 @@ class ShardDestination(FileDestination):
         super()._scatter(region, source)
         self._is_scattered = True
 
+    def _failed(self, what: str) -> LowmemError:
+        return OutputError(
+            f"{self._path}: tensor {self._tensor!r}: {what}; make room, or convert into a folder on another disk"
+        )
+
     def settle(self) -> None:
         """The tensor is whole. What was scattered is remembered now, as it lies in the file."""
         if not self._is_scattered or self._pages is None:
@@ -143,9 +149,8 @@ class ShardDestination(FileDestination):
         try:
             self._shard.write(view, offset, self._tensor)
         except OSError as error:
-            raise OutputError(
-                f"{self._path}: tensor {self._tensor!r}: writing {len(view)} bytes at byte {offset} failed: "
-                f"{error.strerror or error}; make room, or convert into a folder on another disk"
+            raise self._failed(
+                f"writing {len(view)} bytes at byte {offset} failed: {error.strerror or error}"
             ) from error
 
 
@@ -309,9 +314,9 @@ def write_shard(plan: LoadPlan, shard: ShardFile, sealer: Sealer, moved: Callabl
                 for _, destination in done.whole:
                     if isinstance(destination, ShardDestination):
                         destination.settle()
-            nbytes = sum(done.read.nbytes for done in finished)
-            sealer.add(nbytes)
-            moved(nbytes)
+            moves = [move for done in finished for move in done.read.moves]
+            sealer.add(sum(move.region.count * itemsize(move.placement.dtype) for move in moves))
+            moved(sum(done.read.nbytes for done in finished))
         feed.finish()
     finally:
         undisturbed(crew.end)

@@ -40,6 +40,9 @@ class _Inflate:
     def take(self, most: int) -> bytes:
         made = self._state.decompress(self._left, most)
         self._left = self._state.unconsumed_tail
+        if not made and self._state.eof:
+            # What is fed behind the end would be kept.
+            raise ValueError("it ends too early")
         return made
 
 
@@ -62,7 +65,7 @@ class PackedRanges:
     """The packed ranges of one open shard, unpacked from the beginning to wherever bytes are wanted.
 
     Unpacking cannot begin in the middle, so readers take turns: in the order of their tickets, which is that of the
-    file. Only one range is unpacked at a time, in two buffers of 256 KiB.
+    file. Only one range is unpacked at a time, in buffers of 256 KiB.
 
     Args:
         shard: the file.

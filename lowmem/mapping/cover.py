@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterator
 
 from ..checkpoint import Cover
 from ..checkpoint.records import Candidate
+from ..errors import OptionError
 from ..modeling.skeleton import Skeleton
+from .names import renamed
+from .records import NO_RULES, KeyRules
 
 _OLD_NAMES = {"gamma": "weight", "beta": "bias"}
 
 
-def cover_of(skeleton: Skeleton) -> Callable[[Candidate], Cover]:
+def cover_of(skeleton: Skeleton, rules: KeyRules = NO_RULES) -> Callable[[Candidate], Cover]:
     """A function that counts the tensors of the model that a candidate would feed.
 
-    A key counts when it is a name of the model, or becomes one when a prefix is stripped or added, and the shapes are
-    the same. What the keys will be mapped to in the end is `match`'s to decide.
+    A key, as the user's `prefix` and `rename` have it, counts when it is a name of the model, or becomes one when a
+    prefix is stripped or added, and the shapes are the same. What the keys will be mapped to in the end is `match`'s to
+    decide.
     """
     state: dict[str, tuple[int, ...]] = {}
     by_tail: dict[str, list[str]] = {}
@@ -38,7 +42,8 @@ def cover_of(skeleton: Skeleton) -> Callable[[Candidate], Cover]:
             look()
         fed: set[str] = set()
         used = 0
-        for key, leaf in candidate.leaves.items():
+        for original, leaf in candidate.leaves.items():
+            key = _by_rules(original, rules)
             name = find(key, leaf.shape)
             if name is None:
                 path, _, last = key.rpartition(".")
@@ -49,6 +54,15 @@ def cover_of(skeleton: Skeleton) -> Callable[[Candidate], Cover]:
         return Cover(len(fed), len(candidate.leaves) - used)
 
     return cover
+
+
+def _by_rules(key: str, rules: KeyRules) -> str:
+    stem = key.removeprefix(f"{rules.prefix}.") if rules.prefix else key
+    try:
+        return renamed(key, stem, rules.rename) if rules.rename else stem
+    except OptionError:
+        # A function may know nothing of keys that it was not meant for.
+        return stem
 
 
 def _tails(name: str) -> Iterator[str]:

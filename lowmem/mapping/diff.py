@@ -87,6 +87,7 @@ class KeyDiff:
         prefixes: modules for `prefix=`, each of which would feed more; tried likewise.
         mended: how many more of the model's tensors `rename` and `reshape`, or else the first prefix, would feed.
         steps: what evidence did to the keys already.
+        opened: the mapping inside a pickled file whose keys these are; empty for the whole file.
         hints: what single names may be called, where no rule was found, a sentence each.
         after_own: the user has functions of his own, which `rename` follows.
     """
@@ -103,6 +104,7 @@ class KeyDiff:
     steps: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     after_own: bool = False
+    opened: str = ""
 
     @property
     def is_empty(self) -> bool:
@@ -139,7 +141,7 @@ class KeyDiff:
 
     def text(self) -> str:
         """For messages and the shell: counts, groups, and the rules to paste."""
-        lines: list[str] = []
+        lines = [f"of {self.opened!r} inside of the file"] if self.opened else []
         shapes = [group for group in self.groups if group.kind == "mismatched"]
         if self.mismatched:
             have = "tensor has" if len(self.mismatched) == 1 else "tensors have"
@@ -155,11 +157,14 @@ class KeyDiff:
                     lines += _lines([group for group in self.groups if group.kind == kind])
         lines += self.steps
         lines += [self.advice, *self.rules] if self.rules else self.hints
-        return "\n".join(lines) or f"no difference: {self.matched} tensors match"
+        if self.is_empty:
+            lines.append(f"no difference: {self.matched} tensors match")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
         return {
+            "opened": self.opened,
             "matched": self.matched,
             "missing": list(self.missing),
             "unexpected": list(self.unexpected),

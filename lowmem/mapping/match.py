@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, TensorEntry
-from ..errors import KeysError, UnsupportedError
+from ..errors import KeysError, OptionError, UnsupportedError
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
 from .diff import KeyDiff, Naming, make_diff
@@ -226,7 +226,8 @@ def _explain(
         try:
             other = _resolve(checkpoint, skeleton, state, rules)
             links, mismatched, _, _ = _link(other, state)
-        except (KeysError, UnsupportedError):
+        except (KeysError, UnsupportedError, OptionError):
+            # A function of the user may know nothing of names that it was not meant for.
             return None
         return Naming({link.target for link in links}, mismatched)
 

@@ -46,12 +46,12 @@ def give_names(checkpoint: Checkpoint, rules: KeyRules) -> Given:
     for key, stem in inside.items():
         if key not in chosen:
             try:
-                left_out[_renamed(key, stem, rules.rename)] = key
+                left_out[renamed(key, stem, rules.rename)] = key
             except OptionError:
                 # A function may know nothing of what it was not meant for.
                 left_out[stem] = key
             continue
-        name = _renamed(key, stem, rules.rename)
+        name = renamed(key, stem, rules.rename)
         if name in entries or name in unreadable:
             other = entries[name].key if name in entries else unreadable[name]
             raise KeysError(collision(checkpoint.source, key, other, name))
@@ -129,7 +129,12 @@ def _inside(checkpoint: Checkpoint, keys: list[str], prefix: str | None) -> dict
     )
 
 
-def _renamed(key: str, name: str, rules: Sequence[RenameRule]) -> str:
+def renamed(key: str, name: str, rules: Sequence[RenameRule]) -> str:
+    """What the rules make of `name`, one after the other.
+
+    Raises:
+        OptionError: a function fails, or gives no text.
+    """
     for rule in rules:
         if callable(rule):
             changed = _called(rule, name, "rename")

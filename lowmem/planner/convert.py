@@ -16,7 +16,7 @@ from ..checkpoint.index import SHARED
 from ..checkpoint.safetensors import layout
 from ..dtypes import is_floating
 from ..errors import KeysError, UnsupportedError
-from ..limits import HostMemory, host_memory
+from ..limits import host_memory
 from ..mapping import KeyMapping, KeyRules, Link, whole
 from ..mapping.names import give_names
 from ..sizes import KIB, MIB, format_size
@@ -193,15 +193,20 @@ def _fit(checkpoint: Checkpoint, placements: list[Placement], request: ConvertRe
     memory = host_memory()
     overhead = _OVERHEAD + _PER_ENTRY * len(checkpoint) + budget.PER_DESCRIBED * checkpoint.described
     need = budget.needs_of(placements, request.io, cached_share, free_address_space=not memory.rlimits)
-    staging = budget.fit_staging(memory.available - overhead, request.staging, need)
-    host = _host(staging, overhead, memory)
+    # The rlimits count the stacks of the readers, of the sealer and of those that read back.
+    stacks = budget.thread_stacks(need.workers + 4) if memory.rlimits else 0
+    room, bound_by = min(
+        [(memory.available, memory.bound_by), *((left - stacks, name) for name, left in memory.rlimits.items())]
+    )
+    staging = budget.fit_staging(room - overhead, request.staging, need)
+    host = _host(staging, overhead, room, bound_by)
     if host.peak > host.limit:
         remedies = [] if request.staging is None else [f"a smaller staging (now {format_size(request.staging)})"]
         budget.refuse(host.peak, host.limit, host.bound_by, remedies, what="conversion")
     return staging, host
 
 
-def _host(staging: Staging, overhead: int, memory: HostMemory) -> HostPlan:
+def _host(staging: Staging, overhead: int, room: int, bound_by: str) -> HostPlan:
     """Nothing is resident: what is made goes into files."""
     return HostPlan(
         resident=0,
@@ -209,9 +214,9 @@ def _host(staging: Staging, overhead: int, memory: HostMemory) -> HostPlan:
         staging=staging.total,
         overhead=overhead,
         peak=staging.total + overhead,
-        available=memory.available,
-        bound_by=memory.bound_by,
-        limit=memory.available,
+        available=room,
+        bound_by=bound_by,
+        limit=room,
     )
 
 

@@ -1,4 +1,4 @@
-"""The records of this room: what was asked, where everything goes, what it costs, and every move."""
+"""The records of this room: what was asked, where everything goes, and what it costs."""
 
 from __future__ import annotations
 
