@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -13,14 +13,17 @@ from .checkpoint import inspect
 from .engine import iterate
 from .loader import check_present
 from .planner import make_stream_plan
-from .planner.request import checks_names, make_stream_request
+from .planner.request import Names, Renames, checks_names, make_stream_request
 
 
 @checks_names
 def stream(
     source: str | os.PathLike[str],
     *,
-    only: str | Iterable[str] | Callable[[str], bool] | None = None,
+    prefix: str | None = None,
+    only: Names = None,
+    skip: Names = None,
+    rename: Renames = None,
     dtype: Any = "auto",
     device: Any = "cpu",
     staging: int | str | None = None,
@@ -38,8 +41,11 @@ def stream(
 
     Args:
         source: what `load` takes.
+        prefix: take only the keys inside this module, without it.
         only: the tensors to give: names of tensors or modules, patterns with `*`, or a function of the key. Bytes of
             the others are not read.
+        skip: those to leave, likewise.
+        rename: regular expression → replacement, a function of a key, or a list of these, one after the other.
         dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only.
         device: where the tensors are made: `"cpu"`, `"cuda:0"`, ….
         staging: bytes that may be in flight, at least 1 MiB. Default: 64 MiB.
@@ -51,12 +57,22 @@ def stream(
 
     Returns:
         A generator of (key, tensor). Everything is decided when it is made; its threads start with the first tensor
-        and end with it, however it ends.
+        and end with it, however it ends. Which mapping of a pickled file it gives, `inspect` says.
 
     Raises:
         LowmemError: see `lowmem.errors`. A file that changes while it is read is known only at the end.
     """
-    request = make_stream_request(only=only, dtype=dtype, device=device, staging=staging, io=io, keep_cache=keep_cache)
+    request = make_stream_request(
+        prefix=prefix,
+        only=only,
+        skip=skip,
+        rename=rename,
+        dtype=dtype,
+        device=device,
+        staging=staging,
+        io=io,
+        keep_cache=keep_cache,
+    )
     checkpoint = inspect(source, weights=weights, ema=ema, download=download)
     with paused_collector():
         plan, window = make_stream_plan(checkpoint, request)

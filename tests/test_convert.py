@@ -329,7 +329,7 @@ def test_a_killed_run_looks_unfinished_and_the_next_goes_on(tmp_path: Path) -> N
     (source / "config.json").write_text('{"model_type": "llama"}')
     kill_after(3, source, out)
     assert [p.name for p in out.iterdir()] == [HIDDEN]
-    with pytest.raises(LowmemError):
+    with pytest.raises(LowmemError, match="an unfinished conversion; run lowmem convert again"):
         lowmem.inspect(out)
     transformers = pytest.importorskip("transformers")
     with pytest.raises((OSError, ValueError)):
@@ -341,7 +341,7 @@ def test_a_killed_run_looks_unfinished_and_the_next_goes_on(tmp_path: Path) -> N
     assert {name: (out / name).stat().st_mtime_ns for name in whole} == whole
     assert report.bytes_read == 3 * 800_000
     check_result(out, state)
-    with pytest.raises(OutputError, match="expected an empty folder"):
+    with pytest.raises(OutputError, match="holds a finished checkpoint already"):
         lowmem.convert(source, out, max_shard_size="1MiB")
 
 
@@ -668,7 +668,7 @@ def test_the_shell_converts(source: Path, tmp_path: Path, capsys: pytest.Capture
     assert {"k.f32", "k.bf16", "k.int64"} < set(lowmem.inspect(out))
     assert lowmem.inspect(out)["k.f32"].dtype == "float16"
     assert main(["convert", str(source), str(out)]) == 1
-    assert "expected an empty folder" in capsys.readouterr().err
+    assert "holds a finished checkpoint already" in capsys.readouterr().err
     assert main(["convert", str(source), str(tmp_path / "x"), "--rename", "nothing"]) == 2
     assert main(["convert", str(source), str(tmp_path / "y"), "--no-verify", "--max-shard-size", "4MiB"]) == 0
     assert "not read back" in capsys.readouterr().out

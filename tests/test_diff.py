@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import time
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 
 import lowmem
 from lowmem.checkpoint import inspect
+from lowmem.cli import main
 from lowmem.errors import KeysError
 from lowmem.mapping import KeyDiff, KeyRules, diff_of, match
 from lowmem.mapping.groups import group_names
@@ -361,18 +363,31 @@ def test_a_candidate_makes_the_one_name_of_the_other(a: list[str], b: st.DataObj
         assert re.sub(rule.pattern.pattern, rule.replacement, name) == target
 
 
-def test_a_large_difference_is_told_in_time(tmp_path: Path) -> None:
-    """Ten thousand names in which nothing fits by name; time grows with their number, and not with its square."""
+def test_a_large_difference_costs_in_proportion_to_the_names() -> None:
+    """Names of which none fits by name; calls are counted, so that no clock decides."""
 
-    def names(front: str, leaf: str) -> dict[str, tuple[int, ...]]:
-        return {f"{front}.{i}.{m}.{leaf}": (m + 2,) for i in range(500) for m in range(20)}
+    def names(size: int, front: str, leaf: str) -> dict[str, tuple[int, ...]]:
+        return {f"{front}.{i}.{m}.{leaf}": (m + 2,) for i in range(size) for m in range(20)}
 
-    checkpoint, skeleton = made(names("layers", "w"), names("blocks", "weight"))
-    begin = time.perf_counter()
-    diff = diff_of(match(checkpoint, skeleton), checkpoint, skeleton)
-    assert time.perf_counter() - begin < 20
-    assert diff.mended == 10_000
-    assert len(diff.rename) <= 2
+    def cost(size: int) -> int:
+        count = 0
+
+        def count_calls(frame: object, event: str, argument: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        checkpoint, skeleton = made(names(size, "layers", "w"), names(size, "blocks", "weight"))
+        sys.setprofile(count_calls)
+        try:
+            diff = diff_of(match(checkpoint, skeleton), checkpoint, skeleton)
+        finally:
+            sys.setprofile(None)
+        assert diff.mended == size * 20
+        assert len(diff.rename) <= 2
+        return count
+
+    cost(10)
+    assert cost(200) < 2.6 * cost(100)
 
 
 def test_the_diff_of_a_real_checkpoint_is_that_of_the_load(tmp_path: Path) -> None:
@@ -384,3 +399,24 @@ def test_the_diff_of_a_real_checkpoint_is_that_of_the_load(tmp_path: Path) -> No
     assert diff.unexpected == mapping.unexpected == ("neck.bias", "neck.weight")
     assert diff.steps == mapping.steps
     assert diff_of(replace(mapping, diff=diff), checkpoint, skeleton) is diff
+
+
+def test_the_shell_shows_lines_and_a_rule_that_it_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shell_net.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(*(nn.Linear(n + 2, n + 3) for n in range(4)))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    state = {
+        f"odd.{n}.{leaf}": torch.ones(n + 3, *([n + 2] if leaf == "weight" else []))
+        for n in range(4)
+        for leaf in ("weight", "bias")
+    }
+    write({key.replace("odd.", "layer="): value for key, value in state.items()}, tmp_path / "w.safetensors")
+    assert main(["diff", "w.safetensors", "--model", "shell_net:net"]) == 1
+    out = capsys.readouterr().out
+    assert "\N{REPLACEMENT CHARACTER}" not in out
+    assert len(out.splitlines()) > 4
+    rule = shlex.split(next(line for line in out.splitlines() if line.startswith("--")))
+    assert main(["diff", "w.safetensors", "--model", "shell_net:net", *rule]) == 0

@@ -344,7 +344,7 @@ def pasted(text: str) -> dict[str, Any]:
     """The options that a message offers, evaluated as the user's Python would."""
     lines = [line for line in text.splitlines() if re.match(r"(rename|reshape|prefix)=", line)]
     assert lines, text
-    options: dict[str, Any] = eval(f"dict({', '.join(lines)})")
+    options: dict[str, Any] = eval("dict(" + "\n".join(lines) + ")")
     return options
 
 
@@ -698,3 +698,24 @@ def test_a_function_that_knows_only_the_files_keys_is_not_asked_for_others(tmp_p
     model = nn.Sequential(nn.Linear(2, 2))
     result = lowmem.load(tmp_path, model=model, rename=lambda key: table[key], strict=False)
     assert torch.equal(result.model[0].weight, torch.ones(2, 2))
+
+
+def test_what_is_tied_to_a_tensor_that_was_left_out_is_not_missing(own: Callable[..., Path]) -> None:
+    folder = own("llama-tied", "float32", "1GB")
+    for options in ({"skip": ["model.embed_tokens"]}, {"only": ["model.layers"]}):
+        result = lowmem.load(folder, **options)
+        assert "model.embed_tokens.weight" in result.report.initialised
+        assert result.model.lm_head.weight is result.model.model.embed_tokens.weight
+
+
+def test_a_rule_that_changes_no_key_is_told(tmp_path: Path) -> None:
+    save_file({"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}, tmp_path / "model.safetensors")
+    plan = lowmem.plan(tmp_path, model=nn.Sequential(nn.Linear(2, 2)), rename={"^backbone": "", "0": "0"})
+    assert any("'^backbone' changed no key" in warning for warning in plan.warnings)
+
+
+def test_a_stream_takes_the_rules_of_keys(tmp_path: Path) -> None:
+    save_file({"a.x": torch.ones(1), "a.y": torch.ones(2), "b.x": torch.ones(3)}, tmp_path / "model.safetensors")
+    found = dict(lowmem.stream(tmp_path, prefix="a", skip=["a.y"], rename={"x": "z"}))
+    assert found.keys() == {"z"}
+    assert len(found["z"]) == 1

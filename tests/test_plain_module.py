@@ -491,3 +491,13 @@ def test_a_dtype_that_torch_lacks_is_refused_by_name(tmp_path: Path) -> None:
     assert lowmem.inspect(path)["weight"].dtype == "float6_e2m3"
     with pytest.raises(UnsupportedError, match=r"tensor 'weight': torch .* has no dtype float6_e2m3"):
         lowmem.plan(path, model=module)
+
+
+def test_buffers_that_keep_what_the_model_was_built_with_are_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    state = {key: value for key, value in model.state_dict().items() if "running" not in key}
+    save_file(state, tmp_path / "w.safetensors")
+    result = lowmem.load(
+        tmp_path / "w.safetensors", model=lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), strict=False
+    )
+    assert any("2 tensors" in w and "keep the values" in w and "'1.running_mean'" in w for w in result.plan.warnings)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lowmem
-from lowmem.checkpoint import survey
+from lowmem.checkpoint import survey, wrappers
 from lowmem.checkpoint.records import Leaf
 from lowmem.checkpoint.wrappers import find_candidates
 from lowmem.errors import CheckpointError, OptionError, SourceError
@@ -182,11 +182,12 @@ def test_weights_are_picked_by_path(tmp_path: Path) -> None:
 
 def test_what_was_opened_is_told(tmp_path: Path) -> None:
     file = saved(FILES["timm"][0], tmp_path / "a.pth")
-    assert any(
-        "'state_dict_ema' was opened" in warning and "'optimizer'" in warning
-        for warning in lowmem.inspect(file).warnings
-    )
+    said = [warning for warning in lowmem.inspect(file).warnings if "'state_dict_ema' was opened: 9" in warning]
+    assert len(said) == 1
+    assert "beside it: 'state_dict'" in said[0]
     assert lowmem.load(file, model=Net).report.to_dict()["opened"] == "state_dict_ema"
+    # Where there is nothing to choose there is nothing to say.
+    assert not lowmem.inspect(saved(FILES["ConvNeXt-V2"][0], tmp_path / "b.pth")).warnings
 
 
 def test_gradients_in_the_weights_shapes_are_not_the_weights(tmp_path: Path) -> None:
@@ -239,7 +240,8 @@ def test_wishes_about_safetensors_and_of_other_kinds_are_refused(tmp_path: Path)
 LEAF = Leaf("float32", (1,), None, "0", 0, 4)
 
 
-def test_mappings_that_share_one_another_without_end_are_refused() -> None:
+def test_mappings_that_share_one_another_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrappers, "_MOST_VISITS", 100_000)
     node: Any = {"w": LEAF}
     for _ in range(60):
         node = {"a": node, "b": node}
@@ -288,3 +290,17 @@ def test_the_weights_that_rename_would_make_fit_are_found(tmp_path: Path) -> Non
 def test_what_was_opened_stands_in_the_difference(tmp_path: Path) -> None:
     file = saved(FILES["ConvNeXt-V2"][0], tmp_path / "a.pth")
     assert "'model'" in lowmem.diff(file, model=Net).text()
+
+
+def test_weights_and_ema_are_not_given_together(tmp_path: Path) -> None:
+    file = saved(FILES["timm"][0], tmp_path / "a.pth")
+    with pytest.raises(OptionError, match="give one of them"):
+        lowmem.inspect(file, weights="state_dict", ema=True)
+
+
+def test_twins_of_unknown_names_are_a_tie_without_a_model_too(tmp_path: Path) -> None:
+    file = saved(lambda: {"student": RAW, "teacher": EMA, "epoch": 3}, tmp_path / "a.pth")
+    for verb in (lowmem.inspect, lambda f: dict(lowmem.stream(f))):
+        with pytest.raises(SourceError, match=r"name one with weights=") as caught:
+            verb(file)
+        assert "weights='teacher'" in str(caught.value)

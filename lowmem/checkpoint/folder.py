@@ -269,6 +269,12 @@ def _stem(name: str) -> str:
     return _NUMBERED.sub("", _without_suffix(name))
 
 
+def shard_number(name: str) -> tuple[int, int] | None:
+    """Which shard a file is, of how many, by its name; None when it is the whole."""
+    found = _numbered(name)
+    return (int(found[1]), int(found[2])) if found and int(found[2]) > 1 else None
+
+
 def _numbered(name: str) -> re.Match[str] | None:
     return _NUMBERED.search(_without_suffix(name))
 
@@ -356,6 +362,11 @@ def _with_weights(place: Place) -> list[str]:
 def _nothing(place: Place) -> SourceError | UnsupportedError:
     """The error for a place without weights, which says what is there instead."""
     adapters = _adapters(place)
+    if place.has(".lowmem-convert/state.json"):
+        return SourceError(
+            f"{place.text}: an unfinished conversion; run lowmem convert again with the same source and options, which "
+            "goes on behind what is whole"
+        )
     if adapters:
         return SourceError(
             f"{place.text}: only an adapter ({listed(adapters)}), which changes a base model; give the base model that "

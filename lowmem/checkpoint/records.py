@@ -149,6 +149,12 @@ class Candidate:
         """Key → tensor, in the order they were pickled; those of nested mappings have their keys joined by dots."""
         return self.flatten()
 
+    def is_inside(self, outer: Candidate) -> bool:
+        """Whether it is a part of `outer`, and not `outer` itself."""
+        if self.path == outer.path:
+            return False
+        return not outer.path or self.path.startswith(f"{outer.path}.")
+
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors; what several share is counted once."""

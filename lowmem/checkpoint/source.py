@@ -17,6 +17,7 @@ from .folder import (
     is_pickled,
     kind_of,
     local_place,
+    shard_number,
     unsupported,
 )
 from .schemes import follow
@@ -115,7 +116,9 @@ def _of_file(text: str, path: Path) -> Source:
             "give that file or its folder"
         )
     if pickled or name.lower().endswith(SAFETENSORS):
-        return Source(text, path.parent, None, (path,), config, (), pickled)
+        part = shard_number(name)
+        odd = (f"{name} is shard {part[0]} of {part[1]}; its folder or its index is the whole",) if part else ()
+        return Source(text, path.parent, None, (path,), config, odd, pickled)
     if kind := kind_of(name):
         raise unsupported(text, {name: kind})
     raise SourceError(f"{text}: expected {_EXPECTED} ({', '.join((SAFETENSORS, *PICKLES))})")

@@ -16,7 +16,18 @@ from .pickled import read_pickled
 from .records import Candidate, Checkpoint, Leaf, PickledFile, Shard, TensorEntry
 from .safetensors import read_shard
 from .source import Source, resolve
-from .wrappers import NO_WISH, CoverOf, Wish, choose, find_by_path, find_candidates, make_wish, merge, not_there
+from .wrappers import (
+    NO_WISH,
+    CoverOf,
+    Wish,
+    choose,
+    find_by_path,
+    find_candidates,
+    is_auxiliary,
+    make_wish,
+    merge,
+    not_there,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,11 +214,12 @@ def inspect(
 
 def _told(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
     """What was opened, when there was something to choose."""
-    if not chosen.path:
+    beside = [c for c in candidates if not c.is_inside(chosen) and not chosen.is_inside(c) and c is not chosen]
+    outer = [c for c in beside if not is_auxiliary(c.path) and not any(c.is_inside(other) for other in beside)]
+    if not outer:
         return []
-    beside = [c for c in candidates if c.path and "." not in c.path and c.path != chosen.path.partition(".")[0]]
-    others = f"; beside it: {', '.join(repr(c.path) for c in beside[:6])}{', …' if len(beside) > 6 else ''}"
-    return [f"{chosen.path!r} was opened: {len(chosen.leaves)} tensors{others if beside else ''}"]
+    others = f"{', '.join(repr(c.path) for c in outer[:6])}{', …' if len(outer) > 6 else ''}"
+    return [f"{chosen.path!r} was opened: {len(chosen.leaves)} tensors; beside it: {others}"]
 
 
 def _with_shared(shards: Sequence[Shard], entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -59,6 +59,8 @@ def make_wish(weights: str | None, ema: bool | None) -> Wish:
         raise OptionError(f"weights: expected the path of a mapping, such as 'state_dict', found {shown(weights)}")
     if ema is not None and not isinstance(ema, bool):
         raise OptionError(f"ema: expected True, False or None, found {shown(ema)}")
+    if weights is not None and ema is not None:
+        raise OptionError("ema: weights= names the mapping already; give one of them")
     return Wish(weights, ema)
 
 
@@ -94,10 +96,10 @@ def find_candidates(root: Any, file: Path) -> tuple[Candidate, ...]:
             raise budget.refusal(f"more than {_DEEPEST} mappings one inside the other")
         made = _candidate(path, value, budget)
         found.append(made)
-        if not made.module and not _is_auxiliary(path):
+        if not made.module and not is_auxiliary(path):
             inner = [(f"{path}.{key}" if path else key, child, depth + 1) for key, child in _children(value)]
             waiting += reversed(inner)
-    return tuple(c for c in found if _is_auxiliary(c.path) or c.leaves)
+    return tuple(c for c in found if is_auxiliary(c.path) or c.leaves)
 
 
 def _candidate(path: str, value: Any, budget: _Budget) -> Candidate:
@@ -247,7 +249,7 @@ def choose(
     if not any(c.leaves for c in candidates):
         raise SourceError(f"{source}: no tensors in it; is it the file with the weights?")
     swapped = _averages_are_swapped(candidates)
-    weights = [c for c in candidates if not _is_auxiliary(c.path)]
+    weights = [c for c in candidates if not is_auxiliary(c.path)]
     if not weights:
         raise SourceError(
             f"{source}: expected weights, found only what trainers keep beside them; weights= (--weights) takes it all "
@@ -266,7 +268,7 @@ def choose(
         if len(averages) == 1 and wish.ema is None:
             others = ", ".join(repr(c.path) for c in best if c is not averages[0])
             said.append(
-                f"{averages[0].path!r} was opened, which holds averaged (EMA) weights; ema=False takes {others}"
+                f"{averages[0].path!r} was opened, which holds averages (EMA); ema=False (--no-ema) takes {others}"
             )
             best = averages
     if len(best) > 1:
@@ -287,7 +289,7 @@ def not_there(source: str, path: str, candidates: Sequence[Candidate]) -> Source
 
 def listed(candidates: Sequence[Candidate]) -> str:
     """The candidates, a line each, those that may be weights first, and of them the largest; for messages."""
-    few = sorted(candidates, key=lambda c: (_is_auxiliary(c.path), not c.path, -c.nbytes))[:12]
+    few = sorted(candidates, key=lambda c: (is_auxiliary(c.path), not c.path, -c.nbytes))[:12]
     lines = [
         f"  weights={c.path!r}: {len(c.leaves)} tensors, {format_size(c.nbytes)} ({next(iter(c.leaves))!r}, …)"
         for c in few
@@ -296,7 +298,8 @@ def listed(candidates: Sequence[Candidate]) -> str:
     return "\n".join(lines + (["  …"] if len(candidates) > len(few) else []))
 
 
-def _is_auxiliary(path: str) -> bool:
+def is_auxiliary(path: str) -> bool:
+    """Whether a path leads into what trainers keep beside weights."""
     return any(_AUXILIARY.search(part) for part in path.split("."))
 
 
@@ -330,14 +333,8 @@ def _fitting(candidates: Sequence[Candidate], cover: CoverOf) -> list[Candidate]
     return [
         c
         for c in best
-        if not any(_is_inside(other, c) and covers[id(other)].unused <= covers[id(c)].unused for other in best)
+        if not any(other.is_inside(c) and covers[id(other)].unused <= covers[id(c)].unused for other in best)
     ]
-
-
-def _is_inside(inner: Candidate, outer: Candidate) -> bool:
-    if inner is outer:
-        return False
-    return not outer.path or inner.path.startswith(f"{outer.path}.")
 
 
 def _by_name(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -349,14 +346,27 @@ def _by_name(candidates: Sequence[Candidate]) -> list[Candidate]:
         level = [c for c in level if _is_known(c)] or level
         if len(level) != 1 or level[0].module:
             return level
-        inner = _outermost([c for c in candidates if _is_inside(c, level[0])])
+        inner = _outermost([c for c in candidates if c.is_inside(level[0])])
         known = [c for c in inner if _is_known(c)]
+        twins = [] if known or level[0].own else _twins(inner)
+        if twins:
+            return twins
         if known and 2 * sum(c.nbytes for c in known) > level[0].nbytes:
             level = known
         elif len(inner) == 1 and not level[0].own and not _is_known(level[0]):
             level = inner
         else:
             return level
+
+
+def _twins(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Mappings that hold the same keys, each the whole path of a tensor: weights of one model several times."""
+    whole = [c for c in candidates if c.own and any("." in key for key in c.leaves)]
+    return [
+        c
+        for c in whole
+        if any(2 * len(c.leaves.keys() & other.leaves.keys()) > len(c.leaves) for other in whole if other is not c)
+    ]
 
 
 def _is_known(candidate: Candidate) -> bool:

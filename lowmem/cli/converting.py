@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from .._terminal import print_json, progress_bar, show, warn
+from .._terminal import print_json, progress_bar, say, show, warn
 from ..sizes import format_size
 from .options import add_key_options, add_source, key_options, source_options
 from .parser import FAILED, FINE, verb
@@ -41,7 +43,7 @@ def add_check(verbs: Any) -> None:
 def _convert(arguments: argparse.Namespace) -> int:
     from ..converter import convert
 
-    with progress_bar() as progress:
+    with progress_bar() as progress, _going_on(arguments.out):
         report = convert(
             arguments.source,
             arguments.out,
@@ -62,7 +64,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     from ..report import plain
 
     lines = [
-        f"{len(report.files)} files, {report.tensors} tensors, {format_size(sum(report.files.values()))} in "
+        f"{_count(len(report.files), 'file')}, {_count(report.tensors, 'tensor')}, "
+        f"{format_size(sum(report.files.values()))} in "
         f"{report.seconds:.2f} s, {'read back' if report.verified else 'not read back'}: {report.folder}"
     ]
     if report.kept:
@@ -73,6 +76,15 @@ def _convert(arguments: argparse.Namespace) -> int:
         lines.append(f"copied: {', '.join(report.copied)}")
     show(*map(plain, lines))
     return FINE
+
+
+@contextlib.contextmanager
+def _going_on(out: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"lowmem: {out}: what is whole is kept: the same command goes on behind it")
+        raise
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -94,8 +106,16 @@ def _check(arguments: argparse.Namespace) -> int:
     from ..report import plain
 
     count = len(report.problems)
-    verdict = "fine" if not count else "1 problem" if count == 1 else f"{count} problems"
+    verdict = "fine" if not count else _count(count, "problem")
     read = f"{len(report.verified)} verified by hash ({format_size(report.hashed)} read)"
+    if not report.verified:
+        read = "headers and sizes only: no hash is known (--manifest, --write-manifest)"
     show(*(plain(str(problem)) for problem in report.problems))
-    show(plain(f"{verdict}: {len(report.files)} files, {read}, {report.seconds:.2f} s"))
+    show(plain(f"{verdict}: {_count(len(report.files), 'file')}, {read}, {report.seconds:.2f} s"))
+    if count and arguments.write_manifest is not None:
+        say(f"lowmem: {arguments.write_manifest}: not written, because something is wrong")
     return code
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

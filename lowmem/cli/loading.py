@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from .._terminal import print_json, progress_bar, show, warn
@@ -21,6 +22,7 @@ from .parser import FAILED, FINE, verb
 
 if TYPE_CHECKING:
     from ..loader import LoadResult
+    from ..mapping import KeyDiff
 
 
 def add_inspect(verbs: Any) -> None:
@@ -90,8 +92,17 @@ def _diff(arguments: argparse.Namespace) -> int:
         return code
     from ..report import plain
 
-    show(plain(found.text()))
+    show(*(plain(line) for line in found.text().split("\n")))
+    if found.rename or found.reshape or found.prefixes:
+        show("in the shell:", plain(_as_arguments(found)))
     return code
+
+
+def _as_arguments(found: KeyDiff) -> str:
+    """The rules that would mend a difference, as the shell takes them."""
+    parts = [f"--rename {shlex.quote(f'{old}={new}')}" for old, new in found.rename.items()]
+    parts += [f"--reshape {shlex.quote(','.join(found.reshape))}"] if found.reshape else []
+    return " ".join(parts) or f"--prefix {shlex.quote(found.prefixes[0])}"
 
 
 def _load(arguments: argparse.Namespace) -> int:

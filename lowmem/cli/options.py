@@ -59,7 +59,7 @@ def add_key_options(parser: argparse.ArgumentParser) -> None:
         "--rename",
         metavar="OLD=NEW",
         action="append",
-        help="regular expression and replacement (the last = parts them); several are applied in order",
+        help="regular expression and replacement (the last = parts them); may be repeated, and is applied in order",
     )
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 FINE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
-EPILOG = """exit codes: 0 fine, 1 it failed or found something wrong, 2 wrong usage; measure gives the command's
-own, or 1 where that is 0 and the picture failed.
+EPILOG = """exit codes: 0 fine, 1 it failed or found something wrong, 2 wrong usage, 130 interrupted; measure
+gives the command's own, or 1 where that is 0 and the picture failed.
 Sizes: 8GiB, 512MiB (powers of 1024), 8GB, 500MB (powers of 1000), or bytes."""
 
 

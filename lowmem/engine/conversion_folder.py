@@ -64,6 +64,8 @@ class ConversionFolder:
         with contextlib.ExitStack() as held:
             with self._writing():
                 self._made = not self.out.exists()
+                if not self._made and not self.out.is_dir():
+                    raise OutputError(f"{self.out}: expected a folder, found a file; give the path of a folder")
                 self.out.mkdir(parents=True, exist_ok=True)
                 held.enter_context(self._alone())
                 self._take_up()
@@ -100,6 +102,11 @@ class ConversionFolder:
         ours = {HIDDEN, *(path.name for path in self._beside), *self._last, *(file.name for file in self._plan.files)}
         # Before there is a state, nothing of a conversion has its name.
         others = sorted(names - ours if state else names - {HIDDEN})
+        if not state and {file.name for file in self._plan.files} <= names:
+            raise OutputError(
+                f"{self.out}: holds a finished checkpoint already; lowmem check looks whether it is whole; "
+                "give another folder, or remove this one"
+            )
         known = not state or state.get("fingerprint") == self._plan.fingerprint
         if others or not known:
             raise OutputError(

@@ -51,12 +51,12 @@ class KeyGroup:
     def text(self) -> str:
         """One line."""
         count = len(self.names)
-        name = repr(self.names[0]) if count == 1 else self.pattern
+        name = repr(self.names[0]) if count == 1 else _printable(self.pattern)
         if self.kind == "mismatched":
             dtypes = ", ".join(self.dtypes)
             return f"{name}: expected {_shapes(self.expected)}, found {_shapes(self.shapes)} {dtypes}".rstrip()
         many = f" ({count})" if count > 1 else ""
-        like = f"; likely {self.partner}" if self.partner is not None else ""
+        like = f"; likely {_printable(self.partner)}" if self.partner is not None else ""
         return f"{name}{many}: {_shapes(self.shapes)}{like}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +156,11 @@ class KeyDiff:
                 if len(names) > 5 or (self.missing and self.unexpected):
                     lines += _lines([group for group in self.groups if group.kind == kind])
         lines += self.steps
-        lines += [self.advice, *self.rules] if self.rules else self.hints
+        if self.rules:
+            between = "," if self.rename or self.reshape else ""
+            lines += [self.advice, *(rule + between for rule in self.rules[:-1]), self.rules[-1]]
+        else:
+            lines += self.hints
         if self.is_empty:
             lines.append(f"no difference: {self.matched} tensors match")
         return "\n".join(lines)
@@ -186,6 +190,10 @@ class KeyDiff:
             "steps": list(self.steps),
             "suggestions": list(self.suggestions),
         }
+
+
+def _printable(pattern: str) -> str:
+    return pattern if pattern.isprintable() else repr(pattern)
 
 
 def _lines(groups: Sequence[KeyGroup]) -> list[str]:

@@ -43,7 +43,9 @@ def match(
     missing = [name for name in state if name not in sources and name not in tied]
     excused = skeleton.rules.may_miss(missing)
     if named.left_out:
-        excused = {*excused, *(name for name in missing if name in named.left_out)}
+        # What is tied to a tensor that was left out is left out with it.
+        ties = {state[name].tie for name in named.left_out if name in state}
+        excused = {*excused, *(name for name in missing if state[name].tie in ties)}
     ignored = skeleton.rules.may_ignore(unexpected)
     missing = [name for name in missing if name not in excused]
     mapping = KeyMapping(
@@ -56,7 +58,7 @@ def match(
         mismatched=tuple(mismatched),
         suggestions=(),
         sources=sources,
-        steps=named.evidence.sentences,
+        steps=(*named.given.idle, *named.evidence.sentences),
         unreadable={name: named.unreadable[name] for name in missing if name in named.unreadable},
     )
     if not mapping.missing and not mapping.mismatched:

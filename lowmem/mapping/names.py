@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from .._patterns import name_matches
 from ..checkpoint import Checkpoint, TensorEntry
-from ..errors import KeysError, OptionError
+from ..errors import KeysError, OptionError, UnsupportedError
 from ..sizes import shown
 from .records import KeyRules, RenameRule
 
@@ -21,11 +21,13 @@ class Given:
         entries: the chosen tensors under their new names, in file order.
         left_out: new name → key of tensors that `only` and `skip` leave.
         unreadable: new name → key of chosen tensors that cannot be read.
+        idle: rules that changed no name, a sentence each.
     """
 
     entries: Mapping[str, TensorEntry] = field(repr=False)
     left_out: Mapping[str, str] = field(repr=False)
     unreadable: Mapping[str, str] = field(repr=False)
+    idle: tuple[str, ...] = ()
 
 
 def give_names(checkpoint: Checkpoint, rules: KeyRules) -> Given:
@@ -59,7 +61,35 @@ def give_names(checkpoint: Checkpoint, rules: KeyRules) -> Given:
             entries[name] = checkpoint[key]
         else:
             unreadable[name] = key
-    return Given(entries, left_out, unreadable)
+    return Given(entries, left_out, unreadable, _idle([inside[key] for key in inside if key in chosen], rules.rename))
+
+
+def named_entries(checkpoint: Checkpoint, rules: KeyRules) -> Mapping[str, TensorEntry]:
+    """New name → entry, in file order, for who wants all that was chosen.
+
+    Raises:
+        KeysError: a rule fits no key, or two keys become one name.
+        OptionError: a function fails, or gives something else than it should.
+        UnsupportedError: a tensor that cannot be read was chosen.
+    """
+    given = give_names(checkpoint, rules)
+    for key in given.unreadable.values():
+        raise UnsupportedError(
+            f"{checkpoint.source}: tensor {key!r}: {checkpoint.unreadable[key]}; leave it out by skip= (--skip)"
+        )
+    return given.entries
+
+
+def _idle(names: list[str], rules: Sequence[RenameRule]) -> tuple[str, ...]:
+    said = []
+    for rule in rules:
+        if callable(rule):
+            break  # what it makes of names is not asked twice
+        changed = [rule[0].sub(rule[1], name) for name in names]
+        if changed == names:
+            said.append(f"rename: {rule[0].pattern!r} changed no key")
+        names = changed
+    return tuple(said)
 
 
 def collision(file: object, key: str, other: str, name: str) -> str:
@@ -94,6 +124,7 @@ def choose(
     """
     if callable(wanted):
         return {name for name in names if _called(wanted, name, what)}
+    lists = "; lowmem inspect SRC --tensors lists them" if whose == "checkpoint" else "; it names the model's tensors"
     found: set[str] = set()
     all_names = set(names)
     for pattern in wanted:
@@ -101,7 +132,7 @@ def choose(
         if not fitting:
             raise KeysError(
                 f"{source}: {what}={shown(pattern)}: expected a tensor, a module or a pattern with *, found no such "
-                f"name in the {whose}; lowmem inspect SRC --tensors lists the checkpoint's"
+                f"name in the {whose}{lists}"
             )
         found.update(fitting)
     return found

@@ -15,10 +15,10 @@ from ..checkpoint import Checkpoint, TensorEntry
 from ..checkpoint.index import SHARED
 from ..checkpoint.safetensors import layout
 from ..dtypes import is_floating
-from ..errors import KeysError, UnsupportedError
+from ..errors import KeysError
 from ..limits import host_memory
 from ..mapping import KeyMapping, KeyRules, Link, whole
-from ..mapping.names import give_names
+from ..mapping.names import named_entries
 from ..sizes import KIB, MIB, format_size
 from . import budget
 from .final_dtypes import check_cast, nbytes_of
@@ -107,7 +107,9 @@ def make_convert_plan(checkpoint: Checkpoint, folder: Path, request: ConvertRequ
         UnsupportedError: a dtype that torch or safetensors does not have, or a cast that would change the meaning.
         BudgetError: the least staging is more than the machine has.
     """
-    named = name_keys(checkpoint, request.rules)
+    named = named_entries(checkpoint, request.rules)
+    if not named:
+        raise KeysError(f"{checkpoint.source}: no tensor is left to convert; check only, skip and prefix")
     order = {shard.file: number for number, shard in enumerate(checkpoint.shards)}
     # As stable as the source: names of one range stay in its own order.
     rows = sorted(named.items(), key=lambda row: (order[row[1].file], row[1].offset))
@@ -123,23 +125,6 @@ def make_convert_plan(checkpoint: Checkpoint, folder: Path, request: ConvertRequ
         for group, file in zip(groups, files, strict=True)
     )
     return ConvertPlan(checkpoint, folder, fingerprint, plans, files, shared, staging, host, request.dtype)
-
-
-def name_keys(checkpoint: Checkpoint, rules: KeyRules) -> Mapping[str, TensorEntry]:
-    """New name → entry, by the user's rules.
-
-    Raises:
-        KeysError: a rule names nothing, nothing is left, or two keys would have one name.
-        UnsupportedError: a tensor that cannot be read.
-    """
-    given = give_names(checkpoint, rules)
-    for key in given.unreadable.values():
-        raise UnsupportedError(
-            f"{checkpoint.source}: tensor {key!r}: {checkpoint.unreadable[key]}; leave it out by skip= (--skip)"
-        )
-    if not given.entries:
-        raise KeysError(f"{checkpoint.source}: no tensor is left to convert; check only, skip and prefix")
-    return given.entries
 
 
 def _share(rows: list[tuple[str, TensorEntry]]) -> tuple[list[tuple[str, TensorEntry]], dict[str, str]]:

@@ -74,7 +74,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, r
         (
             *checkpoint.warnings,
             *warnings,
-            *_mapping_warnings(checkpoint, mapping, absent),
+            *_mapping_warnings(checkpoint, mapping, absent, _kept(skeleton, mapping)),
             *_unknown_classes(skeleton, request),
         ),
         host_memory(),
@@ -97,7 +97,15 @@ def _to_initialise(skeleton: Skeleton, mapping: KeyMapping) -> list[list[str]]:
     return list(groups.values())
 
 
-def _mapping_warnings(checkpoint: Checkpoint, mapping: KeyMapping, absent: Sequence[str]) -> list[str]:
+def _kept(skeleton: Skeleton, mapping: KeyMapping) -> list[str]:
+    """Targets that nothing feeds and that keep the values which the model was built with."""
+    names = (*mapping.missing, *mapping.excused, *(m.target for m in mapping.mismatched))
+    return [name for name in names if skeleton.targets[name].real and name not in mapping.tied]
+
+
+def _mapping_warnings(
+    checkpoint: Checkpoint, mapping: KeyMapping, absent: Sequence[str], kept: Sequence[str]
+) -> list[str]:
     warnings = list(mapping.steps)
     if mapping.unexpected:
         warnings.append(
@@ -106,6 +114,11 @@ def _mapping_warnings(checkpoint: Checkpoint, mapping: KeyMapping, absent: Seque
         )
     if absent:
         warnings.append(f"{len(absent)} tensors are initialised by the model's own rule ({absent[0]!r}, …)")
+    if kept:
+        warnings.append(
+            f"{len(kept)} tensors are not in the checkpoint and keep the values that the model was built with "
+            f"({kept[0]!r}{', …' if len(kept) > 1 else ''})"
+        )
     for name, leader in mapping.doubled.items():
         a, b = (checkpoint[mapping.sources[n]] for n in (name, leader))
         if (a.file, a.offset, a.strides) == (b.file, b.offset, b.strides):

@@ -39,9 +39,9 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class StreamRequest:
-    """What the user asked of a stream, parsed. `only`: names, a test of keys, or None for every tensor."""
+    """What the user asked of a stream, parsed."""
 
-    only: tuple[str, ...] | Callable[[str], bool] | None = None
+    keys: KeyRules = NO_RULES
     dtype: str = "auto"
     device: str = "cpu"
     staging: int | None = None

@@ -186,7 +186,10 @@ def _expression(old: Any, new: Any) -> tuple[re.Pattern[str], str]:
 
 def make_stream_request(
     *,
-    only: str | Iterable[str] | Callable[[str], bool] | None = None,
+    prefix: str | None = None,
+    only: Names = None,
+    skip: Names = None,
+    rename: Renames = None,
     dtype: Any = "auto",
     device: Any = "cpu",
     staging: int | str | None = None,
@@ -204,7 +207,7 @@ def make_stream_request(
             "device: a stream gives tensors in memory: expected 'cpu', 'cuda:0' or the like, found 'disk'"
         )
     return StreamRequest(
-        only=only if only is None or callable(only) else names_of(only, "only"),
+        keys=make_key_rules(prefix=prefix, only=only, skip=skip, rename=rename),
         dtype=parse_dtype(dtype),
         device=name,
         staging=parse_staging(staging),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from .._page_cache import cached_share
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, TensorEntry
 from ..dtypes import is_floating
-from ..errors import UnsupportedError
 from ..limits import HostMemory, host_memory
 from ..mapping import KeyMapping, Link, whole
-from ..mapping.names import choose
+from ..mapping.names import named_entries
 from ..sizes import KIB, MIB, format_size
 from . import budget
 from .final_dtypes import check_cast, nbytes_of
@@ -32,7 +31,8 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
         UnsupportedError: a dtype that torch does not have, or a cast that would change the meaning.
         BudgetError: staging or the largest tensor is more than the machine has.
     """
-    placements = tuple(_place(checkpoint, key, request) for key in _chosen(checkpoint, request))
+    named = named_entries(checkpoint, request.keys)
+    placements = tuple(_place(name, entry, request) for name, entry in named.items())
     memory = host_memory()
     wanted = request.staging
     if wanted is None:
@@ -67,29 +67,11 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
     return plan, window
 
 
-def _chosen(checkpoint: Checkpoint, request: StreamRequest) -> list[str]:
-    """The keys that `only` names, in file order.
-
-    Raises:
-        KeysError: a name that fits no key.
-        UnsupportedError: a tensor that cannot be read.
-    """
-    keys = [*checkpoint, *checkpoint.unreadable]
-    chosen = set(keys) if request.only is None else choose(checkpoint.source, keys, request.only, "only")
-    for key, why in checkpoint.unreadable.items():
-        if key in chosen:
-            raise UnsupportedError(
-                f"{checkpoint.source}: tensor {key!r}: {why}; leave it out by only= (inspect lists what can be read)"
-            )
-    return [key for key in checkpoint if key in chosen]
-
-
-def _place(checkpoint: Checkpoint, key: str, request: StreamRequest) -> Placement:
-    entry = checkpoint[key]
+def _place(name: str, entry: TensorEntry, request: StreamRequest) -> Placement:
     dtype = request.dtype if request.dtype != "auto" and is_floating(entry.dtype) else entry.dtype
-    check_cast(key, entry.dtype, dtype)
-    links = (Link(entry, key, whole(entry.shape)),)
-    return Placement(key, (key,), entry.shape, dtype, nbytes_of(entry.shape, dtype), request.device, "copy", links)
+    check_cast(entry.key, entry.dtype, dtype)
+    links = (Link(entry, name, whole(entry.shape)),)
+    return Placement(name, (name,), entry.shape, dtype, nbytes_of(entry.shape, dtype), request.device, "copy", links)
 
 
 def _overhead(checkpoint: Checkpoint) -> int:
