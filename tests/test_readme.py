@@ -33,6 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = model.state_dict()
     save_file(state, folder / "path/to/weights.safetensors")
     wrapped = {f"module.{key}": value for key, value in state.items()}
+    names = {"0.weight": "first.weight", "0.bias": "first.bias", "2.weight": "second.weight", "2.bias": "second.bias"}
+    renamed = {names[key]: value for key, value in state.items()}
+    torch.save(renamed | {"first.bias": renamed["first.bias"].view(1, 16)}, folder / "path/to/renamed.pth")
     training = {"model": wrapped, "model_ema": wrapped, "optimizer": {"state": {}}, "epoch": 3}
     torch.save(training, folder / "path/to/training.pth")
     return folder
