@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -123,6 +124,8 @@ def check(
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
     listed = None if manifest is None else parse_folder(manifest, "manifest")
     target = None if write_manifest is None else parse_folder(write_manifest, "write_manifest")
+    if target is not None:
+        _check_target(target)
     problems: list[Problem | str] = []
     checkpoint = None
     place = find(source, download=download)
@@ -247,6 +250,26 @@ def _inside(manifest: Path, number: int, name: str) -> str:
     return pure.as_posix()
 
 
+def _check_target(target: Path) -> None:
+    """Refuse to write a manifest over something else.
+
+    Raises:
+        OptionError: the file there is no manifest.
+    """
+    try:
+        if not target.exists():
+            return
+        if not target.is_file():
+            raise OptionError(f"write_manifest: {target}: expected a file, found another kind; give another path")
+        _read_manifest(target)
+    except OSError as error:
+        raise OptionError(f"write_manifest: {target}: cannot be written: {error.strerror or error}") from error
+    except CheckpointError as error:
+        raise OptionError(
+            f"write_manifest: {target} is there and is no manifest; give another path, or remove it"
+        ) from error
+
+
 def _write_manifest(target: Path, folder: Path, found: Mapping[Path, str | OSError]) -> None:
     lines = []
     for path, value in found.items():
@@ -260,7 +283,8 @@ def _write_manifest(target: Path, folder: Path, found: Mapping[Path, str | OSErr
         draft.write_bytes(os.fsencode("".join(lines)))
         draft.replace(target)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise OptionError(f"write_manifest: {target}: cannot be written: {error.strerror or error}") from error
 
 

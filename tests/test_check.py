@@ -259,3 +259,23 @@ def test_a_scheme_that_leads_to_a_file_checks_that_file(folder: Path, tmp_path: 
     report = lowmem.check(f"local:{second(folder)}", write_manifest=tmp_path / "sums")
     assert report.files == (str(second(folder)),)
     assert lowmem.check(f"local:{folder}").files == lowmem.check(folder).files
+
+
+def test_a_manifest_is_never_written_over_something_else(folder: Path, tmp_path: Path) -> None:
+    weights = second(folder)
+    before = weights.read_bytes()
+    (tmp_path / "folder").mkdir()
+    for target in (weights, folder / "config.json", tmp_path / "folder"):
+        with pytest.raises(OptionError, match="write_manifest"):
+            lowmem.check(folder, write_manifest=target)
+    assert weights.read_bytes() == before
+    sums = tmp_path / "sums"
+    for _ in range(2):
+        assert lowmem.check(folder, write_manifest=sums).is_fine
+    with pytest.raises(OptionError, match="write_manifest"):
+        lowmem.check(folder, write_manifest=weights / "sums")
+
+
+def test_the_format_of_metadata_is_no_tensor(tmp_path: Path) -> None:
+    save_file({"pt": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert set(lowmem.inspect(tmp_path)) == {"pt"}

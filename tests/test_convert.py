@@ -745,3 +745,18 @@ def test_a_tensor_may_not_have_the_name_of_the_metadata(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
     with pytest.raises(LowmemError, match="__metadata__"):
         lowmem.convert(tmp_path / "a.pt", tmp_path / "out", rename={"^a$": "__metadata__"})
+
+
+@linux
+def test_whole_files_of_which_no_state_tells_are_not_believed(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    state = {f"t{n}": torch.randn(200_000) for n in range(6)}
+    save_file({key: value + 1 for key, value in state.items()}, other)
+    save_file(state, one)
+    for damage in (b"", b"{"):
+        out = tmp_path / f"out{len(damage)}"
+        kill_after(3, other, out)
+        (out / HIDDEN / "state.json").write_bytes(damage)
+        report = lowmem.convert(one, out, max_shard_size="1MiB")
+        assert not report.kept
+        check_result(out, state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fresh import big_checkpoint, server
@@ -256,6 +258,7 @@ def test_reshaped_and_shared_weights_on_disk_are_mapped(tmp_path: Path, dtype: s
 
 _BAG = """
 import lowmem
+import numpy as np
 import torch
 from torch import nn
 def build():
@@ -277,3 +280,53 @@ def test_the_prediction_counts_what_a_large_pickle_describes(tmp_path: Path) -> 
         if predicted - measured <= 24 * MIB:
             return
     pytest.fail(f"predicted and measured differ: {predicted // MIB} and {measured // MIB} MiB")
+
+
+def plain_pair() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 6, bias=False))
+
+
+def twins(seed: int) -> dict[str, Any]:
+    generator = np.random.default_rng(seed)
+    return {"0.weight": generator.standard_normal((4, 6), "f4"), "1.weight": generator.standard_normal((6, 4), "f4")}
+
+
+def test_mappings_of_packed_tensors_have_offload_folders_of_their_own(tmp_path: Path) -> None:
+    """Their addresses are the same, because each is given out for what is wanted."""
+    held = {"model": twins(0), "model_ema": twins(1)}
+    torch.save(held, tmp_path / "a.pth")
+    for name, state in held.items():
+        model = lowmem.load(
+            tmp_path / "a.pth",
+            model=plain_pair,
+            weights=name,
+            dtype="bfloat16",
+            device_map={"": "disk"},
+            offload_folder=tmp_path / "off",
+        ).model
+        x = torch.randn(2, 6).bfloat16()
+        first, second = (torch.from_numpy(value).bfloat16() for value in state.values())
+        with torch.no_grad():
+            assert same(model(x), nn.functional.linear(nn.functional.linear(x, first), second))
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_numpy_arrays_of_any_order_of_axes_arrive(tmp_path: Path, protocol: int) -> None:
+    base = np.arange(60, dtype="f4").reshape(3, 4, 5)
+    arrays = {str(axes): base.transpose(axes) for axes in itertools.permutations(range(3))}
+    torch.save(arrays, tmp_path / "a.pth", pickle_protocol=protocol)
+    found = dict(lowmem.stream(tmp_path / "a.pth"))
+    for name, array in arrays.items():
+        assert torch.equal(found[name], torch.from_numpy(np.ascontiguousarray(array))), name
+
+
+def test_tensors_that_lie_over_each_other_and_are_not_tied_do_not_share_memory(tmp_path: Path) -> None:
+    base = torch.zeros(4, 4)
+    torch.save({"0.weight": base, "1.weight": base, "1.bias": base[0]}, tmp_path / "a.pth")
+    result = lowmem.load(tmp_path / "a.pth", model=lambda: nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4)))
+    model = result.model
+    assert any("share bytes" in warning for warning in result.plan.warnings)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+        model[1].bias.add_(2)
+    assert [float(p.sum()) for p in model.parameters()] == [16, 0, 8]

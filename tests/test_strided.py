@@ -213,3 +213,23 @@ def test_a_packed_record_that_ends_early_is_damage_at_once(tmp_path: Path) -> No
     entry = entry_of("a", torch.zeros(8 * MIB, dtype=torch.uint8), file, begin, packed=True)
     with pytest.raises(CheckpointError, match="ends too early"):
         read_all(checkpoint_of(file, [entry], (Packed(begin, 8 * MIB, 0, len(packed), "deflate", 0),)))
+
+
+def test_views_across_each_other_in_a_packed_record_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would unpack the record from its beginning."""
+    monkeypatch.setattr(moves, "_LEAST_GAP", 64)
+    raw = torch.arange(2000, dtype=torch.float32)
+    packed = deflated(raw.numpy().tobytes())
+    file = tmp_path / "storage"
+    file.write_bytes(packed)
+    begin = len(packed) + -len(packed) % 64
+    views = {str(n): raw.as_strided((2,), (1500,), n) for n in range(100)}
+    ranges = (Packed(begin, 8000, 0, len(packed), "deflate", None),)
+    entries = [entry_of(name, view, file, begin, packed=True) for name, view in views.items()]
+    few = [entry for entry in entries if int(entry.key) < 8]
+    for name, tensor in read_all(checkpoint_of(file, few, ranges)).items():
+        assert torch.equal(tensor, views[name])
+    with pytest.raises(CheckpointError, match="lie across each other"):
+        read_all(checkpoint_of(file, entries, ranges))

@@ -16,7 +16,7 @@ import lowmem
 from lowmem.checkpoint import survey, wrappers
 from lowmem.checkpoint.records import Leaf
 from lowmem.checkpoint.wrappers import find_candidates
-from lowmem.errors import CheckpointError, OptionError, SourceError
+from lowmem.errors import CheckpointError, LowmemError, OptionError, SourceError
 
 
 class Net(nn.Module):
@@ -304,3 +304,10 @@ def test_twins_of_unknown_names_are_a_tie_without_a_model_too(tmp_path: Path) ->
         with pytest.raises(SourceError, match=r"name one with weights=") as caught:
             verb(file)
         assert "weights='teacher'" in str(caught.value)
+
+
+def test_two_tensors_of_one_joined_key_are_an_error_for_who_wants_it(tmp_path: Path) -> None:
+    torch.save({"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1), "c": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(LowmemError, match=r"'a\.b': two tensors have this key"):
+        dict(lowmem.stream(tmp_path / "a.pt"))
+    assert dict(lowmem.stream(tmp_path / "a.pt", only=["c"])).keys() == {"c"}

@@ -8,7 +8,7 @@ Sources: torch's `_utils.py` (`_rebuild_*`), `_tensor.py` (`_reduce_ex_internal`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..dtypes import SAFETENSORS_NAMES, itemsize
@@ -332,9 +332,20 @@ class Tensors(Machine):
         return self._leaf_of_array(data, state[2], state[1], bool(state[3])) or super().build(thing, state)
 
     def _from_buffer(self, what: Global, args: tuple[Any, ...]) -> Any:
-        """`_frombuffer(bytes, dtype, shape, order)`."""
+        """`_frombuffer(bytes, dtype, shape, order, axes)`: with axes it is of that shape before they are permuted."""
         made = self._leaf_of_array(args[0], args[1], args[2], args[3] == "F") if len(args) > 3 else None
-        return made or Inert(what, args)
+        if made is None or made.why_not is not None or args[3] != "K":
+            return made or Inert(what, args)
+        axes: Any = args[4] if len(args) > 4 else None
+        if type(axes) not in (tuple, list) or sorted(map(_axis, axes)) != list(range(len(made.shape))):
+            return _unreadable(made, "it is a numpy array whose axes are not told")
+        strides, step = [0] * len(made.shape), 1
+        for i in range(len(made.shape) - 1, -1, -1):
+            strides[i] = step
+            step = min(step * made.shape[i], _TOO_MANY)
+        shape = tuple(made.shape[axis] for axis in axes)
+        normal, _ = self._span_of_view(shape, tuple(strides[axis] for axis in axes), itemsize(made.dtype))
+        return replace(made, shape=shape, strides=normal)
 
     def _leaf_of_array(self, data: Any, kind: Any, size: Any, columns: bool) -> Leaf | None:
         if type(kind) is _NumpyDraft:
@@ -381,6 +392,10 @@ class _NumpyDraft(Inert):
 
 def _unreadable(leaf: Leaf, why_not: str) -> Leaf:
     return Leaf(leaf.dtype, leaf.shape, leaf.strides, leaf.storage, leaf.offset, leaf.nbytes, why_not)
+
+
+def _axis(value: Any) -> int:
+    return value if type(value) is int else -1
 
 
 def _is_size(value: Any) -> bool:

@@ -99,6 +99,14 @@ class Shard:
     packed: tuple[Packed, ...] = ()
 
 
+def origin_of(entry: TensorEntry, shard: Shard) -> tuple[Any, ...]:
+    """What tells the bytes of an entry in its file; the address of a packed one depends on what else was asked for."""
+    if not entry.packed:
+        return entry.offset, entry.nbytes
+    packed = next(p for p in shard.packed if p.address <= entry.offset <= entry.end <= p.address + p.size)
+    return packed.offset, packed.nbytes, packed.method, entry.offset - packed.address, entry.nbytes
+
+
 def stored_bytes(entries: Iterable[TensorEntry]) -> int:
     """Bytes of the entries' ranges; a range that several share is counted once."""
     return sum({(id(entry.file), entry.offset, entry.nbytes): entry.nbytes for entry in entries}.values())

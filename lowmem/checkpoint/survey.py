@@ -231,7 +231,10 @@ def _with_shared(shards: Sequence[Shard], entries: dict[str, TensorEntry]) -> di
     sharing: dict[str, list[str]] = {}
     for shard in shards:
         for name, stored in shard.metadata.items():
-            if name not in entries and stored in entries and entries[stored].file is shard.file:
+            # `format` is there in nearly every file, and says whose tensors they are.
+            if name == "format" or name in entries:
+                continue
+            if stored in entries and entries[stored].file is shard.file:
                 sharing.setdefault(stored, []).append(name)
     if not sharing:
         return entries

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from .records import Candidate, Leaf
 
 # Deeper or more than in any checkpoint; a few bytes of a pickle can describe both without end.
 _DEEPEST = 64
-_MOST_VISITS = 3_000_000
+_MOST_VISITS = 1_000_000
 _LONGEST_LIST = 1024
 
 # What trainers keep beside the weights. Some of it is keyed like the weights, and as large (averages of gradients).
 _AUXILIARY = re.compile(
     r"(^|_)(optim(izers?)?|schedulers?|scaler|scaling|rng|callbacks|loops|message_hub|gradients?|momentum|"
-    r"criterion|loss|hyper_parameters|random|task_state|extra_state|buffer_names|param_shapes)(_|$)"
+    r"exp_avg(_sq)?|velocity|moments?|master(_params)?|grads?|adam\w*|criterion|loss|hyper_parameters|random|task_state|extra_state|buffer_names|param_shapes)(_|$)"
 )
 # A word of a name that says average: `model_ema`, `params-ema`, `swa_state_dict`, `averaged_model`.
 _AVERAGE = re.compile(r"(?i)(^|[-_.])(ema|swa|averaged?|shadow)([-_.\d]|$)")
@@ -105,7 +105,7 @@ def find_candidates(root: Any, file: Path) -> tuple[Candidate, ...]:
 def _candidate(path: str, value: Any, budget: _Budget) -> Candidate:
     module = _is_module(value)
     own = module or any(isinstance(child, Leaf) for _, child in _children(value))
-    return Candidate(path, lambda: dict(_flatten(value, budget)), module, own)
+    return Candidate(path, lambda: _joined(value, budget), module, own)
 
 
 def find_by_path(root: Any, path: str, file: Path) -> Candidate | None:
@@ -167,6 +167,15 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     for key, child in pairs:
         if isinstance(key, (str, int)):
             yield str(key), child
+
+
+def _joined(value: Any, budget: _Budget) -> dict[str, Leaf]:
+    """Key → tensor of everything inside."""
+    leaves: dict[str, Leaf] = {}
+    for key, leaf in _flatten(value, budget):
+        known = leaves.get(key)
+        leaves[key] = leaf if known is None else replace(leaf, why_not="two tensors have this key, when joined by dots")
+    return leaves
 
 
 def _flatten(value: Any, budget: _Budget) -> Iterator[tuple[str, Leaf]]:

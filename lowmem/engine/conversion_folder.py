@@ -115,7 +115,8 @@ class ConversionFolder:
                 "give another folder, or remove this one"
             )
         self.hidden.mkdir(exist_ok=True)
-        for pattern in ("*.partial", "*.draft"):
+        # What no state tells of may be of anything.
+        for pattern in ("*.partial", "*.draft") if state else ("*",):
             for path in self.hidden.glob(pattern):
                 path.unlink()
         if not state:
@@ -144,6 +145,8 @@ class ConversionFolder:
         if not path.exists():
             path = self.out / file.name
         try:
+            if record["fingerprint"] != self._plan.fingerprint:
+                return False
             pieces = [Piece(offset, nbytes, found, "") for offset, nbytes, found in record["pieces"]]
             with io.FileIO(path) as opened:
                 info = os.fstat(opened.fileno())
@@ -165,7 +168,12 @@ class ConversionFolder:
         shard.close()
         shard.path.replace(self.hidden / shard.file.name)
         pieces = [piece[:3] for piece in sorted(shard.pieces)]
-        record = {"size": shard.file.size, "mtime_ns": mtime_ns, "pieces": pieces}
+        record = {
+            "fingerprint": self._plan.fingerprint,
+            "size": shard.file.size,
+            "mtime_ns": mtime_ns,
+            "pieces": pieces,
+        }
         self._write(f"{shard.file.name}.json", json.dumps(record, separators=(",", ":")).encode())
         _sync_folder(self.hidden)
 

@@ -15,6 +15,8 @@ from ..errors import CheckpointError
 
 # Packed bytes that are read at once, and unpacked bytes that are made at once.
 _STEP = 256 * 1024
+# How often all may be unpacked from the beginning, for views that lie across each other.
+_MOST_AGAIN = 16
 
 ReadAt = Callable[[memoryview, int], None]
 
@@ -80,6 +82,7 @@ class PackedRanges:
         self._given = self._next = 0
         self._over: set[int] = set()
         self._range: Packed | None = None
+        self._begun = 0
 
     def ticket(self) -> int:
         """A place in the queue; each must be given back by `give_back`, used or not."""
@@ -130,6 +133,12 @@ class PackedRanges:
                 raise self._damaged(packed, str(error)) from error
 
     def _begin(self, packed: Packed) -> None:
+        self._begun += packed.size
+        if self._begun > _MOST_AGAIN * sum(p.size for p in self._shard.packed):
+            raise CheckpointError(
+                f"{self._shard.file}: views lie across each other in its compressed records, which would be unpacked "
+                f"more than {_MOST_AGAIN} times; unzip it, and zip it again without compression"
+            )
         self._range = packed
         self._unpacker: _Unpacker = _Inflate() if packed.method == "deflate" else _Latin1()
         self._at = self._fed = 0

@@ -6,6 +6,7 @@ alone, and most of the checkpoint or of the model; it is told.
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -160,11 +161,12 @@ class _Search:
         """The trial to take, or None."""
         if not self.unused or not self.unfed:
             return None
-        step = max(1, len(self.unused) // _SAMPLE)
-        sample = self.unused[::step]
+        # Not every n-th: keys come in turns.
+        few = len(self.unused) <= _SAMPLE
+        sample = self.unused if few else random.Random(0).sample(self.unused, _SAMPLE)
         first = [self.attempt(steps, sample) for steps in self._candidates()]
         first = sorted((t for t in first if t.feeds), key=lambda t: (-len(t.feeds), t.cost))[:_FINALISTS]
-        whole = first if step == 1 else [self.attempt(t.steps, self.unused) for t in first]
+        whole = first if few else [self.attempt(t.steps, self.unused) for t in first]
         whole.sort(key=lambda t: (-len(t.feeds), t.cost))
         if not whole:
             return None

@@ -13,6 +13,7 @@ from typing import Any
 from .._page_cache import cached_share
 from ..checkpoint import Checkpoint, TensorEntry
 from ..checkpoint.index import SHARED
+from ..checkpoint.records import origin_of
 from ..checkpoint.safetensors import layout
 from ..dtypes import is_floating
 from ..errors import KeysError
@@ -232,11 +233,12 @@ def _plan(
 def _fingerprint(checkpoint: Checkpoint, placements: list[Placement], files: tuple[OffloadFile, ...]) -> str:
     """SHA-256 over the source files (path, size, time) and every tensor, where it comes from and where it goes."""
     entries = map(itemgetter(0), (placement.links for placement in placements))
+    shards = {shard.file: shard for shard in checkpoint.shards}
     table: Any = {
         "format": FORMAT,
         "sources": [[str(s.file.resolve()), s.size, s.mtime_ns] for s in checkpoint.shards],
         "tensors": [
-            [e.key, e.dtype, e.file.name, e.offset, e.nbytes, e.strides, e.swapped]
+            [e.key, e.dtype, e.file.name, origin_of(e, shards[e.file]), e.strides, e.swapped]
             for e in (link.entry for link in entries)
         ],
         "files": [[file.name, file.size, hashlib.sha256(file.head).hexdigest()] for file in files],

@@ -47,7 +47,7 @@ def final_dtypes(
             check_cast(name, *cast)
             checked.add(cast)
         own = skeleton.targets[name].dtype
-        if own != entry.dtype and not owned and is_floating(own) != is_floating(entry.dtype):
+        if own != entry.dtype and not owned and not (is_floating(own) and is_floating(entry.dtype)):
             warnings.append(
                 f"{name!r} is {own} in the model and {entry.dtype} in the checkpoint: it becomes {final[name]}"
             )

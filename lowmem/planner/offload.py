@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, Shard
+from ..checkpoint.records import origin_of
 from ..checkpoint.safetensors import layout
 from ..mapping import Link
 from .moves import Placement
@@ -44,19 +45,23 @@ def plan_offload(checkpoint: Checkpoint, placements: Sequence[Placement], root: 
 def _fingerprint(checkpoint: Checkpoint, written: Sequence[Placement]) -> str:
     """SHA-256 over the source files (name, size, time, header end) and every tensor made from them."""
     used = {link.entry.file for p in written for link in p.links}
+    shards = {shard.file: shard for shard in checkpoint.shards}
     table: Any = {
         "format": FORMAT,
         "shards": [
             [str(s.file.resolve()), s.size, s.mtime_ns, s.data_offset] for s in checkpoint.shards if s.file in used
         ],
-        "tensors": [[p.target, p.dtype, p.shape, [_link_row(link) for link in p.links]] for p in written],
+        "tensors": [
+            [p.target, p.dtype, p.shape, [_link_row(link, shards[link.entry.file]) for link in p.links]]
+            for p in written
+        ],
     }
     return hashlib.sha256(json.dumps(table, separators=(",", ":")).encode()).hexdigest()
 
 
-def _link_row(link: Link) -> list[Any]:
+def _link_row(link: Link, shard: Shard) -> list[Any]:
     entry, region = link.entry, link.region
-    source = [entry.key, entry.dtype, entry.offset, entry.shape, entry.strides, entry.swapped]
+    source = [entry.key, entry.dtype, origin_of(entry, shard), entry.shape, entry.strides, entry.swapped]
     return [*source, region.offset, region.shape, region.strides]
 
 

@@ -7,7 +7,7 @@ import mmap
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .._mounts import memory_file_system
@@ -237,11 +237,35 @@ def _place(draft: _Draft, devices: DeviceMap) -> tuple[list[Placement], list[str
             warnings.append(f"{name!r} is tied across {', '.join(by_device)}: one copy on each")
         for device, names in by_device.items():
             add(tuple(names), device, _residency(draft, device, final[names[0]], entry), (link,))
+    warnings += _part(placements)
     for names in _to_initialise(draft.skeleton, draft.mapping):
         device = _device_of(draft, devices, names[0])
         # What has no file yet cannot stay on disk.
         add(tuple(names), "cpu" if device == "disk" else device, "init", ())
     return placements, warnings
+
+
+def _part(placements: list[Placement]) -> list[str]:
+    """Let tensors that lie over each other in the checkpoint, and are not tied, have memory of their own: in place;
+    returns warnings. Whoever changes one that is mapped would change the other.
+    """
+    mapped = [(i, p) for i, p in enumerate(placements) if p.residency == "map" and p.nbytes]
+    reached: dict[Path, tuple[int, Placement]] = {}
+    apart = []
+    for i, placement in mapped:
+        entry = placement.links[0].entry
+        end, other = reached.get(entry.file, (0, placement))
+        if entry.offset < end:
+            placements[i] = replace(placement, residency="copy")
+            apart.append(f"{placement.target!r} and {other.target!r}")
+        if entry.end > end:
+            reached[entry.file] = entry.end, placement
+    if not apart:
+        return []
+    return [
+        f"{len(apart)} tensors share bytes in the checkpoint that the model does not tie ({apart[0]}"
+        f"{', …' if len(apart) > 1 else ''}): each is copied but one"
+    ]
 
 
 def _device_of(draft: _Draft, devices: DeviceMap, name: str) -> str:
