@@ -48,6 +48,21 @@ def under(prefix: str, state: OrderedDict[str, torch.Tensor]) -> dict[str, torch
     return {prefix + key: value for key, value in state.items()}
 
 
+def nested(state: OrderedDict[str, torch.Tensor]) -> dict[str, Any]:
+    """Each module a mapping of its own."""
+    tree: dict[str, Any] = {}
+    for key, value in state.items():
+        owner, _, leaf = key.rpartition(".")
+        tree.setdefault(owner, {})[leaf] = value
+    return tree
+
+
+def module(state: OrderedDict[str, torch.Tensor]) -> Net:
+    net = Net()
+    net.load_state_dict(state)
+    return net
+
+
 META = {"epoch": 3, "args": argparse.Namespace(lr=0.1, model="net"), "best": 0.5}
 # What is in the file, the path that is opened, and whose weights these are.
 FILES: dict[str, tuple[Callable[[], Any], str, Any]] = {
@@ -99,21 +114,29 @@ FILES: dict[str, tuple[Callable[[], Any], str, Any]] = {
         "module",
         RAW,
     ),
+    "detectron2, values of numpy": (
+        lambda: {"model": {key: value.numpy() for key, value in RAW.items()}, "__author__": "model zoo"},
+        "model",
+        RAW,
+    ),
+    "Megatron": (lambda: {"model": nested(RAW), "iteration": 7, "optimizer": optimizer()}, "model", RAW),
+    "Ultralytics": (lambda: {"model": module(RAW), "ema": None, "optimizer": None, "date": "today"}, "model", RAW),
     "own tensors beside": (lambda: {"model": RAW, "queue": torch.ones(3), "queue_ptr": torch.ones(1)}, "model", RAW),
     "a name of its own": (lambda: {"my_very_own": RAW, "step": 3}, "my_very_own", RAW),
     "deep": (lambda: {"checkpoint": {"stage": {"model": RAW}}}, "checkpoint.stage.model", RAW),
 }
 
 
-def saved(make: Callable[[], Any], file: Path) -> Path:
-    torch.save(make(), file)
+def saved(make: Callable[[], Any], file: Path, legacy: bool = False) -> Path:
+    torch.save(make(), file, _use_new_zipfile_serialization=not legacy)
     return file
 
 
+@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", FILES)
-def test_the_weights_are_found_with_a_model(name: str, tmp_path: Path) -> None:
+def test_the_weights_are_found_with_a_model(name: str, legacy: bool, tmp_path: Path) -> None:
     make, path, held = FILES[name]
-    result = lowmem.load(saved(make, tmp_path / "a.pth"), model=Net)
+    result = lowmem.load(saved(make, tmp_path / "a.pth", legacy), model=Net)
     assert result.report.opened == path
     state = result.model.state_dict()
     assert state.keys() == held.keys()
