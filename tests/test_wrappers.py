@@ -334,3 +334,11 @@ def test_two_tensors_of_one_joined_key_are_an_error_for_who_wants_it(tmp_path: P
     with pytest.raises(LowmemError, match=r"'a\.b': two tensors have this key"):
         dict(lowmem.stream(tmp_path / "a.pt"))
     assert dict(lowmem.stream(tmp_path / "a.pt", only=["c"])).keys() == {"c"}
+
+
+def test_a_part_of_a_model_may_be_called_as_what_trainers_keep(tmp_path: Path) -> None:
+    held = {"encoder": {"w": torch.ones(2)}, "loss": {"scale": torch.ones(3)}}
+    file = saved(lambda: {"model": held, "optimizer": optimizer()}, tmp_path / "a.pt")
+    assert set(lowmem.inspect(file)) == {"encoder.w", "loss.scale"}
+    file = saved(lambda: {"run": {"model": RAW, "optimizer": optimizer(), "epoch": 2}}, tmp_path / "b.pt")
+    assert lowmem.inspect(file).opened == "run.model"

@@ -89,7 +89,7 @@ class Survey:
         try:
             return self.open(wish)
         except SourceError:
-            candidates = merge([held for _, held in self.pickled])
+            candidates = [c for c in merge([held for _, held in self.pickled]) if not is_auxiliary(c.path)]
             if wish.ema is not None or not candidates:
                 raise
             return self._unwrapped(max(candidates, key=lambda c: c.nbytes).path, [])

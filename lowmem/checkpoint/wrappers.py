@@ -105,7 +105,7 @@ def find_candidates(root: Any, file: Path) -> tuple[Candidate, ...]:
 def _candidate(path: str, value: Any, budget: _Budget) -> Candidate:
     module = _is_module(value)
     own = module or any(isinstance(child, Leaf) for _, child in _children(value))
-    return Candidate(path, lambda: _joined(value, budget), module, own)
+    return Candidate(path, lambda: _joined(value, budget, whole=not path), module, own)
 
 
 def find_by_path(root: Any, path: str, file: Path) -> Candidate | None:
@@ -169,34 +169,42 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
             yield str(key), child
 
 
-def _joined(value: Any, budget: _Budget) -> dict[str, Leaf]:
-    """Key → tensor of everything inside."""
+def _joined(value: Any, budget: _Budget, *, whole: bool) -> dict[str, Leaf]:
+    """Key → tensor of everything inside; `whole`: it is all of the file."""
     leaves: dict[str, Leaf] = {}
-    for key, leaf in _flatten(value, budget):
+    for key, leaf in _flatten(value, budget, whole):
         known = leaves.get(key)
         leaves[key] = leaf if known is None else replace(leaf, why_not="two tensors have this key, when joined by dots")
     return leaves
 
 
-def _flatten(value: Any, budget: _Budget) -> Iterator[tuple[str, Leaf]]:
-    """Key → tensor of everything inside, in the order of the file; without what trainers keep beside weights."""
-    path: list[tuple[str, Any, Iterator[tuple[str, Any]]]] = [("", value, _members(value))]
+def _flatten(value: Any, budget: _Budget, whole: bool) -> Iterator[tuple[str, Leaf]]:
+    """Key → tensor of everything inside, in the order of the file; without what trainers keep beside weights.
+
+    That is left out of the whole file and where weights of a known name are: a model may have a part called `loss`.
+    """
+    path = [("", value, _members(value), (whole and not _is_module(value)) or _has_known(value))]
     above = {id(value)}
     while path:
-        prefix, holder, members = path[-1]
+        prefix, holder, members, of_a_trainer = path[-1]
         for key, child in members:
             budget.take()
             if isinstance(child, Leaf):
                 yield prefix + key, child
-            elif _holds(child) and id(child) not in above and (_is_module(holder) or not _AUXILIARY.search(key)):
+            elif _holds(child) and id(child) not in above and not (of_a_trainer and _AUXILIARY.search(key)):
                 if len(path) > _DEEPEST:
                     raise budget.refusal(f"more than {_DEEPEST} mappings one inside the other")
                 above.add(id(child))
-                path.append((f"{prefix}{key}.", child, _members(child)))
+                path.append((f"{prefix}{key}.", child, _members(child), _has_known(child)))
                 break
         else:
             above.discard(id(holder))
             path.pop()
+
+
+def _has_known(value: Any) -> bool:
+    """Whether weights of a known name are among what a mapping holds."""
+    return not _is_module(value) and any(_WEIGHTS.match(key) and _holds(child) for key, child in _children(value))
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
