@@ -60,7 +60,8 @@ def linear() -> nn.Module:
         ("load", "zzz", None),
         ("stream", "devise", "device"),
         ("stream", "device_map", "device"),
-        ("stream", "ram", None),
+        ("stream", "ram", "rename"),
+        ("stream", "zzz", None),
     ],
 )
 def test_an_unknown_option_names_the_verb_and_the_nearest_option(

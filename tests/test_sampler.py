@@ -165,6 +165,8 @@ def test_ctrl_c_does_not_reach_the_sampler():
     code = """
 import os, signal, time
 from lowmem import memory
+# Who started the tests may have had it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 context = memory.measure()
 try:
     with context as measured:
