@@ -125,6 +125,8 @@ def check(
     listed = None if manifest is None else parse_folder(manifest, "manifest")
     target = None if write_manifest is None else parse_folder(write_manifest, "write_manifest")
     if target is not None:
+        # A link stays a link.
+        target = target.resolve() if target.is_symlink() else target
         _check_target(target)
     problems: list[Problem | str] = []
     checkpoint = None

@@ -279,3 +279,11 @@ def test_a_manifest_is_never_written_over_something_else(folder: Path, tmp_path:
 def test_the_format_of_metadata_is_no_tensor(tmp_path: Path) -> None:
     save_file({"pt": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert set(lowmem.inspect(tmp_path)) == {"pt"}
+
+
+def test_a_manifest_is_written_through_a_link(folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "sums")
+    assert lowmem.check(folder, write_manifest=link).is_fine
+    assert link.is_symlink()
+    assert lowmem.check(folder, tmp_path / "sums").verified

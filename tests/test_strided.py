@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lowmem.checkpoint import Checkpoint, Shard, TensorEntry
 from lowmem.checkpoint.records import Packed
-from lowmem.engine import iterate, same_bytes
+from lowmem.engine import iterate, same_bytes, unpacking
 from lowmem.errors import CheckpointError
 from lowmem.planner import StreamRequest, make_stream_plan, moves
 from lowmem.planner.moves import bytes_to_read
@@ -220,6 +220,7 @@ def test_views_across_each_other_in_a_packed_record_are_refused(
 ) -> None:
     """Each would unpack the record from its beginning."""
     monkeypatch.setattr(moves, "_LEAST_GAP", 64)
+    monkeypatch.setattr(unpacking, "_FEW", 0)
     raw = torch.arange(2000, dtype=torch.float32)
     packed = deflated(raw.numpy().tobytes())
     file = tmp_path / "storage"

@@ -287,6 +287,10 @@ def test_names_of_mmengine_in_files_of_others_mean_what_they_say(tmp_path: Path)
     file = saved(lambda: {"state_dict": RAW, "ema_state_dict": EMA}, tmp_path / "a.pth")
     assert lowmem.inspect(file, ema=True).opened == "ema_state_dict"
     assert lowmem.inspect(file, ema=False).opened == "state_dict"
+    wrapped = {"state_dict": under("module.", RAW), "ema_state_dict": under("module.", EMA)}
+    assert lowmem.inspect(saved(lambda: wrapped, tmp_path / "b.pth"), ema=True).opened == "ema_state_dict"
+    hub = {"state_dict": EMA, "ema_state_dict": RAW, "message_hub": {"log": {}}, "meta": {}}
+    assert lowmem.inspect(saved(lambda: hub, tmp_path / "c.pth"), ema=True).opened == "state_dict"
 
 
 def test_a_mapping_that_stands_there_twice_has_both_names(tmp_path: Path) -> None:
@@ -342,3 +346,26 @@ def test_a_part_of_a_model_may_be_called_as_what_trainers_keep(tmp_path: Path) -
     assert set(lowmem.inspect(file)) == {"encoder.w", "loss.scale"}
     file = saved(lambda: {"run": {"model": RAW, "optimizer": optimizer(), "epoch": 2}}, tmp_path / "b.pt")
     assert lowmem.inspect(file).opened == "run.model"
+
+
+def test_what_is_named_is_whole_and_what_is_left_out_is_told(tmp_path: Path) -> None:
+    parts = {"net": dict(RAW), "loss": {"weight": torch.ones(2, 2)}}
+    file = saved(lambda: {"model": parts, "optimizer": {"lr": torch.ones(1)}}, tmp_path / "a.pt")
+    assert any("beside it: 'model.loss'" in warning for warning in lowmem.inspect(file).warnings)
+    assert "loss.weight" in lowmem.inspect(file, weights="model")
+    assert "optimizer.lr" in lowmem.inspect(file, weights="")
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+            self.loss = nn.Linear(2, 2, bias=False)
+
+    assert torch.equal(lowmem.load(file, model=Parts).model.loss.weight, torch.ones(2, 2))
+
+
+def test_a_shard_of_which_nothing_is_used_is_told(tmp_path: Path) -> None:
+    torch.save({"model": RAW}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save(EMA, tmp_path / "pytorch_model-00002-of-00002.bin")
+    warnings = lowmem.load(tmp_path, model=Net).plan.warnings
+    assert any("00002-of-00002.bin: nothing of it is used" in warning for warning in warnings)

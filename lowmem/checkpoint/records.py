@@ -180,12 +180,14 @@ class PickledFile:
         locate: leaves → their entries in the file, and the shard with the packed ranges that they need. Reads what
             stands before each storage in the file, and checks that the leaf fits its storage.
         storages: how many the pickle names, the optimizer's too.
+        described: bytes of memory that all which it describes takes while it is looked at, estimated.
     """
 
     shard: Shard
     root: Any = field(repr=False)
     locate: Callable[[Mapping[str, Leaf]], tuple[dict[str, TensorEntry], Shard]] = field(repr=False)
     storages: int = 0
+    described: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +203,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         warnings: what was odd and what was believed.
         opened: the path of the mapping inside a pickled file that holds the weights; empty for the whole file.
         unreadable: key → why it cannot be read: sparse, quantised, on no device. An error only for who wants it.
-        described: how many storages its pickles name, which takes memory while it is looked at.
+        described: bytes of memory that all which its pickles describe takes while they are looked at, estimated.
     """
 
     source: str

@@ -118,6 +118,8 @@ class Survey:
             held, shard = file.locate({key: leaf for key, leaf in leaves.items() if leaf.why_not is None})
             unreadable.update({key: leaf.why_not for key, leaf in leaves.items() if leaf.why_not is not None})
             shards.append(shard)
+            if not leaves and file.storages:
+                said = [*said, f"{shard.file.name}: nothing of it is used: it has no mapping {path!r}"]
             _add(entries, sorted(held.values(), key=lambda e: (e.offset, e.nbytes)), shard.file)
         if unreadable:
             key, why = next(iter(unreadable.items()))
@@ -147,7 +149,7 @@ class Survey:
             warnings=tuple(warnings),
             opened=opened,
             unreadable=unreadable or {},
-            described=sum(file.storages for file, _ in self.pickled),
+            described=sum(file.described for file, _ in self.pickled),
         )
 
 
@@ -215,7 +217,9 @@ def inspect(
 def _told(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
     """What was opened, when there was something to choose."""
     beside = [c for c in candidates if not c.is_inside(chosen) and not chosen.is_inside(c) and c is not chosen]
-    outer = [c for c in beside if not is_auxiliary(c.path) and not any(c.is_inside(other) for other in beside)]
+    # An optimizer beside the weights is nothing to choose; what is called so among them may be a part of the model.
+    named = [c for c in beside if not is_auxiliary(c.path) or "." in c.path]
+    outer = [c for c in named if not any(c.is_inside(other) for other in named)]
     if not outer:
         return []
     others = f"{', '.join(repr(c.path) for c in outer[:6])}{', …' if len(outer) > 6 else ''}"

@@ -16,7 +16,7 @@ from .._collector import paused_collector
 from ..dtypes import itemsize
 from ..errors import CheckpointError, UnsupportedError
 from .pickled_tensors import Storage, Tensors
-from .pickles import Machine
+from .pickles import MEMORY_OF_A_STEP, Machine
 from .places import FileRange, Locator, Place, place_of_array, read_at
 from .records import PickledFile, Shard
 
@@ -54,7 +54,7 @@ def read_torch_legacy(file: Path, f: BinaryIO, status: os.stat_result) -> Pickle
     starts = _starts(file, keys, tensors.storages, data, status.st_size)
     shard = Shard(file, status.st_size, status.st_mtime_ns, data, {}, "torch legacy")
     locator = Locator(shard, tensors.storages, _Legacy(file, starts))
-    return PickledFile(shard, root, locator.locate, len(tensors.storages))
+    return PickledFile(shard, root, locator.locate, len(tensors.storages), MEMORY_OF_A_STEP * tensors.steps)
 
 
 def _starts(file: Path, keys: Any, storages: dict[str, Storage], at: int, size: int) -> dict[str, int]:

@@ -22,6 +22,7 @@ from .._collector import paused_collector
 from ..errors import CheckpointError, UnsupportedError
 from .pickle_bytes import Stream
 from .pickled_tensors import Storage, Tensors
+from .pickles import MEMORY_OF_A_STEP
 from .places import FileRange, Locator, Place, place_of_array, read_at
 from .records import Packed, PickledFile, Shard
 
@@ -34,6 +35,9 @@ _MAX_PACKED_PICKLE = 1 << 29
 _DEFLATE_RATIO = 1032
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _DEFLATED = {zipfile.ZIP_STORED: False, zipfile.ZIP_DEFLATED: True}
+
+# Bytes, beside the opcodes that name its storage.
+_MEMORY_OF_A_RECORD = 160
 
 
 def read_torch_zip(file: Path, f: BinaryIO, status: os.stat_result) -> PickledFile:
@@ -62,7 +66,8 @@ def read_torch_zip(file: Path, f: BinaryIO, status: os.stat_result) -> PickledFi
     shard = Shard(file, status.st_size, status.st_mtime_ns, where, {}, "torch zip")
     archive = _Zip(file, status.st_size, prefix, records, archive.swapped, packed)
     locator = Locator(shard, tensors.storages, archive)
-    return PickledFile(shard, root, locator.locate, len(tensors.storages))
+    described = MEMORY_OF_A_STEP * tensors.steps + _MEMORY_OF_A_RECORD * len(records)
+    return PickledFile(shard, root, locator.locate, len(tensors.storages), described)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

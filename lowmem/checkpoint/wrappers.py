@@ -105,7 +105,7 @@ def find_candidates(root: Any, file: Path) -> tuple[Candidate, ...]:
 def _candidate(path: str, value: Any, budget: _Budget) -> Candidate:
     module = _is_module(value)
     own = module or any(isinstance(child, Leaf) for _, child in _children(value))
-    return Candidate(path, lambda: _joined(value, budget, whole=not path), module, own)
+    return Candidate(path, lambda: _joined(path, value, budget), module, own)
 
 
 def find_by_path(root: Any, path: str, file: Path) -> Candidate | None:
@@ -126,7 +126,8 @@ def find_by_path(root: Any, path: str, file: Path) -> Candidate | None:
             return None
         key, value = max(fitting, key=lambda pair: len(pair[0]))
         left = left[len(key) + 1 :]
-    return _candidate(path, value, _Budget(file)) if _holds(value) else None
+    budget = _Budget(file)
+    return Candidate(path, lambda: _joined(None, value, budget)) if _holds(value) else None
 
 
 class _Budget:
@@ -169,21 +170,23 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
             yield str(key), child
 
 
-def _joined(value: Any, budget: _Budget, *, whole: bool) -> dict[str, Leaf]:
-    """Key → tensor of everything inside; `whole`: it is all of the file."""
+def _joined(path: str | None, value: Any, budget: _Budget) -> dict[str, Leaf]:
+    """Key → tensor of everything inside of the mapping at `path`; without a path really of everything."""
+    trains = path is not None and (not path or (_has_known(value) and not _WEIGHTS.match(path.rpartition(".")[2])))
     leaves: dict[str, Leaf] = {}
-    for key, leaf in _flatten(value, budget, whole):
+    for key, leaf in _flatten(value, budget, trains and not _is_module(value), path is not None):
         known = leaves.get(key)
         leaves[key] = leaf if known is None else replace(leaf, why_not="two tensors have this key, when joined by dots")
     return leaves
 
 
-def _flatten(value: Any, budget: _Budget, whole: bool) -> Iterator[tuple[str, Leaf]]:
+def _flatten(value: Any, budget: _Budget, trains: bool, selects: bool) -> Iterator[tuple[str, Leaf]]:
     """Key → tensor of everything inside, in the order of the file; without what trainers keep beside weights.
 
-    That is left out of the whole file and where weights of a known name are: a model may have a part called `loss`.
+    That is left out where a mapping is a trainer's (`trains`: the outermost is one), which has weights of a known name
+    in it and is not called so itself: a model may have a part called `loss`.
     """
-    path = [("", value, _members(value), (whole and not _is_module(value)) or _has_known(value))]
+    path = [("", value, _members(value), trains)]
     above = {id(value)}
     while path:
         prefix, holder, members, of_a_trainer = path[-1]
@@ -195,7 +198,8 @@ def _flatten(value: Any, budget: _Budget, whole: bool) -> Iterator[tuple[str, Le
                 if len(path) > _DEEPEST:
                     raise budget.refusal(f"more than {_DEEPEST} mappings one inside the other")
                 above.add(id(child))
-                path.append((f"{prefix}{key}.", child, _members(child), _has_known(child)))
+                inner = selects and _has_known(child) and not _WEIGHTS.match(key)
+                path.append((f"{prefix}{key}.", child, _members(child), inner))
                 break
         else:
             above.discard(id(holder))
@@ -335,9 +339,10 @@ def _averages_are_swapped(candidates: Sequence[Candidate]) -> bool:
     held = {c.path: c for c in candidates}
     if "state_dict" not in held or "ema_state_dict" not in held:
         return False
-    # Others use these names as they are meant. mmengine's averages are a module of its own, with a count of steps.
+    # Others use these names as they are meant. mmengine keeps its hub beside them, and its averages are a module around
+    # the model.
     raw = held["ema_state_dict"].leaves
-    return "steps" in raw or all(key.startswith("module.") for key in raw)
+    return "message_hub" in held or any(f"module.{key}" in raw for key in held["state_dict"].leaves)
 
 
 def _fitting(candidates: Sequence[Candidate], cover: CoverOf) -> list[Candidate]:

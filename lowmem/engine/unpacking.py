@@ -17,6 +17,8 @@ from ..errors import CheckpointError
 _STEP = 256 * 1024
 # How often all may be unpacked from the beginning, for views that lie across each other.
 _MOST_AGAIN = 16
+# Bytes that are unpacked in a moment, however often.
+_FEW = 1024 * 1024 * 1024
 
 ReadAt = Callable[[memoryview, int], None]
 
@@ -134,7 +136,7 @@ class PackedRanges:
 
     def _begin(self, packed: Packed) -> None:
         self._begun += packed.size
-        if self._begun > _MOST_AGAIN * sum(p.size for p in self._shard.packed):
+        if self._begun > max(_FEW, _MOST_AGAIN * sum(p.size for p in self._shard.packed)):
             raise CheckpointError(
                 f"{self._shard.file}: views lie across each other in its compressed records, which would be unpacked "
                 f"more than {_MOST_AGAIN} times; unzip it, and zip it again without compression"

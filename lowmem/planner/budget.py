@@ -23,8 +23,6 @@ COLD_WORKERS = 8
 _COLD_BUFFER = 2 * MIB + BLOCK + 2 * ALIGNMENT
 # Less is there before the threads are.
 _WORTH_MORE_READERS = 64 * MIB
-# Python objects for each tensor that a pickle describes, measured with 40,000.
-PER_DESCRIBED = 1280
 # A buffer below this spends more time on the calls than on the bytes.
 _MIN_BUFFER = 512 * KIB
 # A buffer that small tensors share.

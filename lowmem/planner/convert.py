@@ -177,7 +177,7 @@ def _file(number: int, count: int, group: list[Placement], shared: Mapping[str, 
 
 def _fit(checkpoint: Checkpoint, placements: list[Placement], request: ConvertRequest) -> tuple[Staging, HostPlan]:
     memory = host_memory()
-    overhead = _OVERHEAD + _PER_ENTRY * len(checkpoint) + budget.PER_DESCRIBED * checkpoint.described
+    overhead = _OVERHEAD + _PER_ENTRY * len(checkpoint) + checkpoint.described
     need = budget.needs_of(placements, request.io, cached_share, free_address_space=not memory.rlimits)
     # The rlimits count the stacks of the readers, of the sealer and of those that read back.
     stacks = budget.thread_stacks(need.workers + 4) if memory.rlimits else 0

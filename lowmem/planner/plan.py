@@ -394,7 +394,7 @@ def _host(draft: _Draft, placements: Sequence[Placement], staging: Staging) -> H
         resident += sum(nbytes_of(t.shape, t.dtype) for t in transient)
     copies = [p for p in on_cpu if p.residency == "copy"]
     overhead = _OVERHEAD + _PER_ENTRY * len(draft.checkpoint) + _PER_COPY * len(copies)
-    overhead += budget.PER_DESCRIBED * draft.checkpoint.described
+    overhead += draft.checkpoint.described
     # Those that begin behind the beginning of a page end in one more.
     overhead += mmap.PAGESIZE * sum(p.is_apart for p in copies)
     overhead += len(draft.skeleton.targets) * (_PER_TARGET if draft.skeleton.borrowed else _PER_TARGET_BUILT)

@@ -75,7 +75,7 @@ def _place(name: str, entry: TensorEntry, request: StreamRequest) -> Placement:
 
 
 def _overhead(checkpoint: Checkpoint) -> int:
-    return _OVERHEAD + _PER_ENTRY * len(checkpoint) + budget.PER_DESCRIBED * checkpoint.described
+    return _OVERHEAD + _PER_ENTRY * len(checkpoint) + checkpoint.described
 
 
 def _host(
