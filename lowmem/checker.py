@@ -122,8 +122,8 @@ def check(
     started = time.perf_counter()
     if progress is not None and not callable(progress):
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
-    listed = None if manifest is None else parse_folder(manifest, "manifest")
-    target = None if write_manifest is None else parse_folder(write_manifest, "write_manifest")
+    listed = None if manifest is None else parse_folder(manifest, "manifest", "file")
+    target = None if write_manifest is None else parse_folder(write_manifest, "write_manifest", "file")
     if target is not None:
         # A link stays a link.
         target = target.resolve() if target.is_symlink() else target

@@ -214,10 +214,8 @@ def diff(
     with paused_collector():
         found = survey(source, download=download)
         origin = find_origin(found.glance(wish), model, trust_remote_code)
-        skeleton = make_skeleton(origin, found.glance(wish), "auto")
-        checkpoint = found.open(wish, cover_of(skeleton, request.keys))
-        found_diff = diff_of(match(checkpoint, skeleton, rules=request.keys), checkpoint, skeleton)
-    return replace(found_diff, opened=checkpoint.opened)
+        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, _Phases())
+        return replace(diff_of(mapping, checkpoint, skeleton), opened=checkpoint.opened)
 
 
 class _Phases:
@@ -238,15 +236,22 @@ class _Phases:
         self._last = now
 
 
+def _fit(
+    found: Survey, wish: Wish, origin: Origin, request: LoadRequest, clock: _Phases
+) -> tuple[Skeleton, Checkpoint, KeyMapping]:
+    """The model without weights, the checkpoint opened for it, and which key feeds what."""
+    skeleton = make_skeleton(origin, found.glance(wish), request.dtype)
+    clock.end("build")
+    checkpoint = found.open(wish, cover_of(skeleton, request.keys))
+    return skeleton, checkpoint, match(checkpoint, skeleton, rules=request.keys)
+
+
 def _prepare(
     found: Survey, wish: Wish, origin: Origin, request: LoadRequest, settle_ties: bool, clock: _Phases
 ) -> tuple[Skeleton, LoadPlan]:
     """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
     with paused_collector():
-        skeleton = make_skeleton(origin, found.glance(wish), request.dtype)
-        clock.end("build")
-        checkpoint = found.open(wish, cover_of(skeleton, request.keys))
-        mapping = match(checkpoint, skeleton, rules=request.keys)
+        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, clock)
         if settle_ties and mapping.doubled:
             untied = _differing(checkpoint, skeleton, mapping, request.keep_cache)
             mapping = match(checkpoint, skeleton, untied, request.keys)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lowmem
-from lowmem.checkpoint import survey, wrappers
+from lowmem.checkpoint import places, survey, wrappers
 from lowmem.checkpoint.records import Leaf
 from lowmem.checkpoint.wrappers import find_candidates
 from lowmem.errors import CheckpointError, LowmemError, OptionError, SourceError
@@ -369,3 +369,13 @@ def test_a_shard_of_which_nothing_is_used_is_told(tmp_path: Path) -> None:
     torch.save(EMA, tmp_path / "pytorch_model-00002-of-00002.bin")
     warnings = lowmem.load(tmp_path, model=Net).plan.warnings
     assert any("00002-of-00002.bin: nothing of it is used" in warning for warning in warnings)
+
+
+def test_what_is_opened_with_and_without_a_model_is_located_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = saved(FILES["timm"][0], tmp_path / "a.pth")
+    real, calls = places.Locator.locate, []
+    monkeypatch.setattr(places.Locator, "locate", lambda self, leaves: calls.append(len(leaves)) or real(self, leaves))
+    lowmem.load(file, model=Net)
+    assert calls == [len(RAW)]

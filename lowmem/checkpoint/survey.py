@@ -30,6 +30,16 @@ from .wrappers import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _Located:
+    """Where the tensors of one mapping are: files, readable and unreadable tensors, and what is to be said."""
+
+    shards: tuple[Shard, ...]
+    entries: dict[str, TensorEntry]
+    unreadable: Mapping[str, str]
+    said: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Survey:
     """What was found at a source.
@@ -40,6 +50,7 @@ class Survey:
         shards: its safetensors files, and
         entries: their tensors.
         pickled: its pickled files, and for each the candidates in it.
+        located: what was opened before, by its path: most are opened once without a model and once with it.
     """
 
     found: Source
@@ -47,6 +58,7 @@ class Survey:
     shards: tuple[Shard, ...] = ()
     entries: dict[str, TensorEntry] = field(default_factory=dict, repr=False)
     pickled: tuple[tuple[PickledFile, tuple[Candidate, ...]], ...] = field(default=(), repr=False)
+    located: dict[str, _Located] = field(default_factory=dict, repr=False)
 
     def open(self, wish: Wish = NO_WISH, cover: CoverOf | None = None) -> Checkpoint:
         """The checkpoint: of pickled files the mapping that holds the weights.
@@ -108,10 +120,19 @@ class Survey:
     def _unwrapped(
         self, path: str, said: Sequence[str], leaves_of: Sequence[Mapping[str, Leaf]] | None = None
     ) -> Checkpoint:
-        """What the mapping at `path` holds in each file."""
-        if leaves_of is None:
+        """What the mapping at `path` holds in each file; all of it where `leaves_of` gives the leaves of each."""
+        if leaves_of is not None:
+            located = self._locate(path, leaves_of)
+        elif path in self.located:
+            located = self.located[path]
+        else:
             leaves_of = [next((c.leaves for c in held if c.path == path), {}) for _, held in self.pickled]
+            located = self.located[path] = self._locate(path, leaves_of)
+        return self._checkpoint(located.shards, located.entries, [*said, *located.said], path, dict(located.unreadable))
+
+    def _locate(self, path: str, leaves_of: Sequence[Mapping[str, Leaf]]) -> _Located:
         shards: list[Shard] = []
+        said: list[str] = []
         entries: dict[str, TensorEntry] = {}
         unreadable: dict[str, str] = {}
         for (file, _), leaves in zip(self.pickled, leaves_of, strict=True):
@@ -119,13 +140,13 @@ class Survey:
             unreadable.update({key: leaf.why_not for key, leaf in leaves.items() if leaf.why_not is not None})
             shards.append(shard)
             if not leaves and file.storages:
-                said = [*said, f"{shard.file.name}: nothing of it is used: it has no mapping {path!r}"]
+                said.append(f"{shard.file.name}: nothing of it is used: it has no mapping {path!r}")
             _add(entries, sorted(held.values(), key=lambda e: (e.offset, e.nbytes)), shard.file)
         if unreadable:
             key, why = next(iter(unreadable.items()))
             more = f", and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
-            said = [*said, f"{key!r} cannot be read ({why}){more}: an error only for who wants it"]
-        return self._checkpoint(shards, entries, said, path, unreadable)
+            said.append(f"{key!r} cannot be read ({why}){more}: an error only for who wants it")
+        return _Located(tuple(shards), entries, unreadable, tuple(said))
 
     def _checkpoint(
         self,

@@ -108,7 +108,9 @@ def _check(arguments: argparse.Namespace) -> int:
     count = len(report.problems)
     verdict = "fine" if not count else _count(count, "problem")
     read = f"{len(report.verified)} verified by hash ({format_size(report.hashed)} read)"
-    if not report.verified:
+    if arguments.write_manifest is not None and not count:
+        read = f"{format_size(report.hashed)} read, hashes written to {arguments.write_manifest}"
+    elif not report.verified:
         read = "headers and sizes only: no hash is known (--manifest, --write-manifest)"
     show(*(plain(str(problem)) for problem in report.problems))
     show(plain(f"{verdict}: {_count(len(report.files), 'file')}, {read}, {report.seconds:.2f} s"))

@@ -268,8 +268,8 @@ def flag(value: bool, what: str) -> bool:
     return value
 
 
-def parse_folder(value: str | os.PathLike[str], what: str) -> Path:
-    """The absolute path of a folder to write in, which need not exist; `~` is the home folder.
+def parse_folder(value: str | os.PathLike[str], what: str, kind: str = "folder") -> Path:
+    """The absolute path of a folder to write in, or another `kind`, which need not exist; `~` is the home folder.
 
     Raises:
         OptionError: not a path, or one that no folder can have. `what` names the option in the message.
@@ -284,7 +284,7 @@ def parse_folder(value: str | os.PathLike[str], what: str) -> Path:
         path = Path(text).expanduser().absolute()
         path.stat()
     except (TypeError, RuntimeError, ValueError) as error:
-        raise OptionError(f"{what}: expected the path of a folder, found {shown(value)} ({error})") from error
+        raise OptionError(f"{what}: expected the path of a {kind}, found {shown(value)} ({error})") from error
     except OSError as error:
         # Without a current folder there is no absolute path; what only cannot be written, the writer finds out.
         if path is None or error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
