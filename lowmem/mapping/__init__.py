@@ -3,10 +3,11 @@
 from .cover import cover_of
 from .diff import KeyDiff, KeyGroup, diff_of
 from .match import match, refuse
-from .records import NO_RULES, KeyMapping, KeyRules, Link, Mismatch, Region, whole
+from .records import NO_RULES, Computation, KeyMapping, KeyRules, Link, Mismatch, Region, whole
 
 __all__ = [
     "NO_RULES",
+    "Computation",
     "KeyDiff",
     "KeyGroup",
     "KeyMapping",

@@ -13,6 +13,7 @@ from .._records import cheap_init
 from ..checkpoint import TensorEntry
 
 if TYPE_CHECKING:
+    from ..modeling.conversions import Operation
     from .diff import KeyDiff
 
 
@@ -90,11 +91,39 @@ def whole(shape: tuple[int, ...]) -> Region:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One entry that feeds one region of one target; both have as many elements."""
+    """One entry that feeds one region of one target; both have as many elements.
+
+    A part of a tensor in the checkpoint is an entry of its own: the same key, with the offset, shape and strides of
+    the part. One with strides feeds all of a dense target, or a region of its own shape.
+
+    Attributes:
+        entry: what is read.
+        target: name of the model's tensor.
+        region: the part of it that is fed.
+        whole: whether the entry is all of the tensor that its key names, as it lies.
+    """
 
     entry: TensorEntry
     target: str
     region: Region
+    whole: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computation:
+    """Targets that an operation computes, because nobody could write it down as moves.
+
+    Attributes:
+        what: the operation's name, for messages.
+        sources: what it takes, in order. Each is cast to the final dtype of the first target before.
+        targets: names of the model's tensors that it gives, in order.
+        operation: the operation.
+    """
+
+    what: str
+    sources: tuple[TensorEntry, ...]
+    targets: tuple[str, ...]
+    operation: Operation
 
 
 RenameRule = tuple[re.Pattern[str], str] | Callable[[str], str]
@@ -148,7 +177,9 @@ class KeyMapping:
     """Which entry feeds which target, and what is left over.
 
     Attributes:
-        links: in the checkpoint's file order. The entry of a reshaped one has the shape of its target.
+        links: in the checkpoint's file order. The entry of a reshaped one has the shape of its target. A target may
+            be fed by several, a region each.
+        computed: what operations compute; none of their targets is fed by a link.
         tied: target → the target of its tie group that is fed in its stead.
         doubled: targets of a tie group that the checkpoint holds more than once: name → the name that is fed.
         missing: targets of the state dict that nothing feeds.
@@ -174,3 +205,4 @@ class KeyMapping:
     steps: tuple[str, ...] = ()
     unreadable: Mapping[str, str] = field(default_factory=dict)
     diff: KeyDiff | None = None
+    computed: tuple[Computation, ...] = ()

@@ -14,6 +14,7 @@ from . import hf
 from .checks import checked_modules
 from .empty import empty_parameters, real_tensors
 from .failures import refusing
+from .hf_rules import TransformersRules
 from .rules import Rules
 from .targets import Target, join_declared, read_targets
 
@@ -100,7 +101,7 @@ def _rules_of(module: nn.Module, transformers: bool, built: bool, checkpoint: Ch
     if not transformers:
         return Rules(module)
     folder = checkpoint.folder if checkpoint.config is not None else None
-    return hf.TransformersRules(module, built, hf.read_generation_config(module, folder))
+    return TransformersRules(module, built, hf.read_generation_config(module, folder))
 
 
 def _call(factory: Callable[[], nn.Module]) -> nn.Module:

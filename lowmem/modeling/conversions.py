@@ -1,0 +1,80 @@
+"""What a kind of model makes of the checkpoint's tensors before they are its own: the records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a tensor of the checkpoint that becomes a part of one of the model.
+
+    Both ends as torch's `as_strided` takes them, in elements of a tensor that lies in row-major order, and of one
+    shape.
+
+    Attributes:
+        key: the checkpoint's tensor.
+        offset: first element there.
+        strides: there.
+        target: the model's tensor.
+        into: first element there.
+        into_strides: there.
+        shape: of both ends.
+    """
+
+    key: str
+    offset: int
+    strides: tuple[int, ...]
+    target: str
+    into: int
+    into_strides: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an operation gives and takes.
+
+    Attributes:
+        results: shape and dtype (by torch's name) of each tensor that it gives.
+        scratch: bytes at the worst moment besides sources and results.
+    """
+
+    results: tuple[tuple[tuple[int, ...], str], ...]
+    scratch: int
+
+
+class Operation(Protocol):
+    """An operation on whole tensors, which may be run several times."""
+
+    def cost(self, dtype: str) -> Cost:
+        """What it gives and takes when its sources are cast to `dtype` before."""
+
+    def __call__(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The model's tensors from the checkpoint's; it may empty the list to free them early."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conversion:
+    """Tensors of the checkpoint that become others of the model together.
+
+    Attributes:
+        what: names of the operations, for messages.
+        keys: the checkpoint's tensors, in order.
+        targets: the model's tensors that they become.
+        parts: which part of the one goes where in the other, all of `targets`; None when that could not be found out.
+        shapes: of the tensors that they become, in the order of `targets`.
+        operation: computes the tensors of `targets` from those of `keys`, where `parts` is None.
+        failure: why it cannot be done, if so.
+    """
+
+    what: str
+    keys: tuple[str, ...]
+    targets: tuple[str, ...]
+    parts: tuple[Part, ...] | None
+    shapes: tuple[tuple[int, ...], ...] = ()
+    operation: Operation | None = None
+    failure: str = ""

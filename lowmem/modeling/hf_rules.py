@@ -1,0 +1,176 @@
+"""The rules of a transformers model: names, ties, dtypes, and what is done when its weights are there.
+
+Each is read from the attributes and functions that `from_pretrained` reads (`transformers/modeling_utils.py`, version
+5).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import TensorEntry
+from ..errors import UnsupportedError
+from .empty import real_tensors
+from .rules import Rules
+from .targets import Target, owner_of, tensor_of
+
+
+class TransformersRules(Rules):
+    """The rules of a transformers model, read from the attributes that `from_pretrained` reads."""
+
+    kind = "transformers"
+
+    def __init__(self, model: nn.Module, built: bool, generation_config: Any = None) -> None:
+        super().__init__(model)
+        self._generation_config = generation_config
+        hf: Any = model
+        self._hf = hf
+        # A model that the caller built has whatever dtype it was built with; the request decides then.
+        self.owns_dtypes = built
+        self.no_split = tuple(sorted(hf._no_split_modules or ()))
+        self.skip_keys = tuple(sorted(hf._skip_keys_device_placement or ()))
+        self._conversions: list[Any] = []
+
+    def declared_ties(self) -> Mapping[str, str]:
+        """`all_tied_weights_keys`: target → source."""
+        ties: Mapping[str, str] = getattr(self._hf, "all_tied_weights_keys", None) or {}
+        return ties
+
+    def rename(self, entries: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> dict[str, str]:
+        """Old names, scoped prefixes and the base model's prefix, by transformers' own description.
+
+        Raises:
+            UnsupportedError: a key belongs to a conversion that reshuffles tensors (fused experts and the like).
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        self._conversions = list(get_model_conversion_mapping(self._hf))
+        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        renamings = [c for c in self._conversions if not isinstance(c, WeightConverter)]
+        prefix = self._hf.base_model_prefix
+        # rename_source_key looks names up with .get() and compares with None
+        state = {name: target for name, target in targets.items() if target.persistent}
+        names: dict[str, str] = {}
+        for key, entry in entries.items():
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], prefix, state)
+            if pattern is not None and name in state:
+                raise UnsupportedError(
+                    f"{entry.file}: tensor {entry.key!r} must be fused or split for {type(self._hf).__name__} "
+                    f"(transformers' conversion {pattern!r}), which lowmem does not do yet; "
+                    "save the model once with save_original_format=False, or load it with transformers"
+                )
+            names[key] = name
+        return names
+
+    def keep_fp32(self, dtype: str, names: Iterable[str]) -> set[str]:
+        """`_keep_in_fp32_modules` for fp16, `_keep_in_fp32_modules_strict` for fp16 and bf16."""
+        patterns: set[str] = set()
+        if dtype == "float16":
+            patterns.update(self._hf._keep_in_fp32_modules or ())
+        if dtype in ("float16", "bfloat16"):
+            patterns.update(self._hf._keep_in_fp32_modules_strict or ())
+        if not patterns:
+            return set()
+        # Searched anywhere in the name, `*` for anything: core_model_loading.build_glob_alternation.
+        matcher = re.compile("|".join(f"(?:{p.replace('*', '.*')})" for p in sorted(patterns)))
+        return {name for name in names if matcher.search(name)}
+
+    def may_miss(self, names: Collection[str]) -> set[str]:
+        """`_keys_to_ignore_on_load_missing`."""
+        return _searched(self._hf._keys_to_ignore_on_load_missing, names)
+
+    def may_ignore(self, keys: Collection[str]) -> set[str]:
+        """`_keys_to_ignore_on_load_unexpected`, and buffers that were persistent in old checkpoints."""
+        patterns = set(self._hf._keys_to_ignore_on_load_unexpected or ())
+        buffers = [name for name, _ in self._hf.named_buffers()]
+        if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+            patterns.add(r"rotary_emb\.inv_freq")
+        if any(name.endswith("position_ids") for name in buffers):
+            patterns.add(r"(^|\.)position_ids$")
+        return _searched(patterns, keys)
+
+    def check_initialisable(self, names: Collection[str]) -> None:
+        """`_init_weights` covers every module."""
+
+    def initialise(self, names: Collection[str]) -> None:
+        """`initialize_weights`, which touches only tensors that are not marked as initialised; mark all the rest.
+
+        It also skips marked modules, but a parent may initialise the weights of its children (T5's attention does):
+        only modules with nothing to initialise inside are marked.
+        """
+        wanted = set(names)
+        concerned = {"", *(name[: dot.start()] for name in wanted for dot in re.finditer(r"\.", name))}
+        followers = self._set_aside(name for name in self.declared_ties() if name in wanted)
+        try:
+            for path, module in self.model.named_modules(remove_duplicate=False):
+                prefix = f"{path}." if path else ""
+                module._is_hf_initialized = path not in concerned
+                for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                    if tensor is not None:
+                        ready = prefix + leaf not in wanted or prefix + leaf in followers
+                        tensor._is_hf_initialized = ready
+            with real_tensors():
+                self._hf.initialize_weights()
+        finally:
+            for name, tensor in followers.items():
+                owner, leaf = owner_of(self.model, name)
+                owner._parameters[leaf] = tensor
+
+    def _set_aside(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Put placeholders for tied parameters, whose values come from their source: once is enough."""
+        followers: dict[str, nn.Parameter] = {}
+        for name in names:
+            owner, leaf = owner_of(self.model, name)
+            parameter = owner._parameters.get(leaf)
+            if parameter is not None:
+                followers[name] = parameter
+                owner._parameters[leaf] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        return followers
+
+    def finish(self, missing: Collection[str]) -> None:
+        """Rotary and other transient buffers, ties, generation config, eval mode."""
+        with real_tensors():
+            self._fill_meta_buffers()
+            self._tie(missing)
+        self._hf._weight_conversions = [c for c in self._conversions if c.was_used()]
+        if self._generation_config is not None:
+            self._hf.generation_config = self._generation_config
+        super().finish(missing)
+
+    def _tie(self, missing: Collection[str]) -> None:
+        """`tie_weights`, but for tensors that lie on different devices: each keeps its copy."""
+        ties: dict[str, str] | None = getattr(self._hf, "all_tied_weights_keys", None)
+        if not ties:
+            return
+        at = {name: tensor_of(self.model, name).device for pair in ties.items() for name in pair}
+        apart = {name: source for name, source in ties.items() if at[name] != at[source]}
+        for name in apart:
+            del ties[name]
+        self._hf.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+        ties.update(apart)
+
+    def _fill_meta_buffers(self) -> None:
+        """Buffers that no checkpoint holds are filled by `_init_weights`, as `from_pretrained` does."""
+        lost = [name for name, buffer in self.model.named_buffers(remove_duplicate=False) if buffer.is_meta]
+        for name in lost:
+            owner, leaf = owner_of(self.model, name)
+            buffer = owner._buffers[leaf]
+            assert buffer is not None
+            owner._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+        if lost:
+            self.initialise(lost)
+
+
+def _searched(patterns: Iterable[str] | None, names: Collection[str]) -> set[str]:
+    if not patterns:
+        return set()
+    matcher = re.compile("|".join(f"(?:{p})" for p in patterns))
+    return {name for name in names if matcher.search(name)}
