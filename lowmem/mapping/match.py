@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from ..checkpoint import Checkpoint, TensorEntry
 from ..errors import KeysError, OptionError, UnsupportedError
@@ -241,20 +242,22 @@ def _explain(
     return diff
 
 
-def refuse(mapping: KeyMapping, source: str, strict: bool = True, rules: KeyRules = NO_RULES) -> None:
+def refuse(
+    mapping: KeyMapping, source: str, strict: bool | Literal["shapes"] = True, rules: KeyRules = NO_RULES
+) -> None:
     """Refuse a mapping that lacks too much.
 
     Args:
         mapping: what `match` found.
         source: the checkpoint, for messages.
-        strict: refuse whatever is missing or mismatched; otherwise only next to nothing.
+        strict: refuse whatever is missing or mismatched, or mismatched ones only; otherwise only next to nothing.
         rules: what the user said about keys.
 
     Raises:
         KeysError: something is missing or mismatched; says what, and what would help.
         UnsupportedError: a tensor that the model needs cannot be read.
     """
-    if strict and mapping.unreadable:
+    if strict is True and mapping.unreadable:
         name, why = next(iter(mapping.unreadable.items()))
         more = f" ({len(mapping.unreadable)} such)" if len(mapping.unreadable) > 1 else ""
         raise UnsupportedError(
@@ -262,7 +265,7 @@ def refuse(mapping: KeyMapping, source: str, strict: bool = True, rules: KeyRule
             f"by skip= (--skip), or give strict=False (--no-strict): the model's own rule initialises it then"
         )
     bad_shapes = mapping.mismatched and not rules.ignore_mismatched_sizes
-    if strict and (mapping.missing or bad_shapes):
+    if (strict and bad_shapes) or (strict is True and mapping.missing):
         raise KeysError(
             f"{source}: the checkpoint does not fit the model\n{_text(mapping)}\n"
             "with strict=False (--no-strict) these are initialised by the model's own rule and named in the report"

@@ -25,9 +25,10 @@ class TransformersRules(Rules):
 
     kind = "transformers"
 
-    def __init__(self, model: nn.Module, built: bool, generation_config: Any = None) -> None:
+    def __init__(self, model: nn.Module, built: bool, generation_config: Any = None, generate: Any = None) -> None:
         super().__init__(model)
         self._generation_config = generation_config
+        self._generate = generate
         hf: Any = model
         self._hf = hf
         # A model that the caller built has whatever dtype it was built with; the request decides then.
@@ -143,6 +144,8 @@ class TransformersRules(Rules):
         self._hf._weight_conversions = [c for c in self._conversions if c.was_used()]
         if self._generation_config is not None:
             self._hf.generation_config = self._generation_config
+        if self._generate is not None:
+            self._hf.generate = self._generate
         super().finish(missing)
 
     def _tie(self, missing: Collection[str]) -> None:
