@@ -17,6 +17,7 @@ from .diff import KeyDiff, Naming, make_diff
 from .evidence import NOTHING, Evidence, find_evidence
 from .names import Given, choose, collision, give_names
 from .records import NO_RULES, KeyMapping, KeyRules, Link, Mismatch, whole
+from .suggest import vocabulary_hint
 
 Fits = Callable[[TensorEntry, Target], bool]
 
@@ -237,6 +238,9 @@ def _explain(
     given = named.given.entries
     names = {entry.key: named.evidence.names.get(name, name) for name, entry in given.items()}
     diff = make_diff(mapping, checkpoint, state, rules, named.evidence.steps, names, attempt)
+    rows = vocabulary_hint(mapping.mismatched, skeleton.rules.vocabularies())
+    if rows is not None:
+        diff = replace(diff, hints=(rows, *diff.hints))
     # The model's kind remembers what it renamed: that of the mapping, and not of a trial.
     skeleton.rules.rename({names[entry.key]: entry for entry in given.values()}, state)
     return diff
@@ -266,9 +270,10 @@ def refuse(
         )
     bad_shapes = mapping.mismatched and not rules.ignore_mismatched_sizes
     if (strict and bad_shapes) or (strict is True and mapping.missing):
+        remedy = "ignore_mismatched_sizes=True" if strict == "shapes" else "strict=False (--no-strict)"
         raise KeysError(
             f"{source}: the checkpoint does not fit the model\n{_text(mapping)}\n"
-            "with strict=False (--no-strict) these are initialised by the model's own rule and named in the report"
+            f"with {remedy} these are initialised by the model's own rule and named in the report"
         )
     if _is_next_to_nothing(mapping):
         fed = len(mapping.links)

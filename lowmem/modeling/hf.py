@@ -6,7 +6,6 @@ What `from_pretrained` decides is read from the same attributes it reads (`trans
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import json
 from collections.abc import Iterator, Sequence
@@ -241,57 +240,3 @@ def _parse_dtype(value: Any, key: str, where: str) -> torch.dtype | None:
         f'{where}: {key!r}: expected the name of a torch dtype, such as "bfloat16", or an object that gives one to '
         f"each sub-config, found {value!r}; correct it, or remove it and pass dtype="
     )
-
-
-def read_generation_config(model: nn.Module, folder: Path | None, blueprint: Blueprint | None = None) -> Any:
-    """What `from_pretrained` would read as the model's generation config; None where it reads none.
-
-    As there, a generation_config.json that is no JSON counts as absent, and `config.json` stands in.
-
-    Args:
-        model: a transformers model.
-        folder: where the files are.
-        blueprint: what it was built from, if lowmem built it: the generation config that was asked for, and what was
-            asked about the model and is an attribute of the generation config too.
-
-    Raises:
-        ModelError: generation_config.json holds something else than generation options, or options that mean nothing.
-    """
-    hf: Any = model
-    if not hf.can_generate():
-        return None
-    given = None if blueprint is None else blueprint.request.generation_config
-    if given is not None:
-        with refusing("generation_config: the model cannot use it"):
-            return hf.generation_config.from_dict(given.to_dict())
-    if folder is None:
-        return None
-    from transformers import GenerationConfig
-
-    changes = {} if blueprint is None else dict(blueprint.chosen.generation_kwargs)
-    file = folder / "generation_config.json"
-    if file.is_file():
-        with refusing(f"{file}: transformers cannot use it; correct it, or remove it"):
-            try:
-                return GenerationConfig.from_pretrained(str(folder), local_files_only=True, **changes)
-            except OSError:
-                pass
-    if not (folder / "config.json").is_file():
-        return None
-    with refusing(f"{folder / 'config.json'}: transformers cannot make a generation config of it"):
-        return GenerationConfig.from_pretrained(
-            str(folder), config_file_name="config.json", _from_model_config=True, local_files_only=True, **changes
-        )
-
-
-def custom_generate(model: nn.Module, folder: Path | None, request: ModelRequest | None) -> Any:
-    """The function beside the checkpoint that stands for `generate`, where the user lets its code run; else None."""
-    hf: Any = model
-    if folder is None or request is None or not request.trust_remote_code or not hf.can_generate():
-        return None
-    file = folder / "custom_generate" / "generate.py"
-    if not file.is_file() or not hasattr(hf, "load_custom_generate"):
-        return None
-    with refusing(f"{file}: cannot be imported"):
-        found = hf.load_custom_generate(str(folder), trust_remote_code=True, local_files_only=True)
-        return functools.partial(found, model=hf)

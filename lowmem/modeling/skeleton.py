@@ -14,6 +14,7 @@ from . import hf
 from .checks import checked_modules
 from .empty import empty_parameters, real_tensors
 from .failures import refusing
+from .generation import read_generation
 from .hf_rules import TransformersRules
 from .request import ModelRequest
 from .rules import Rules
@@ -106,9 +107,7 @@ def _rules_of(module: nn.Module, transformers: bool, blueprint: hf.Blueprint | N
     if not transformers:
         return Rules(module)
     folder = checkpoint.folder if checkpoint.config is not None else None
-    generation_config = hf.read_generation_config(module, folder, blueprint)
-    generate = None if blueprint is None else hf.custom_generate(module, folder, blueprint.request)
-    return TransformersRules(module, blueprint is not None, generation_config, generate)
+    return TransformersRules(module, blueprint is not None, read_generation(module, folder, blueprint))
 
 
 def _call(factory: Callable[[], nn.Module]) -> nn.Module:
