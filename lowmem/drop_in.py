@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -74,6 +75,8 @@ _OWN = (
     "reshape",
     "progress",
 )
+# How the plan says of keys what transformers' report says too.
+_OF_KEYS = ("are not in the model and are not read", "are initialised by the model's own rule")
 # What save_pretrained calls weights, in the order in which they are looked for (`_get_resolved_checkpoint_files`).
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -88,7 +91,11 @@ def from_pretrained(
     unless they ask for nothing, and those that transformers ignores are ignored. Arguments of neither become attributes
     of the config, or go to the model's `__init__`, as there. As there, missing tensors are initialised by the model's
     own rule and reported by transformers' logger, and tensors of another shape are refused unless
-    `ignore_mismatched_sizes`. Nothing is fetched without `download=True`.
+    `ignore_mismatched_sizes`. Nothing is fetched without `download=True`. What else the plan warns of, such as an adapter
+    that was not applied, goes to the logger `lowmem`.
+
+    Keys under a prefix that transformers does not know are found as `load` finds them, where it would leave the model
+    untrained.
 
     Args:
         cls: a class of transformers: an auto class such as `AutoModelForCausalLM`, or a model class.
@@ -128,6 +135,7 @@ def from_pretrained(
     _remember(model, mapped)
     info = _loading_info(result)
     _report(model, name, info, options["ignore_mismatched_sizes"])
+    _say(result)
     return (model, info) if with_info else model
 
 
@@ -301,6 +309,15 @@ def _report(model: nn.Module, name: str, info: Mapping[str, Any], ignore_mismatc
     values = {field: value for field, value in {**empty, **info}.items() if field in fields}
     report: Any = log_state_dict_report
     report(model, name, ignore_mismatched_sizes, LoadStateDictInfo(**values), logger)
+
+
+def _say(result: LoadResult) -> None:
+    """The plan's warnings, but for those of keys, which transformers' report has."""
+    logger = logging.getLogger("lowmem")
+    told = set(result.plan.mapping.suggestions)
+    for warning in result.plan.warnings:
+        if warning not in told and not any(phrase in warning for phrase in _OF_KEYS):
+            logger.warning(warning)
 
 
 __all__ = ["from_pretrained"]

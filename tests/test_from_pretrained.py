@@ -69,7 +69,8 @@ def assert_same(ours: Any, theirs: Any) -> None:
     assert ours.config.to_dict() == theirs.config.to_dict()
     assert ours.name_or_path == theirs.name_or_path
     for module, other in zip(ours.modules(), theirs.modules(), strict=True):
-        assert type(module) is type(other)
+        # torch makes a new class for each module whose weight is computed.
+        assert type(module) is type(other) or type(other).__name__.startswith("Parametrized")
         assert module.training is other.training
         assert getattr(module, "name_or_path", None) == getattr(other, "name_or_path", None)
         if getattr(other, "generation_config", None) is not None:
@@ -208,7 +209,7 @@ def test_a_config_that_names_no_class_takes_that_of_the_folder(saved: Folder) ->
 
 @pytest.mark.parametrize("config", [3, {"model_type": "llama"}, "no/such/place"])
 def test_what_is_no_config_is_refused(config: Any, saved: Folder) -> None:
-    with pytest.raises((OptionError, ModelError), match="^config=?:"):
+    with pytest.raises((OptionError, ModelError), match=r"^config=?:"):
         lowmem.load(saved("llama"), config=config)
 
 
@@ -241,7 +242,7 @@ def test_arguments_that_are_not_known_change_the_config(name: str, changes: dict
 def test_what_neither_the_config_nor_the_model_knows_is_refused(saved: Folder) -> None:
     with pytest.raises(TypeError):
         transformers.LlamaForCausalLM.from_pretrained(saved("llama"), telepathy=True)
-    with pytest.raises(ModelError, match="LlamaForCausalLM cannot be built.*telepathy"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot be built.*telepathy"):
         lowmem.from_pretrained(transformers.LlamaForCausalLM, saved("llama"), telepathy=True)
     with pytest.raises(ModelError, match="telepathy"):
         lowmem.load(saved("llama"), model_kwargs={"telepathy": True})
@@ -249,7 +250,7 @@ def test_what_neither_the_config_nor_the_model_knows_is_refused(saved: Folder) -
 
 @pytest.mark.parametrize("value", [3, {3: 4}, {"dtype": "float32"}, {"revision": "main"}])
 def test_model_kwargs_are_about_the_model(value: Any, saved: Folder) -> None:
-    with pytest.raises(OptionError, match="^model_kwargs: "):
+    with pytest.raises(OptionError, match=r"^model_kwargs: "):
         lowmem.load(saved("llama"), model_kwargs=value)
 
 
@@ -260,7 +261,7 @@ def test_arguments_of_the_models_own(saved: Folder) -> None:
     assert lowmem.from_pretrained(transformers.AutoModel, folder, add_pooling_layer=False).pooler is None
     ours, theirs = both(transformers.BertModel, folder, add_pooling_layer=False)
     assert_same_model(ours, theirs)
-    with pytest.raises(OptionError, match="^model_args: BertModel takes 1 behind its config, found 2"):
+    with pytest.raises(OptionError, match=r"^model_args: BertModel takes 1 behind its config, found 2"):
         lowmem.from_pretrained(transformers.BertModel, folder, False, True)
 
 
@@ -310,7 +311,7 @@ def test_a_dtype_for_each_part_counts_by_that_of_the_whole(given: dict[str, Any]
 
 @pytest.mark.parametrize("given", [{"": "auto"}, {"": "int8"}, {"": "bfloat16", "text_config": 3}])
 def test_a_dtype_for_each_part_must_be_a_dtype(given: dict[str, Any], saved: Folder) -> None:
-    with pytest.raises(OptionError, match="^dtype"):
+    with pytest.raises(OptionError, match=r"^dtype"):
         lowmem.load(saved("llama"), dtype=given)
 
 
@@ -353,9 +354,9 @@ def test_attention_that_is_not_there_is_refused_under_the_options_name(way: str,
 
 
 def test_experts_that_are_not_there_are_refused_under_the_options_name(saved: Folder) -> None:
-    with pytest.raises(OptionError, match="^experts_implementation: .*'telepathy'"):
+    with pytest.raises(OptionError, match=r"^experts_implementation: .*'telepathy'"):
         lowmem.load(saved("llama"), experts_implementation="telepathy")
-    with pytest.raises(OptionError, match="^attn_implementation: expected a name"):
+    with pytest.raises(OptionError, match=r"^attn_implementation: expected a name"):
         lowmem.load(saved("llama"), attn_implementation=3)  # type: ignore[arg-type]
 
 
@@ -388,12 +389,14 @@ def test_code_for_generate_runs_only_when_allowed(own: Folder, tmp_path: Path, m
 # ---- what lies beside the weights ----
 
 
-def test_an_adapter_beside_the_weights_is_left_alone_with_a_word(own: Folder) -> None:
+def test_an_adapter_beside_the_weights_is_left_alone_with_a_word(own: Folder, caplog: pytest.LogCaptureFixture) -> None:
     folder = own("llama")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x", "peft_type": "LORA"}')
     save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, folder / "adapter_model.safetensors")
     result = lowmem.load(folder)
     assert any("adapter_config.json" in w and "was not applied" in w for w in result.plan.warnings)
+    lowmem.from_pretrained(transformers.AutoModelForCausalLM, folder)
+    assert "was not applied" in caplog.text
     assert_same_model(result.model, lowmem.load(folder).model)
 
 
@@ -590,15 +593,18 @@ def test_a_model_of_several_models(
 
 
 def test_a_part_of_a_model_of_several_models(composite: Callable[[Callable[[], Any]], Path]) -> None:
-    """Its config is a part of the whole's, whichever class reads it; and attention may be said part by part."""
+    """Attention may be said part by part; a part is found by its prefix, where transformers leaves it untrained."""
     folder = composite(llava)
     ways = {"text_config": "eager", "vision_config": "sdpa"}
     for cls in (transformers.LlavaForConditionalGeneration, transformers.AutoModelForImageTextToText):
         assert_same(*both(cls, folder, attn_implementation=ways))
         assert_same(*both(cls, folder, attn_implementation="eager"))
-    for cls in (transformers.CLIPVisionModel, transformers.AutoModel):
-        ours, theirs = both(cls, folder)
-        assert_same(ours, theirs)
+    assert_same(*both(transformers.AutoModel, folder))
+    whole, part = lowmem.load(folder).model, lowmem.load(folder, auto_class="CLIPVisionModel").model
+    theirs = transformers.CLIPVisionModel.from_pretrained(folder)
+    assert dtypes_of(part.config) == dtypes_of(theirs.config)  # type: ignore[arg-type]
+    held = [tensor for name, tensor in every_tensor(whole).items() if "vision_tower." in name]
+    assert all(same(a, b.to(a.dtype)) for a, b in zip(every_tensor(part).values(), held, strict=True))
 
 
 def test_sub_configs_with_a_dtype_of_their_own(tmp_path: Path, composite: Callable[[Callable[[], Any]], Path]) -> None:
@@ -722,8 +728,19 @@ def test_the_dtype_by_its_old_and_its_new_name(key: str, dtype: Any, saved: Fold
 
 @pytest.mark.parametrize(
     "device_map",
-    ["cpu", "auto", {"": "cpu"}, {"": "cpu", "model.layers.1": "disk"}, torch.device("cpu")],
-    ids=str,
+    [
+        "cpu",
+        "auto",
+        {"": "cpu"},
+        torch.device("cpu"),
+        {"model": "cpu", "lm_head": "disk"},
+        {
+            **{f"model.{name}": "cpu" for name in ("embed_tokens", "layers.0", "layers.2", "norm", "rotary_emb")},
+            "model.layers.1": "disk",
+            "lm_head": "cpu",
+        },
+    ],
+    ids=["cpu", "auto", "all", "device", "head", "layer"],
 )
 def test_a_device_map_as_there(device_map: Any, saved: Folder, tmp_path: Path) -> None:
     options = {"device_map": device_map, "offload_folder": str(tmp_path)}
@@ -814,7 +831,7 @@ def test_something_else_than_a_class_is_refused(cls: Any, saved: Folder) -> None
 
 
 def test_without_a_path_there_are_no_weights() -> None:
-    with pytest.raises(UnsupportedError, match="^pretrained_model_name_or_path"):
+    with pytest.raises(UnsupportedError, match=r"^pretrained_model_name_or_path"):
         lowmem.from_pretrained(transformers.LlamaForCausalLM, None)  # type: ignore[arg-type]
     with pytest.raises(LowmemError):
         lowmem.from_pretrained(transformers.LlamaForCausalLM, "no/such/model/here")
