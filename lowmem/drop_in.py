@@ -26,9 +26,8 @@ from .sizes import shown
 _RETIRED = ("mirror", "_fast_init", "low_cpu_mem_usage", "from_tf", "from_flax", "offload_state_dict", "_commit_hash")
 # For telemetry and bars there.
 _NOT_ABOUT_THE_MODEL = ("_from_auto", "_from_pipeline", "tqdm_class")
-# How the same bytes are opened there: as a mapping or not, with pickle or not. Here `io` and `residency` say the one,
-# and nothing is unpickled.
-_HOW_FILES_ARE_OPENED = ("disable_mmap", "weights_only")
+# Whether pickles may hold more than tensors; here nothing is unpickled.
+_HOW_PICKLES_ARE_READ = ("weights_only",)
 # Argument → what it is when it asks for nothing, and why it is refused when it asks for something.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "state_dict": ((None,), "lowmem loads from files; give the model its tensors with load_state_dict(assign=True)"),
@@ -91,8 +90,8 @@ def from_pretrained(
     unless they ask for nothing, and those that transformers ignores are ignored. Arguments of neither become attributes
     of the config, or go to the model's `__init__`, as there. As there, missing tensors are initialised by the model's
     own rule and reported by transformers' logger, and tensors of another shape are refused unless
-    `ignore_mismatched_sizes`. Nothing is fetched without `download=True`. What else the plan warns of, such as an adapter
-    that was not applied, goes to the logger `lowmem`.
+    `ignore_mismatched_sizes`. Nothing is fetched without `download=True`. What else the plan warns of, such as an
+    adapter that was not applied, goes to the logger `lowmem`.
 
     Keys under a prefix that transformers does not know are found as `load` finds them, where it would leave the model
     untrained.
@@ -124,6 +123,8 @@ def from_pretrained(
     with_info = flag(given.pop("output_loading_info", False), "output_loading_info")
     options = _placement(given)
     options.update({option: given.pop(option) for option in _OWN if option in given})
+    if given.pop("disable_mmap", None):
+        options = {"residency": "copy", "io": "buffered", **options}
     options["dtype"] = _dtype(given)
     options["ignore_mismatched_sizes"] = given.pop("ignore_mismatched_sizes", False)
     source = _source(pretrained_model_name_or_path, given, options)
@@ -240,7 +241,7 @@ def _refuse(given: dict[str, Any]) -> None:
     Raises:
         UnsupportedError: what is left asks for what lowmem does not do.
     """
-    for name in (*_RETIRED, *_NOT_ABOUT_THE_MODEL, *_HOW_FILES_ARE_OPENED):
+    for name in (*_RETIRED, *_NOT_ABOUT_THE_MODEL, *_HOW_PICKLES_ARE_READ):
         given.pop(name, None)
     for name, (idle, remedy) in _REFUSED.items():
         value = given.pop(name, None)

@@ -315,6 +315,13 @@ def test_a_dtype_for_each_part_must_be_a_dtype(given: dict[str, Any], saved: Fol
         lowmem.load(saved("llama"), dtype=given)
 
 
+def test_what_is_kept_in_fp32_and_missing_is_initialised_as_there(own: Folder) -> None:
+    """At the dtype of the model: what is kept in fp32 is what the checkpoint has."""
+    folder = own("t5", "float32", ONE_FILE)
+    rewrite(folder, lambda t: t.pop("encoder.block.0.layer.1.DenseReluDense.wo.weight"))
+    assert_same_model(*both(transformers.T5ForConditionalGeneration, folder, dtype="float16"))
+
+
 def test_modules_kept_in_fp32_by_the_instance(own: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = own("llama")
     before = transformers.LlamaForCausalLM.__init__
@@ -749,6 +756,13 @@ def test_a_device_map_as_there(device_map: Any, saved: Folder, tmp_path: Path) -
     assert [str(t.device) for t in every_tensor(ours).values()] == [
         str(t.device) for t in every_tensor(theirs).values()
     ]
+
+
+def test_without_a_mapping_the_files_can_go(own: Folder) -> None:
+    folder = own("llama")
+    ours, theirs = both(transformers.LlamaForCausalLM, folder, disable_mmap=True)
+    shutil.rmtree(folder)
+    assert_same_model(ours, theirs)
 
 
 def test_the_default_device_counts(saved: Folder) -> None:
