@@ -89,8 +89,11 @@ def _link(part: Part, entry: TensorEntry, target: Target) -> Link:
     Raises:
         NotFollowedError: the entry is a view that the part does not follow.
     """
-    shape, offset, strides = part.shape, part.offset, part.strides
-    into = part.into_strides
+    shape, offset, strides, into = part.shape, part.offset, part.strides, part.into_strides
+    whole_entry = strides == (1,) == into and entry.strides is None and shape[0] * itemsize(entry.dtype) == entry.nbytes
+    if whole_entry and shape[0] < math.prod(target.shape):
+        # One of many experts, by far the most of all parts.
+        return Link(entry, part.target, Region(part.into, shape, into))
     if entry.strides is not None:
         placed = place(offset, zip(shape, strides, into, strict=True), entry.shape)
         offset = sum(map(int.__mul__, placed.starts, entry.strides))

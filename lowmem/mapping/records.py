@@ -89,6 +89,7 @@ def whole(shape: tuple[int, ...]) -> Region:
     return Region(0, (count,), (1,))
 
 
+@cheap_init
 @dataclass(frozen=True, slots=True)
 class Link:
     """One entry that feeds one region of one target; both have as many elements.

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .._records import cheap_init
+
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
@@ -23,6 +25,7 @@ class Renaming:
     converted: Mapping[str, Any] = field(default_factory=dict)
 
 
+@cheap_init
 @dataclass(frozen=True, slots=True)
 class Part:
     """A part of a tensor of the checkpoint that becomes a part of one of the model.

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .._records import cheap_init
+
 Shape = tuple[int, ...]
 # A dimension of a piece: how many, the step in the result, the step in the source, in elements.
 Dimension = tuple[int, int, int]
@@ -24,6 +26,7 @@ class NotFollowedError(Exception):
     """Where the elements of a result come from cannot be told."""
 
 
+@cheap_init
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Elements of one source, and where they lie in a result; both count elements in row-major order.

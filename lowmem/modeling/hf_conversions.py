@@ -37,6 +37,19 @@ class _Match:
     pattern: str
 
 
+# These look at nothing of the model but the shape of the first target, and at the whole config.
+_SHAPES_ONLY = ("MergeModulelist", "Concatenate", "Transpose", "Interleave", "Conv3dToLinear", "PermuteForRope")
+
+# target → shape, and for each piece: source, first element there, strides there, the same of the target, shape.
+_Shape = tuple[int, ...]
+_Followings = dict[str, tuple[_Shape, list[tuple[int, int, _Shape, int, _Shape, _Shape]]]]
+
+
+def _looks_at_shapes_only(operation: Any) -> bool:
+    cls = type(operation)
+    return cls.__module__ == "transformers.core_model_loading" and cls.__name__ in _SHAPES_ONLY
+
+
 class HFConversions:
     """The conversions of one model.
 
@@ -107,10 +120,11 @@ class HFConversions:
         for key, match in renaming.converted.items():
             groups[renaming.names[key], id(match.converter)].append(key)
         conversions = []
+        known: dict[Any, _Followings] = {}
         for (name, _), keys in groups.items():
             keys.sort(key=dot_natural_key)
             group = _Group(self._model, name, tuple(keys), tuple(renaming.converted[key] for key in keys), entries)
-            conversions.append(group.convert(state[name]))
+            conversions.append(group.convert(state[name], known))
         return conversions
 
 
@@ -128,40 +142,57 @@ class _Group:
     def what(self) -> str:
         return "+".join(type(operation).__name__ for operation in self.matches[0].converter.operations)
 
-    def convert(self, target: Target) -> Conversion:
+    def convert(self, target: Target, known: dict[Any, _Followings]) -> Conversion:
         """Find out what becomes of the keys.
+
+        Args:
+            target: the first that they help to make.
+            known: what was found out of groups that are alike; most layers of a model are.
 
         Raises:
             KeysError: transformers cannot convert them.
         """
-        operation = _ConverterOperation(self, ())
-        try:
-            results = operation.run(
-                [follow(i, self.entries[key].shape, getattr(torch, target.dtype)) for i, key in enumerate(self.keys)]
-            )
-            followed = {name: result for name, result in results.items() if isinstance(result, Followed)}
-            if len(followed) < len(results):
-                raise NotFollowedError("a tensor that is made of no source")
-        except NotFollowedError:
-            return self._to_compute(target)
-        except Exception as error:
-            raise self._failed(error) from error
-        targets = tuple(results)
+        shapes = tuple(self.entries[key].shape for key in self.keys)
+        converter = self.matches[0].converter
+        alike = (id(converter), tuple(match.pattern for match in self.matches), shapes, target.shape, target.dtype)
+        found = known.get(alike)
+        if found is None:
+            try:
+                found = self._follow(shapes, getattr(torch, target.dtype))
+            except NotFollowedError:
+                return self._to_compute(target)
+            except Exception as error:
+                raise self._failed(error) from error
+            # The name of one result is that of the group.
+            if list(found) == [self.name] and all(_looks_at_shapes_only(op) for op in converter.operations):
+                known[alike] = found
+        else:
+            found = {self.name: next(iter(found.values()))}
+        keys, targets = self.keys, tuple(found)
         parts = [
-            Part(
-                self.keys[piece.source],
-                piece.offset,
-                tuple(there for _, _, there in piece.dimensions),
-                name,
-                piece.into,
-                tuple(step for _, step, _ in piece.dimensions),
-                tuple(n for n, _, _ in piece.dimensions),
-            )
-            for name, result in followed.items()
-            for piece in result.pieces
+            Part(keys[source], offset, strides, name, into, into_strides, shape)
+            for name, (_, pieces) in found.items()
+            for source, offset, strides, into, into_strides, shape in pieces
         ]
-        shapes = tuple(tuple(result.shape) for result in results.values())
-        return Conversion(self.what, self.keys, targets, shapes, _ConverterOperation(self, targets), tuple(parts))
+        operation = _ConverterOperation(self, targets)
+        return Conversion(self.what, keys, targets, tuple(s for s, _ in found.values()), operation, tuple(parts))
+
+    def _follow(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> _Followings:
+        results = _ConverterOperation(self, ()).run([follow(i, shape, dtype) for i, shape in enumerate(shapes)])
+        found: _Followings = {}
+        for name, result in results.items():
+            if not isinstance(result, Followed):
+                raise NotFollowedError("a tensor that is made of no source")
+            pieces = []
+            for piece in result.pieces:
+                shape, into, strides = (
+                    (tuple(column) for column in zip(*piece.dimensions, strict=True))
+                    if (piece.dimensions)
+                    else ((), (), ())
+                )
+                pieces.append((piece.source, piece.offset, strides, piece.into, into, shape))
+            found[name] = tuple(result.shape), pieces
+        return found
 
     def _to_compute(self, target: Target) -> Conversion:
         operation = _ConverterOperation(self, ())
