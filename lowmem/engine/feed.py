@@ -88,7 +88,7 @@ class Feed:
             BudgetError: the host refuses the memory.
         """
         for placement in self._plan.placements:
-            if placement.residency == "copy" and placement.source_bytes and placement.is_apart:
+            if placement.residency == "copy" and placement.is_fed and placement.is_apart:
                 self._destination(placement)
 
     def take(self) -> Job | None:

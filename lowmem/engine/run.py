@@ -77,7 +77,7 @@ def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], 
                 raise LowmemError(
                     f"{plan.checkpoint.source}: a stream ends at a fork; begin another in the new process"
                 )
-            if not placement.source_bytes:
+            if not placement.is_fed:
                 yield placement.target, allocate(placement)
                 continue
             while placement not in whole:
@@ -163,7 +163,7 @@ class _Run:
         for placement in self._plan.placements:
             if placement.device == "disk":
                 self._installer.leave_on_disk(placement)
-            elif not placement.source_bytes:
+            elif not placement.is_fed:
                 self._installer.install(placement, allocate(placement))
             elif placement.residency == "map":
                 entry = placement.links[0].entry
@@ -171,7 +171,7 @@ class _Run:
                     pages[entry.file] = map_shard(shards[entry.file])
                     if self._on_shard is not None:
                         self._on_shard(entry.file)
-                self._installer.install(placement, view_of(pages[entry.file], entry))
+                self._installer.install(placement, view_of(pages[entry.file], entry, placement.shape))
         return pages
 
     def _read_ahead(self, pages: dict[Path, mmap.mmap]) -> None:
@@ -179,7 +179,7 @@ class _Run:
         for placement in self._plan.placements:
             if left <= 0:
                 return
-            if placement.residency == "map" and placement.source_bytes:
+            if placement.residency == "map" and placement.is_fed:
                 entry = placement.links[0].entry
                 ask_for(pages[entry.file], entry.offset, min(entry.nbytes, left))
                 left -= entry.nbytes

@@ -28,7 +28,8 @@ def final_dtypes(
     Raises:
         UnsupportedError: a dtype that torch does not have, or a cast that would change the meaning.
     """
-    entries = {link.target: link.entry for link in mapping.links}
+    # Parts of one tensor are of one dtype, or the first decides.
+    entries = {link.target: link.entry for link in reversed(mapping.links)}
     owned, tied = skeleton.rules.owns_dtypes, mapping.tied
     final: dict[str, str] = {}
     for name, target in skeleton.targets.items():
@@ -41,11 +42,12 @@ def final_dtypes(
         final[name] = own
     warnings = _keep(skeleton, final, dtype, keep_fp32)
     checked: set[tuple[str, str]] = set()
-    for name, entry in entries.items():
-        cast = entry.dtype, final[name]
+    for link in mapping.links:
+        cast = link.entry.dtype, final[link.target]
         if cast not in checked:
-            check_cast(name, *cast)
+            check_cast(link.target, *cast)
             checked.add(cast)
+    for name, entry in reversed(entries.items()):
         own = skeleton.targets[name].dtype
         if own != entry.dtype and not owned and not (is_floating(own) and is_floating(entry.dtype)):
             warnings.append(
