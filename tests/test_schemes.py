@@ -5,7 +5,6 @@ The hub's cache is laid out here as huggingface_hub lays it out; the hub itself 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from fake_hub import COMMIT, REPOSITORIES, SMALL, TWO, Hub
+from fake_hub import COMMIT, REPOSITORIES, SMALL, TWO, Hub, repository
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub import errors as hub_errors
 from source_files import ST_INDEX, chosen, index_of, put, put_index, refused
@@ -151,23 +150,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise AssertionError("the network was asked for")
 
     monkeypatch.setattr("socket.socket.connect", network)
-    return folder
-
-
-def repository(cache: Path, repo: str, files: dict[str, bytes], commit: str = COMMIT, ref: str | None = "main") -> Path:
-    """A snapshot as huggingface_hub lays it out: links into blobs. Returns the snapshot's folder."""
-    root = cache / ("models--" + repo.replace("/", "--"))
-    folder = root / "snapshots" / commit
-    folder.mkdir(parents=True, exist_ok=True)
-    (root / "blobs").mkdir(exist_ok=True)
-    for name, data in files.items():
-        blob = root / "blobs" / hashlib.sha256(data).hexdigest()
-        blob.write_bytes(data)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(os.path.relpath(blob, (folder / name).parent))
-    if ref:
-        (root / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
-        (root / "refs" / ref).write_text(commit)
     return folder
 
 
