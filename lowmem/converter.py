@@ -286,9 +286,12 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan) -> dict[str, bytes]:
         text = checkpoint.config.read_bytes()
         table = _read_table(checkpoint.config)
         stated = [name for name in ("dtype", "torch_dtype") if isinstance(table.get(name), str)]
-        if plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated):
-            # transformers would load the weights in the dtype that they no longer have.
-            table.update(dict.fromkeys(stated, plan.dtype))
+        wrong = plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated)
+        if wrong or "transformers_weights" in table:
+            # transformers would load the weights in the dtype that they no longer have, and look for files that have
+            # other names here; save_pretrained leaves the names out too.
+            table.update(dict.fromkeys(stated, plan.dtype) if wrong else {})
+            table.pop("transformers_weights", None)
             text = (json.dumps(table, indent=2) + "\n").encode()
         last[_CONFIG] = text
     return last

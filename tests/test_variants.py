@@ -540,6 +540,17 @@ def test_a_name_in_the_config_of_a_file_that_is_gone(tmp_path: Path) -> None:
     assert chosen(resolve(tmp_path)) == ["model.safetensors"]
 
 
+def test_a_converted_checkpoint_is_found_under_its_new_name(tmp_path: Path) -> None:
+    save(tmp_path / "m" / "sub", "own", "safetensors", 2.0)
+    change_config(tmp_path / "m" / "sub", transformers_weights=canonical_name(False, "own"))
+    lowmem.convert(tmp_path / "m", tmp_path / "out", subfolder="sub")
+    assert "transformers_weights" not in json.loads((tmp_path / "out/config.json").read_text())
+    before, after = lowmem.load(tmp_path / "m", subfolder="sub").model, lowmem.load(tmp_path / "out").model
+    after.name_or_path = after.config.name_or_path = before.name_or_path
+    before.config.transformers_weights = after.config.transformers_weights = None
+    assert_same_model(after, before)
+
+
 # What is no model in one folder
 
 
