@@ -62,6 +62,9 @@ def load(
     keep_cache: bool = False,
     weights: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
     prefix: str | None = None,
     only: Names = None,
@@ -98,6 +101,9 @@ def load(
         weights: path of the mapping inside a pickled file that holds the weights, such as `"state_dict"`. Default: the
             one that fits the model.
         ema: take averaged weights (True) or those that were trained (False) where a file has both.
+        variant: take the files with this word in their names, such as `"fp16"`.
+        subfolder: a folder inside the source that is meant, with its own config.
+        revision: a branch, tag or commit of a model of the hub, as after `@` in the source.
         download: whether a model of the hub may be fetched; otherwise nothing uses the network.
         prefix: take only the keys inside this module, without it: `"backbone"` makes `backbone.a` into `a`.
         only: the checkpoint's tensors to take: names, modules, patterns with `*`, or a function of a key.
@@ -141,7 +147,7 @@ def load(
     wish = make_wish(weights, ema)
     clock = _Phases()
     held = anonymous_memory()
-    found = survey(source, download=download)
+    found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
     held = max(0, anonymous_memory() - held)
     clock.end("inspect")
     # Imports happen here: they are the program's, not the load's.
@@ -168,6 +174,9 @@ def plan(
     model: ModelSource = None,
     weights: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
     trust_remote_code: bool = False,
     **options: Any,
@@ -181,7 +190,7 @@ def plan(
     trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     wish = make_wish(weights, ema)
     with paused_collector():
-        found = survey(source, download=download)
+        found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         origin = find_origin(found.glance(wish), model, trust_remote_code)
         return _prepare(found, wish, origin, request, settle_ties=False, clock=_Phases())[1]
 
@@ -193,6 +202,9 @@ def diff(
     model: ModelSource = None,
     weights: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
     trust_remote_code: bool = False,
     prefix: str | None = None,
@@ -212,7 +224,7 @@ def diff(
     trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     wish = make_wish(weights, ema)
     with paused_collector():
-        found = survey(source, download=download)
+        found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         origin = find_origin(found.glance(wish), model, trust_remote_code)
         skeleton, checkpoint, mapping = _fit(found, wish, origin, request, _Phases())
         return replace(diff_of(mapping, checkpoint, skeleton), opened=checkpoint.opened)
