@@ -103,6 +103,12 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
     """The model, and what may feed it."""
     add = parser.add_argument
     add("--model", metavar="MODULE:CALLABLE", help="makes the model (default: transformers, from config.json)")
+    add(
+        "--auto-class",
+        metavar="CLASS",
+        help="class of transformers, such as AutoModel or LlamaModel (default: by architectures in config.json)",
+    )
+    add("--attn-implementation", metavar="NAME", help="how a transformers model computes attention: eager, sdpa, ...")
     add_key_options(parser)
     add(
         "--reshape",
@@ -122,6 +128,8 @@ def fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         **key_options(arguments),
         "model": None if arguments.model is None else import_callable(arguments.model),
+        "auto_class": arguments.auto_class,
+        "attn_implementation": arguments.attn_implementation,
         "reshape": None if arguments.reshape is None else split(arguments.reshape),
         "trust_remote_code": arguments.trust_remote_code,
     }

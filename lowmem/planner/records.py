@@ -29,7 +29,7 @@ class LoadRequest:
     offload_folder: Path | None = None
     keep_fp32: tuple[str, ...] = ()
     residency: Literal["map", "copy"] = "map"
-    strict: bool = True
+    strict: bool | Literal["shapes"] = True
     no_split: tuple[str, ...] | None = None
     io: IO = "auto"
     prefetch: bool = False
