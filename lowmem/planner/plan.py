@@ -239,7 +239,8 @@ def _host(draft: Draft, placements: Sequence[Placement], staging: Staging) -> Ho
         transient = [t for t in draft.skeleton.targets.values() if not t.persistent]
         resident += sum(nbytes_of(t.shape, t.dtype) for t in transient)
     copies = [p for p in on_cpu if p.residency == "copy"]
-    overhead = _OVERHEAD + _PER_ENTRY * len(draft.checkpoint) + _PER_COPY * len(copies)
+    entries = max(len(draft.checkpoint), len(draft.mapping.links))
+    overhead = _OVERHEAD + _PER_ENTRY * entries + _PER_COPY * len(copies)
     overhead += draft.checkpoint.described
     # Those that begin behind the beginning of a page end in one more.
     overhead += mmap.PAGESIZE * sum(p.is_apart for p in copies)
