@@ -10,7 +10,7 @@ from lowmem import Checkpoint
 from lowmem.dtypes import itemsize
 
 # Checkpoints that transformers has a class for; the others are plain modules.
-WITH_CONFIG = ("llama-1b", "llama-3b", "llama-125m", "qwen3-moe")
+WITH_CONFIG = ("llama-1b", "llama-3b", "llama-125m", "qwen3-moe", "many-experts")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ _DISK = (
 _SHAPES = (
     Case("experts-bf16", "fused experts, bf16", "other shapes", checkpoint="qwen3-moe", residency="any"),
     Case("experts-fp32", "fused experts, bf16 to fp32", "other shapes", checkpoint="qwen3-moe", dtype="float32"),
+    Case("experts-many", "31,000 tensors of experts", "other shapes", checkpoint="many-experts", residency="any"),
     Case("small-map", "30,000 small tensors, mapped", "other shapes", checkpoint="many-small", residency="map"),
     Case("small-copy", "30,000 small tensors, copied", "other shapes", checkpoint="many-small"),
     Case("large-copy", "one 3 GB tensor, copied", "other shapes", checkpoint="one-3gb-tensor", shard="5GB"),

@@ -64,6 +64,18 @@ def _seconds(most: float) -> Goal:
     return judged
 
 
+def _above_limit(most: float) -> Goal:
+    """At most so many seconds above what moving the bytes takes."""
+
+    def judged(results: Results, case: str, ours: Row) -> Iterator[Outcome]:
+        limit = find_row(results, case, "limit")
+        if limit is not None:
+            above = ours["least"] - limit["least"]
+            yield Outcome(case, f"≤ {most:g} s above the limit", f"{above:.3f} s", above <= most)
+
+    return judged
+
+
 def _limit(least: float) -> Goal:
     def judged(results: Results, case: str, ours: Row) -> Iterator[Outcome]:
         limit = find_row(results, case, "limit")
@@ -121,6 +133,9 @@ _GOALS: dict[str, tuple[Goal, ...]] = {
     "cold-copy-bf16": (_limit(0.9), _times(1.5, *_MAPPING)),
     "cold-bf16-fp32": (_limit(0.9), _times(1.5, *_MAPPING)),
     "disk-fp32": (_times(2, "transformers"), _times(3, "accelerate")),
+    "experts-bf16": (_times(3, "transformers"),),
+    "experts-fp32": (_times(3, "transformers"),),
+    "experts-many": (_above_limit(2), _times(3, "transformers")),
     "small-map": (_seconds(1.0), _best(1, *_PEERS), _times(3, "transformers", "accelerate")),
     "small-copy": (_times(3, "transformers", "accelerate"),),
     "staging-16": (_staging("staging-64", 1.1),),

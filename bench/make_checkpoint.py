@@ -69,6 +69,17 @@ def _llama(
 
 def qwen3_moe(dtype: str) -> Recipe:
     """The structure of Qwen3-30B-A3B, narrower and with fewer layers."""
+    return _qwen3_moe("qwen3-moe", dtype)
+
+
+def many_experts(dtype: str) -> Recipe:
+    """As many tensors of experts as large mixtures have, each of 2 KiB."""
+    small = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    return _qwen3_moe("many-experts", dtype, num_hidden_layers=80, num_experts=128, **small, **heads)
+
+
+def _qwen3_moe(name: str, dtype: str, **changes: int) -> Recipe:
     from transformers import Qwen3MoeConfig
 
     # A dict, because the types of transformers' signature lack `head_dim`.
@@ -88,8 +99,9 @@ def qwen3_moe(dtype: str) -> Recipe:
         "bos_token_id": 151643,
         "eos_token_id": 151645,
         "tie_word_embeddings": False,
+        **changes,
     }
-    return recipe_from_config(Qwen3MoeConfig(**settings), dtype=dtype, name="qwen3-moe")
+    return recipe_from_config(Qwen3MoeConfig(**settings), dtype=dtype, name=name)
 
 
 def one_3gb_tensor(dtype: str) -> Recipe:
@@ -109,6 +121,7 @@ RECIPES: dict[str, tuple[Callable[[str], Recipe], str]] = {
     "llama-3b": (llama_3b, "the shape of Llama-3.2-3B: 3.21 B parameters, tied embeddings, 6.4 GB"),
     "llama-125m": (llama_125m, "a Llama of 125 M parameters, tied embeddings, 250 MB: for quick runs"),
     "qwen3-moe": (qwen3_moe, "12 layers of 64 experts, each expert in tensors of its own: 2.4 GB"),
+    "many-experts": (many_experts, "80 layers of 128 experts, 31,443 tensors of a few KiB: 64 MB"),
     "one-3gb-tensor": (one_3gb_tensor, "a single tensor 'weight' of 3 GB in any dtype; no config.json"),
     "many-small": (many_small, "30,000 tensors of a few KiB: 150 MB; no config.json"),
 }

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from .checkpoint.file_names import canonical_index, canonical_name
 from .errors import OptionError, SourceError, UnsupportedError
 from .loader import LoadResult, load
 from .modeling.request import ModelRequest, make_model_request
@@ -76,9 +77,6 @@ _OWN = (
 )
 # How the plan says of keys what transformers' report says too.
 _OF_KEYS = ("are not in the model and are not read", "are initialised by the model's own rule")
-# What save_pretrained calls weights, in the order in which they are looked for (`_get_resolved_checkpoint_files`).
-_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def from_pretrained(
@@ -183,35 +181,35 @@ def _source(path: str | os.PathLike[str], given: dict[str, Any], options: dict[s
         value = given.pop(name, None)
         if not local and value not in idle:
             raise UnsupportedError(f"{name}: lowmem does not take {shown(value)} for a model of the hub; {remedy}")
-    token, revision = given.pop("token", None), given.pop("revision", None)
-    if token is not None and options.get("download"):
+    if given.pop("token", None) is not None and options.get("download"):
         raise UnsupportedError("token: lowmem fetches with the token of `hf auth login` or HF_TOKEN; set it there")
-    subfolder, variant = given.pop("subfolder", None) or "", given.pop("variant", None)
-    safetensors = given.pop("use_safetensors", None)
-    if local:
-        return _files_in(Path(path) / subfolder, variant, safetensors)
-    for name, value in (("subfolder", subfolder), ("variant", variant), ("use_safetensors", safetensors)):
-        if value not in ("", None, True):
-            raise UnsupportedError(f"{name}: lowmem does not take {shown(value)} for a model of the hub; give its path")
-    return path if revision in (None, "main") else f"{os.fspath(path)}@{revision}"
+    revision, safetensors = given.pop("revision", None), given.pop("use_safetensors", None)
+    chosen = {"variant": given.pop("variant", None), "subfolder": given.pop("subfolder", None) or None}
+    if safetensors is not None:
+        if not local:
+            raise UnsupportedError(
+                f"use_safetensors: lowmem does not take {shown(safetensors)} for a model of the hub; leave it out, "
+                "safetensors go first, or give the path of the file"
+            )
+        return _file_in(Path(path) / (chosen["subfolder"] or ""), chosen["variant"], safetensors)
+    options.update(chosen)
+    if not local and revision != "main":
+        options["revision"] = revision
+    return path
 
 
-def _files_in(folder: Path, variant: str | None, safetensors: bool | None) -> Path:
-    """The file of weights or the index that transformers takes in a folder; the folder, where lowmem is to find it.
+def _file_in(folder: Path, variant: str | None, safetensors: bool) -> Path:
+    """The file of weights or the index of the kind that was asked for.
 
     Raises:
-        SourceError: there is none of the kind that was asked for.
+        SourceError: there is none.
     """
-    names = (*(_SAFETENSORS if safetensors is not False else ()), *(_PICKLED if not safetensors else ()))
-    if variant is not None:
-        # As `_add_variant` has it: behind the name, before the format.
-        names = tuple(".".join([*name.split(".")[:-1], variant, name.split(".")[-1]]) for name in names)
+    pickled = not flag(safetensors, "use_safetensors")
+    names = [canonical_name(pickled, variant), canonical_index(pickled, variant)]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None and (variant is not None or safetensors is not None):
-        raise SourceError(
-            f"{folder}: expected {', '.join(names)}, found none of these; leave variant= or use_safetensors= out"
-        )
-    return folder if found is None else found
+    if found is None:
+        raise SourceError(f"{folder}: expected {' or '.join(names)}, found neither; leave use_safetensors= out")
+    return found
 
 
 def _key_mapping(mapping: Mapping[str, str] | None, options: dict[str, Any]) -> list[Any]:

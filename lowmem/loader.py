@@ -68,6 +68,9 @@ def load(
     keep_cache: bool = False,
     weights: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
     prefix: str | None = None,
     only: Names = None,
@@ -113,6 +116,9 @@ def load(
         weights: path of the mapping inside a pickled file that holds the weights, such as `"state_dict"`. Default: the
             one that fits the model.
         ema: take averaged weights (True) or those that were trained (False) where a file has both.
+        variant: take the files with this word in their names, such as `"fp16"`.
+        subfolder: a folder inside the source that is meant, with its own config.
+        revision: a branch, tag or commit of a model of the hub, as after `@` in the source.
         download: whether a model of the hub may be fetched; otherwise nothing uses the network.
         prefix: take only the keys inside this module, without it: `"backbone"` makes `backbone.a` into `a`.
         only: the checkpoint's tensors to take: names, modules, patterns with `*`, or a function of a key.
@@ -158,7 +164,7 @@ def load(
     wish = make_wish(weights, ema)
     clock = _Phases()
     held = anonymous_memory()
-    found = survey(source, download=download)
+    found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
     held = max(0, anonymous_memory() - held)
     clock.end("inspect")
     # Imports happen here: they are the program's, not the load's.
@@ -190,6 +196,9 @@ def plan(
     model_kwargs: Mapping[str, Any] | None = None,
     weights: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
     trust_remote_code: bool = False,
     **options: Any,
@@ -205,7 +214,7 @@ def plan(
     request = make_request(**options)
     wish = make_wish(weights, ema)
     with paused_collector():
-        found = survey(source, download=download)
+        found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         origin = find_origin(found.glance(wish), asked)
         return _prepare(found, wish, origin, request, settle_ties=False, clock=_Phases())[1]
 
@@ -222,6 +231,9 @@ def diff(
     model_kwargs: Mapping[str, Any] | None = None,
     weights: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
     trust_remote_code: bool = False,
     prefix: str | None = None,
@@ -243,7 +255,7 @@ def diff(
     request = make_request(prefix=prefix, only=only, skip=skip, rename=rename, reshape=reshape)
     wish = make_wish(weights, ema)
     with paused_collector():
-        found = survey(source, download=download)
+        found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         origin = find_origin(found.glance(wish), asked)
         skeleton, checkpoint, mapping = _fit(found, wish, origin, request, _Phases())
         return replace(diff_of(mapping, checkpoint, skeleton), opened=checkpoint.opened)

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint import TensorEntry
+from .engine.destinations import fill
 from .engine.mapping import map_shard, view_of
 from .modeling.rules import Rules
 from .modeling.targets import tensor_of
 from .planner import LoadPlan, Placement
+from .planner.moves import is_one
 
 
 def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
@@ -87,16 +90,18 @@ def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:
 
 def _mapped_here(plan: LoadPlan) -> set[Placement]:
     """Weights on disk that accelerate cannot open by their file and key: in pickles, of a key that only names another,
-    or of another shape than the model's.
+    of another shape than the model's, or parts of tensors.
     """
     shards = {shard.file: shard for shard in plan.checkpoint.shards}
     found = set()
     for placement in plan.placements:
         if placement.residency == "refer":
-            entry = placement.links[0].entry
+            link, entry = placement.links[0], placement.links[0].entry
             shard = shards[entry.file]
+            as_stored = link.whole and is_one(placement.links, placement.shape)
             shared = entry.key in shard.metadata
-            if shard.container != "safetensors" or shared or plan.checkpoint[entry.key].shape != entry.shape:
+            as_stored = as_stored and shard.container == "safetensors" and not shared
+            if not as_stored or plan.checkpoint[entry.key].shape != placement.shape:
                 found.add(placement)
     return found
 
@@ -124,7 +129,7 @@ class MappedWeights(Mapping[str, torch.Tensor]):
         self._pages: dict[Path, mmap.mmap] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor at its final dtype: pages of the file where nothing changes.
+        """The tensor at its final dtype: pages of the file where nothing changes, else put together from its parts.
 
         Raises:
             CheckpointError: the file changed since the load.
@@ -132,11 +137,20 @@ class MappedWeights(Mapping[str, torch.Tensor]):
         if name in self._kept:
             return self._kept[name]
         placement = self._lying[name]
-        entry = placement.links[0].entry
-        if entry.file not in self._pages:
-            self._pages[entry.file] = map_shard(self._shards[entry.file])
-        tensor = view_of(self._pages[entry.file], entry)
-        return tensor.to(getattr(torch, placement.dtype))
+        dtype: torch.dtype = getattr(torch, placement.dtype)
+        if is_one(placement.links, placement.shape):
+            entry = placement.links[0].entry
+            return view_of(self._mapped(entry), entry, placement.shape).to(dtype)
+        tensor = torch.empty(placement.shape, dtype=dtype)
+        for link in placement.links:
+            fill(tensor, link.region, view_of(self._mapped(link.entry), link.entry))
+        return tensor
+
+    def _mapped(self, entry: TensorEntry) -> mmap.mmap:
+        pages = self._pages.get(entry.file)
+        if pages is None:
+            pages = self._pages[entry.file] = map_shard(self._shards[entry.file])
+        return pages
 
     def __contains__(self, name: object) -> bool:
         return name in self._kept or name in self._lying

@@ -26,6 +26,7 @@ from torch import nn
 import lowmem
 from lowmem import loader
 from lowmem.checkpoint import inspect
+from lowmem.dtypes import itemsize
 from lowmem.engine import Installer, crew, destinations, run
 from lowmem.errors import BudgetError, CheckpointError
 from lowmem.mapping import KeyMapping, Link, Region
@@ -192,7 +193,12 @@ def test_a_destination_that_cannot_be_read_into_is_filled_through_staging(
         self._bytes = None
 
     monkeypatch.setattr(destinations.MemoryDestination, "__init__", closed)
-    monkeypatch.setattr(Placement, "is_staged", property(lambda self: self.residency == "copy"))
+    staged = Placement.staged_element
+
+    def always(self: Placement, link: Link) -> int:
+        return staged(self, link) or (itemsize(link.entry.dtype) if self.residency == "copy" else 0)
+
+    monkeypatch.setattr(Placement, "staged_element", always)
     for dtype in ("auto", "bfloat16"):
         result = lowmem.load(net_folder, model=Net, residency="copy", dtype=dtype)
         assert result.plan.staging.total > 0

@@ -47,16 +47,13 @@ class Scratch:
         return begin
 
     def elements(self, move: Move, begin: int) -> torch.Tensor:
-        """The bytes of `move`, which lie at `begin`, as elements of its dtype: of the shape of its source, if any."""
+        """The bytes of `move`, which lie at `begin`, as elements of its dtype: all that it spans."""
         dtype: torch.dtype = getattr(torch, move.dtype)
         if move.swapped:
             # The parts of a complex number are swapped each for itself.
             word = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
             np.frombuffer(self.memory[begin : begin + move.nbytes], dtype=f"u{word}").byteswap(inplace=True)
-        if move.source is None:
-            return torch.frombuffer(self.memory, dtype=dtype, count=move.region.count, offset=begin)
-        spanned = torch.frombuffer(self.memory, dtype=dtype, count=move.nbytes // dtype.itemsize, offset=begin)
-        return spanned.as_strided(move.source.shape, move.source.strides)
+        return torch.frombuffer(self.memory, dtype=dtype, count=move.nbytes // dtype.itemsize, offset=begin)
 
 
 class Destination(Protocol):
@@ -93,13 +90,11 @@ class MemoryDestination:
         """Cast or copy out of the buffer."""
         if not move.scratch:
             return
-        region = move.region
         source = scratch.elements(move, scratch.place_of(move, at))
-        into = self.tensor.as_strided(region.shape, region.strides, region.offset)
-        if into.is_cuda and source.dtype != into.dtype:
-            # torch would cast it on the CPU, in memory that nobody counts. Other devices lack some of the dtypes.
-            source = source.to(into.device)
-        into.copy_(source if source.shape == into.shape else source.view(region.shape))
+        if self.tensor.is_cuda and (move.source is not None or source.dtype != self.tensor.dtype):
+            # torch would cast or gather it on the CPU, in memory that nobody counts. Other devices lack some dtypes.
+            source = source.to(self.tensor.device)
+        fill(self.tensor, move.region, viewed(source, move.source))
 
 
 class FileDestination:
@@ -122,12 +117,17 @@ class FileDestination:
         """Cast and write. The result lies in front of the source."""
         size = self._size(move)
         cast = scratch.tensor[at : at + size].view(self._dtype)
-        source = scratch.elements(move, scratch.place_of(move, at + size))
+        source = viewed(scratch.elements(move, scratch.place_of(move, at + size)), move.source)
         if move.region.dense:
             cast.view(source.shape).copy_(source)
             self._write(scratch.memory[at : at + size], self._offset + move.region.offset * self._dtype.itemsize)
         else:
             self._scatter(move.region, source)
+
+    def store(self, tensor: torch.Tensor) -> None:
+        """All of it at once, from a dense tensor of its dtype on the CPU."""
+        if self._nbytes:
+            self._write(memory_of(tensor), self._offset)
 
     def _size(self, move: Move) -> int:
         return move.region.count * self._dtype.itemsize
@@ -153,7 +153,25 @@ class FileDestination:
         whole = torch.frombuffer(
             self._pages, dtype=self._dtype, count=self._nbytes // self._dtype.itemsize, offset=begin
         )
-        whole.as_strided(region.shape, region.strides, region.offset).copy_(source.view(region.shape))
+        fill(whole, region, source)
+
+
+def viewed(spanned: torch.Tensor, source: Region | None) -> torch.Tensor:
+    """Those of the elements of a range that are a move's."""
+    return spanned if source is None else spanned.as_strided(source.shape, source.strides)
+
+
+def fill(tensor: torch.Tensor, region: Region, source: torch.Tensor) -> None:
+    """Put the elements of `source`, in row-major order, into a region of a dense tensor, cast to its dtype.
+
+    A source that is not contiguous has the shape of the region, or the region is dense.
+    """
+    if source.shape == region.shape:
+        tensor.as_strided(region.shape, region.strides, region.offset).copy_(source)
+    elif source.is_contiguous():
+        tensor.as_strided(region.shape, region.strides, region.offset).copy_(source.view(region.shape))
+    else:
+        tensor.as_strided((region.count,), (1,), region.offset).view(source.shape).copy_(source)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -52,17 +52,25 @@ def map_shard(shard: Shard) -> mmap.mmap:
     return pages
 
 
-def view_of(pages: mmap.mmap, entry: TensorEntry) -> torch.Tensor:
+def view_of(pages: mmap.mmap, entry: TensorEntry, shape: tuple[int, ...] | None = None) -> torch.Tensor:
     """The tensor of `entry` inside its mapped shard, with a storage of its own, so that saving or copying it takes
     its own bytes and not the shard's. No page is touched, unless the entry does not lie at a multiple of its element
     size, where torch could not read it: then it is copied.
+
+    Args:
+        pages: the shard.
+        entry: one in this machine's order of bytes and not packed.
+        shape: of as many elements, instead of that of a dense entry.
     """
     dtype: torch.dtype = getattr(torch, entry.dtype)
     if entry.nbytes == 0:
-        return torch.empty(entry.shape, dtype=dtype)
+        return torch.empty(entry.shape if shape is None else shape, dtype=dtype)
     count = entry.nbytes // dtype.itemsize
     if entry.offset % dtype.itemsize:
-        copied = bytearray(memoryview(pages)[entry.offset : entry.end])
-        return torch.frombuffer(copied, dtype=dtype).reshape(entry.shape)
+        spanned = torch.frombuffer(bytearray(memoryview(pages)[entry.offset : entry.end]), dtype=dtype)
+    else:
+        spanned = torch.frombuffer(pages, dtype=dtype, count=count, offset=entry.offset)
+    if entry.strides is not None:
+        return spanned.as_strided(entry.shape, entry.strides)
     # Resized in place: the same elements under another shape, for less than a view, and without a base to keep.
-    return torch.frombuffer(pages, dtype=dtype, count=count, offset=entry.offset).resize_(entry.shape)
+    return spanned.resize_(entry.shape if shape is None else shape)

@@ -248,7 +248,7 @@ def _bare(mapping: KeyMapping, checkpoint: Checkpoint, targets: Mapping[str, Tar
         missing=mapping.missing,
         unexpected=mapping.unexpected,
         mismatched=mapping.mismatched,
-        matched=len(mapping.links) + len(mapping.tied),
+        matched=len(mapping.fed) + len(mapping.tied),
         groups=tuple(groups),
         steps=mapping.steps,
     )
@@ -322,7 +322,7 @@ def make_diff(
         attempt: what other rules would come to, or None where they are an error.
     """
     diff = _bare(mapping, checkpoint, state)
-    fed = {link.target for link in mapping.links}
+    fed = mapping.fed
     rename = _rename(mapping, checkpoint, state, rules, steps, names) if diff.unexpected and diff.missing else {}
     trial = _with(rules, rename, ())
     naming = attempt(trial) if rename else None
@@ -408,7 +408,7 @@ def _prefixes(
             if rest in wanted and alike(checkpoint[key].shape, state[rest].shape):
                 votes[key[:at]] += 1
             at = key.find(".", at + 1)
-    fed = {link.target for link in mapping.links}
+    fed = mapping.fed
     gains: dict[str, int] = {}
     for prefix, count in votes.most_common(_MOST_PREFIXES):
         if 2 * count < len(wanted):

@@ -132,7 +132,8 @@ class _Search:
             for step in steps:
                 new = step.apply(new)
             changed[name] = new
-        finals = self.skeleton.rules.rename({changed[name]: self.given[name] for name in names}, self.state)
+        renaming = self.skeleton.rules.rename({changed[name]: self.given[name] for name in names}, self.state)
+        finals = renaming.names
         feeds: dict[str, str] = {}
         old = 0
         for name, new in changed.items():
@@ -144,7 +145,8 @@ class _Search:
                 changed[name] = final = modern
                 old += 1
             target = self.unfed.get(final)
-            if target is not None and self.fits(self.given[name], target):
+            # What is converted has other shapes.
+            if target is not None and (new in renaming.converted or self.fits(self.given[name], target)):
                 feeds.setdefault(final, name)
         return _Trial(steps, changed, feeds, old)
 
@@ -285,7 +287,7 @@ def find_evidence(
         origin = names
         # Names that fell together are the caller's to refuse; here one of them is enough.
         now = {moved[name]: entry for name, entry in now.items()}
-        finals = skeleton.rules.rename(now, state)
+        finals = skeleton.rules.rename(now, state).names
     return Evidence({a: b for a, b in names.items() if a != b}, tuple(steps), tuple(sentences))
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from ..checkpoint import Checkpoint, TensorEntry
 from ..errors import KeysError, OptionError, UnsupportedError
+from ..modeling.conversions import Renaming
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
+from .converted import link_converted
 from .diff import KeyDiff, Naming, make_diff
 from .evidence import NOTHING, Evidence, find_evidence
 from .names import Given, choose, collision, give_names
-from .records import NO_RULES, KeyMapping, KeyRules, Link, Mismatch, whole
+from .records import NO_RULES, Computation, KeyMapping, KeyRules, Link, Mismatch, whole
 from .suggest import vocabulary_hint
 
 Fits = Callable[[TensorEntry, Target], bool]
@@ -40,15 +42,15 @@ def match(
     """
     state = {name: target for name, target in skeleton.targets.items() if target.persistent}
     named = _resolve(checkpoint, skeleton, state, rules)
-    links, mismatched, unexpected, sources = _link(named, state)
-    links, tied, doubled = _resolve_ties(links, state, untied, set(skeleton.rules.declared_ties().values()))
-    missing = [name for name in state if name not in sources and name not in tied]
+    found = _link(named, state, skeleton)
+    links, tied, doubled = _resolve_ties(found, state, untied, set(skeleton.rules.declared_ties().values()))
+    missing = [name for name in state if name not in found.sources and name not in tied]
     excused = skeleton.rules.may_miss(missing)
     if named.left_out:
         # What is tied to a tensor that was left out is left out with it.
         ties = {state[name].tie for name in named.left_out if name in state}
         excused = {*excused, *(name for name in missing if state[name].tie in ties)}
-    ignored = skeleton.rules.may_ignore(unexpected)
+    ignored = skeleton.rules.may_ignore(found.unexpected)
     missing = [name for name in missing if name not in excused]
     mapping = KeyMapping(
         links=tuple(links),
@@ -56,12 +58,13 @@ def match(
         doubled=doubled,
         missing=tuple(missing),
         excused=tuple(name for name in state if name in excused) if excused else (),
-        unexpected=tuple(key for key in unexpected if key not in ignored),
-        mismatched=tuple(mismatched),
+        unexpected=tuple(key for key in found.unexpected if key not in ignored),
+        mismatched=tuple(found.mismatched),
         suggestions=(),
-        sources=sources,
+        sources=found.sources,
         steps=(*named.given.idle, *named.evidence.sentences),
         unreadable={name: named.unreadable[name] for name in missing if name in named.unreadable},
+        computed=tuple(found.computed),
     )
     if not mapping.missing and not mapping.mismatched:
         return mapping
@@ -75,15 +78,15 @@ class _Named:
 
     Attributes:
         given: by the names that the user's rules gave.
-        finals: given name → target name.
-        evidence: what was done in between.
+        renaming: changed name → target name.
+        evidence: what changed given names.
         left_out: target names of tensors that the user left out.
         unreadable: target name → the key that cannot be read, and why.
         fits: whether an entry may feed a target.
     """
 
     given: Given = field(repr=False)
-    finals: Mapping[str, str] = field(repr=False)
+    renaming: Renaming = field(repr=False)
     evidence: Evidence
     left_out: Collection[str]
     unreadable: Mapping[str, str]
@@ -94,20 +97,19 @@ def _resolve(checkpoint: Checkpoint, skeleton: Skeleton, state: Mapping[str, Tar
     """User's names, evidence, and the renames of the model's kind, in this order."""
     given = give_names(checkpoint, rules)
     fits = _fits(checkpoint.source, state, rules)
-    finals = skeleton.rules.rename(given.entries, state)
+    renaming = skeleton.rules.rename(given.entries, state)
     evidence = NOTHING
-    if _leaves_both(finals, state):
-        evidence = find_evidence(given.entries, finals, skeleton, state, fits)
+    if _leaves_both(renaming.names, state):
+        evidence = find_evidence(given.entries, renaming.names, skeleton, state, fits)
     beside = {**given.left_out, **given.unreadable}
     others = _others(beside, evidence, checkpoint.folder, skeleton, state) if beside else {}
     if evidence.names or others:
         # Once more and of all keys: the model's kind remembers what it renamed.
-        names = {name: evidence.names.get(name, name) for name in given.entries}
-        changed = skeleton.rules.rename({names[n]: entry for n, entry in given.entries.items()}, state)
-        finals = {name: changed[new] for name, new in names.items()}
+        names = {evidence.names.get(name, name): entry for name, entry in given.entries.items()}
+        renaming = skeleton.rules.rename(names, state)
     return _Named(
         given,
-        finals,
+        renaming,
         evidence,
         {others[name] for name in given.left_out},
         {others[name]: f"{key!r}: {checkpoint.unreadable[key]}" for name, key in given.unreadable.items()},
@@ -144,47 +146,79 @@ def _others(
         for step in evidence.steps if name not in state else ():
             new = step.apply(new)
         changed[name] = new
-    try:
-        finals = skeleton.rules.rename(dict.fromkeys(changed.values(), entry), state)
-    except UnsupportedError:
-        # What is not loaded need not be loadable.
-        finals = {}
+    finals = skeleton.rules.rename(dict.fromkeys(changed.values(), entry), state).names
     return {name: finals.get(new, new) for name, new in changed.items()}
 
 
-def _link(named: _Named, state: Mapping[str, Target]) -> tuple[list[Link], list[Mismatch], list[str], dict[str, str]]:
-    """Links, mismatched and unexpected keys, and the key of each target.
+@dataclass
+class _Linked:
+    """Links, what is computed, mismatched and unexpected keys, and the key of each target."""
+
+    links: list[Link] = field(default_factory=list)
+    computed: list[Computation] = field(default_factory=list)
+    mismatched: list[Mismatch] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+def _link(named: _Named, state: Mapping[str, Target], skeleton: Skeleton) -> _Linked:
+    """Which entry feeds what.
 
     Raises:
-        KeysError: two keys become the same target.
+        KeysError: two keys become the same target, or keys cannot be converted.
     """
-    links: list[Link] = []
-    mismatched: list[Mismatch] = []
-    unexpected: list[str] = []
-    sources: dict[str, str] = {}
-    finals, fits = named.finals, named.fits
+    found = _Linked()
+    converted: dict[str, TensorEntry] = {}
+    names, sources, fits = named.evidence.names, found.sources, named.fits
     for given, entry in named.given.entries.items():
-        name, key = finals[given], entry.key
+        changed, key = names.get(given, given), entry.key
+        name = named.renaming.names[changed]
         target = state.get(name)
         if target is None:
-            unexpected.append(key)
+            found.unexpected.append(key)
+            continue
+        if changed in named.renaming.converted:
+            if changed in converted:
+                raise KeysError(collision(entry.file, key, converted[changed].key, name))
+            converted[changed] = entry
             continue
         if name in sources:
             raise KeysError(collision(entry.file, key, sources[name], name))
         sources[name] = key
         if entry.shape == target.shape:
-            links.append(Link(entry, name, whole(target.shape)))
+            found.links.append(Link(entry, name, whole(target.shape)))
         elif not fits(entry, target):
-            mismatched.append(Mismatch(key, name, entry.shape, target.shape, entry.dtype))
+            found.mismatched.append(Mismatch(key, name, entry.shape, target.shape, entry.dtype))
         else:
             # The same bytes under another shape; with strides the shape is needed to find them.
             reshaped = replace(entry, shape=target.shape) if entry.strides is None else entry
-            links.append(Link(reshaped, name, whole(target.shape)))
-    return links, mismatched, unexpected, sources
+            found.links.append(Link(reshaped, name, whole(target.shape)))
+    if converted:
+        _add_converted(found, converted, named, state, skeleton)
+    return found
+
+
+def _add_converted(
+    found: _Linked,
+    entries: Mapping[str, TensorEntry],
+    named: _Named,
+    state: Mapping[str, Target],
+    skeleton: Skeleton,
+) -> None:
+    more = link_converted(skeleton.rules.convert(entries, named.renaming, state), entries, state)
+    for name, key in more.sources.items():
+        if name in found.sources:
+            raise KeysError(collision(named.given.entries[key].file, key, found.sources[name], name))
+    found.sources.update(more.sources)
+    found.mismatched += more.mismatched
+    found.computed += more.computed
+    # In the checkpoint's file order again.
+    order = {entry.key: i for i, entry in enumerate(named.given.entries.values())}
+    found.links = sorted([*found.links, *more.links], key=lambda link: (order[link.entry.key], link.entry.offset))
 
 
 def _resolve_ties(
-    links: Sequence[Link], state: Mapping[str, Target], untied: Collection[str], sources: Collection[str]
+    found: _Linked, state: Mapping[str, Target], untied: Collection[str], sources: Collection[str]
 ) -> tuple[list[Link], dict[str, str], dict[str, str]]:
     """One link feeds a tie group, that of its declared source if there is one.
 
@@ -193,12 +227,13 @@ def _resolve_ties(
     # Most models tie nothing or little, and one of a group bears its name.
     shared = {target.tie for name, target in state.items() if target.tie != name and name not in untied}
     if not shared:
-        return list(links), {}, {}
+        return found.links, {}, {}
     groups: dict[str, list[str]] = defaultdict(list)
     for name, target in state.items():
         if target.tie in shared and name not in untied:
             groups[target.tie].append(name)
-    fed = {link.target for link in links}
+    computed = {name for computation in found.computed for name in computation.targets}
+    fed = {link.target for link in found.links} | computed
     dropped: set[str] = set()
     tied: dict[str, str] = {}
     doubled: dict[str, str] = {}
@@ -206,14 +241,14 @@ def _resolve_ties(
         candidates = [name for name in members if name in fed] if len(members) > 1 else []
         if not candidates:
             continue
-        leader = next((name for name in candidates if name in sources), candidates[0])
+        leader = next((name for name in candidates if name in computed or name in sources), candidates[0])
         for name in members:
             if name != leader:
                 tied[name] = leader
                 if name in fed:
                     doubled[name] = leader
                     dropped.add(name)
-    return [link for link in links if link.target not in dropped], tied, doubled
+    return [link for link in found.links if link.target not in dropped], tied, doubled
 
 
 def _explain(
@@ -229,11 +264,11 @@ def _explain(
     def attempt(rules: KeyRules) -> Naming | None:
         try:
             other = _resolve(checkpoint, skeleton, state, rules)
-            links, mismatched, _, _ = _link(other, state)
+            linked = _link(other, state, skeleton)
         except (KeysError, UnsupportedError, OptionError):
             # A function of the user may know nothing of names that it was not meant for.
             return None
-        return Naming({link.target for link in links}, mismatched)
+        return Naming({link.target for link in linked.links}, linked.mismatched)
 
     given = named.given.entries
     names = {entry.key: named.evidence.names.get(name, name) for name, entry in given.items()}
@@ -276,7 +311,7 @@ def refuse(
             f"with {remedy} these are initialised by the model's own rule and named in the report"
         )
     if _is_next_to_nothing(mapping):
-        fed = len(mapping.links)
+        fed = len(mapping.fed)
         keys = fed + len(mapping.doubled) + len(mapping.unexpected) + len(mapping.mismatched)
         raise KeysError(
             f"{source}: next to nothing of the checkpoint fits the model ({fed} of {keys} keys), which is refused "
@@ -294,7 +329,7 @@ def _is_next_to_nothing(mapping: KeyMapping) -> bool:
     lacking = len(mapping.missing) + len(mapping.mismatched)
     if not lacking:
         return False
-    fed = len(mapping.links) + len(mapping.tied)
+    fed = len(mapping.fed) + len(mapping.tied)
     keys = len(mapping.links) + len(mapping.doubled)
     unused = len(mapping.unexpected) + len(mapping.mismatched)
-    return not mapping.links or (10 * fed < fed + lacking and 10 * keys < keys + unused)
+    return not mapping.fed or (10 * fed < fed + lacking and 10 * keys < keys + unused)

@@ -89,6 +89,7 @@ def whole(shape: tuple[int, ...]) -> Region:
     return Region(0, (count,), (1,))
 
 
+@cheap_init
 @dataclass(frozen=True, slots=True)
 class Link:
     """One entry that feeds one region of one target; both have as many elements.
@@ -206,3 +207,9 @@ class KeyMapping:
     unreadable: Mapping[str, str] = field(default_factory=dict)
     diff: KeyDiff | None = None
     computed: tuple[Computation, ...] = ()
+
+    @functools.cached_property
+    def fed(self) -> frozenset[str]:
+        """Targets that the checkpoint feeds, without those that are tied to one."""
+        computed = (name for computation in self.computed for name in computation.targets)
+        return frozenset({*(link.target for link in self.links), *computed})

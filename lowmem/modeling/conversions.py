@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
+from .._records import cheap_init
 
+
+@dataclass(frozen=True, slots=True)
+class Renaming:
+    """What a kind of model calls the checkpoint's tensors.
+
+    Attributes:
+        names: key → target name. A name that is no target makes the key an unexpected one.
+        converted: keys that do not become their target as they are, but in another form or together with others; what
+            the kind of model wants to know of them again. Their names are those of the first target they help to make.
+    """
+
+    names: Mapping[str, str]
+    converted: Mapping[str, Any] = field(default_factory=dict)
+
+
+@cheap_init
 @dataclass(frozen=True, slots=True)
 class Part:
     """A part of a tensor of the checkpoint that becomes a part of one of the model.
@@ -65,16 +83,15 @@ class Conversion:
         what: names of the operations, for messages.
         keys: the checkpoint's tensors, in order.
         targets: the model's tensors that they become.
-        parts: which part of the one goes where in the other, all of `targets`; None when that could not be found out.
         shapes: of the tensors that they become, in the order of `targets`.
-        operation: computes the tensors of `targets` from those of `keys`, where `parts` is None.
-        failure: why it cannot be done, if so.
+        operation: computes the tensors of `targets` from those of `keys`.
+        parts: which part of the one goes where in the other, all of `targets`; None when that could not be found out,
+            so that `operation` must be run.
     """
 
     what: str
     keys: tuple[str, ...]
     targets: tuple[str, ...]
-    parts: tuple[Part, ...] | None
-    shapes: tuple[tuple[int, ...], ...] = ()
-    operation: Operation | None = None
-    failure: str = ""
+    shapes: tuple[tuple[int, ...], ...]
+    operation: Operation
+    parts: tuple[Part, ...] | None = None

@@ -91,12 +91,6 @@ def read_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> Blueprint:
 
 
 def _left_alone(folder: Path, request: ModelRequest) -> Iterator[str]:
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        yield (
-            f"{adapter}: an adapter lies beside the weights and was not applied; the model is the base model, and "
-            "peft.PeftModel.from_pretrained(model, folder) puts the adapter onto it"
-        )
     code = folder / "custom_generate" / "generate.py"
     if code.is_file() and not request.trust_remote_code:
         yield f"{code}: code for generate(), which did not run; trust_remote_code=True lets it"

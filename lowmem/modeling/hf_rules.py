@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from ..checkpoint import TensorEntry
-from ..errors import UnsupportedError
+from .conversions import Conversion, Renaming
 from .empty import real_tensors
+from .hf_conversions import HFConversions
 from .rules import Rules
 from .targets import Target, dtype_name, owner_of, tensor_of
 
@@ -51,41 +52,26 @@ class TransformersRules(Rules):
         self.owns_dtypes = built
         self.no_split = tuple(sorted(hf._no_split_modules or ()))
         self.skip_keys = tuple(sorted(hf._skip_keys_device_placement or ()))
-        self._conversions: list[Any] = []
+        self._conversions = HFConversions(model)
 
     def declared_ties(self) -> Mapping[str, str]:
         """`all_tied_weights_keys`: target → source."""
         ties: Mapping[str, str] = getattr(self._hf, "all_tied_weights_keys", None) or {}
         return ties
 
-    def rename(self, entries: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> dict[str, str]:
-        """Old names, scoped prefixes and the base model's prefix, by transformers' own description.
+    def rename(self, entries: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> Renaming:
+        """Old names, scoped prefixes, converters and the base model's prefix, by transformers' own description."""
+        return self._conversions.rename(entries, targets)
+
+    def convert(
+        self, entries: Mapping[str, TensorEntry], renaming: Renaming, targets: Mapping[str, Target]
+    ) -> list[Conversion]:
+        """Fused experts and the like, by transformers' own description.
 
         Raises:
-            UnsupportedError: a key belongs to a conversion that reshuffles tensors (fused experts and the like).
+            KeysError: transformers cannot convert them.
         """
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-
-        self._conversions = list(get_model_conversion_mapping(self._hf))
-        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
-        renamings = [c for c in self._conversions if not isinstance(c, WeightConverter)]
-        prefix = self._hf.base_model_prefix
-        # rename_source_key looks names up with .get() and compares with None
-        state = {name: target for name, target in targets.items() if target.persistent}
-        names: dict[str, str] = {}
-        for key, entry in entries.items():
-            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-            if name not in state and key in state:
-                name, pattern = rename_source_key(key, [], [], prefix, state)
-            if pattern is not None and name in state:
-                raise UnsupportedError(
-                    f"{entry.file}: tensor {entry.key!r} must be fused or split for {type(self._hf).__name__} "
-                    f"(transformers' conversion {pattern!r}), which lowmem does not do yet; "
-                    "save the model once with save_original_format=False, or load it with transformers"
-                )
-            names[key] = name
-        return names
+        return self._conversions.convert(entries, renaming, targets)
 
     def keep_fp32(self, dtype: str, names: Iterable[str]) -> set[str]:
         """`_keep_in_fp32_modules` for fp16, `_keep_in_fp32_modules_strict` for fp16 and bf16."""
@@ -164,7 +150,7 @@ class TransformersRules(Rules):
         with real_tensors():
             self._fill_meta_buffers()
             self._tie(missing)
-        self._hf._weight_conversions = [c for c in self._conversions if c.was_used()]
+        self._hf._weight_conversions = self._conversions.used
         if self._generation.config is not None:
             self._hf.generation_config = self._generation.config
         if self._generation.function is not None:

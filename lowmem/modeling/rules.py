@@ -9,6 +9,7 @@ from torch import nn
 
 from ..checkpoint import TensorEntry
 from ..errors import ModelError
+from .conversions import Conversion, Renaming
 from .empty import real_tensors
 from .targets import Target, owner_of, walk
 
@@ -35,14 +36,29 @@ class Rules:
         """Targets that will share a tensor after the load, beyond those that share one now."""
         return {}
 
-    def rename(self, entries: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> dict[str, str]:
-        """Key → target name. A name that is no target makes the key an unexpected one.
+    def rename(self, entries: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> Renaming:
+        """Which target each key is for.
 
         Args:
             entries: the checkpoint's tensors by their keys, as far as those are renamed already.
-            targets: the model's.
+            targets: the model's, of the state dict.
         """
-        return {key: key for key in entries}
+        return Renaming({key: key for key in entries})
+
+    def convert(
+        self, entries: Mapping[str, TensorEntry], renaming: Renaming, targets: Mapping[str, Target]
+    ) -> list[Conversion]:
+        """How the keys become targets that do not do so as they are.
+
+        Args:
+            entries: the checkpoint's tensors by their keys.
+            renaming: what `rename` gave for these.
+            targets: the model's, of the state dict.
+
+        Raises:
+            KeysError, UnsupportedError: they cannot.
+        """
+        return []
 
     def keep_fp32(self, dtype: str, names: Iterable[str]) -> set[str]:
         """Targets that the model itself wants in fp32 when the rest is `dtype`."""

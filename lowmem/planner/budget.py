@@ -95,8 +95,8 @@ def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float]
         cached: how much of a file is in the page cache, 0 to 1.
         free_address_space: whether no rlimit counts the stacks of more threads, or memory that is never touched.
     """
-    moved = [p for p in moved if p.source_bytes]
-    sizes = [p.buffer_size() + 2 * ALIGNMENT for p in moved if p.is_staged]
+    moved = [p for p in moved if p.is_fed]
+    sizes = [size + 2 * ALIGNMENT for p in moved if (size := p.buffer_size())]
     # Small ones share a buffer, so that their neighbours are read with them.
     each = max(max(sizes) + BLOCK, min(_RUN, sum(sizes))) if sizes else 0
     files: dict[Path, int] = {}

@@ -9,6 +9,7 @@ from collections.abc import Collection
 import torch
 
 from .._patterns import name_matches
+from ..checkpoint import TensorEntry
 from ..dtypes import is_floating, itemsize
 from ..errors import UnsupportedError
 from ..mapping import KeyMapping
@@ -22,6 +23,8 @@ def final_dtypes(
 ) -> tuple[dict[str, str], list[str]]:
     """Target → dtype, and warnings.
 
+    What is computed has here the dtype that its sources are cast to.
+
     A transformers model that lowmem built has its dtypes already; elsewhere `"auto"` takes the checkpoint's, and a
     named dtype applies to floats only. What a keep-list names is fp32 where it would be fp16 or bf16. Tensors that
     are tied share one dtype.
@@ -29,25 +32,33 @@ def final_dtypes(
     Raises:
         UnsupportedError: a dtype that torch does not have, or a cast that would change the meaning.
     """
-    entries = {link.target: link.entry for link in mapping.links}
+    # Parts of one tensor are of one dtype, or the first decides.
+    entries = {link.target: link.entry for link in reversed(mapping.links)}
+    made = _made_of(mapping)
     owned, tied = skeleton.rules.owns_dtypes, mapping.tied
     final: dict[str, str] = {}
     for name, target in skeleton.targets.items():
-        entry = entries.get(tied.get(name, name))
+        leader = tied.get(name, name)
+        entry = entries.get(leader) or made.get(leader)
         own = target.dtype if entry is None or owned else entry.dtype
         if dtype != "auto" and is_floating(own):
             # What has values and is not in the checkpoint stays as it is.
             settled = owned or not target.persistent or (entry is None and target.real)
             own = own if settled else dtype
         final[name] = own
-    fed = {name for name in final if tied.get(name, name) in entries}
+    filled = {*entries, *(target for computation in mapping.computed for target in computation.targets)}
+    fed = {name for name in final if tied.get(name, name) in filled}
     warnings = _keep(skeleton, final, dtype, keep_fp32, fed)
     checked: set[tuple[str, str]] = set()
-    for name, entry in entries.items():
-        cast = entry.dtype, final[name]
+    for link in mapping.links:
+        cast = link.entry.dtype, final[link.target]
         if cast not in checked:
-            check_cast(name, *cast)
+            check_cast(link.target, *cast)
             checked.add(cast)
+    for computation in mapping.computed:
+        for source in computation.sources:
+            check_cast(source.key, source.dtype, final[computation.targets[0]])
+    for name, entry in reversed(entries.items()):
         own = skeleton.targets[name].dtype
         if own != entry.dtype and not owned and not (is_floating(own) and is_floating(entry.dtype)):
             warnings.append(
@@ -56,6 +67,16 @@ def final_dtypes(
     for name, leader in mapping.tied.items():
         final[name] = final[leader]
     return final, warnings
+
+
+def _made_of(mapping: KeyMapping) -> dict[str, TensorEntry]:
+    """Computed target → the source whose dtype it would have."""
+    made = {}
+    for computation in mapping.computed:
+        floats = [source for source in computation.sources if is_floating(source.dtype)]
+        if floats:
+            made.update(dict.fromkeys(computation.targets, floats[0]))
+    return made
 
 
 def _keep(

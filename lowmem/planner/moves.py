@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +48,7 @@ class Placement:
         residency: `map` (the parameter is file pages), `copy` (read into memory), `refer` (on disk, used where it
             lies, cast then if its dtype is another), `write` (on disk, cast into the offload folder), `init` (not in
             the checkpoint).
-        links: what feeds it, one link a region; none for `init`.
+        links: what feeds it, one link a region; none for `init`, and for what is computed.
     """
 
     target: str
@@ -67,6 +69,11 @@ class Placement:
         return total
 
     @property
+    def is_fed(self) -> bool:
+        """Whether bytes of the checkpoint go into it."""
+        return self.nbytes > 0 and bool(self.links)
+
+    @property
     def source_elements(self) -> int:
         """Elements that feed it; a view may hold more of them than its bytes do."""
         total = 0
@@ -81,25 +88,43 @@ class Placement:
 
     @property
     def is_staged(self) -> bool:
-        """Whether its bytes pass through a buffer, instead of being read into their place."""
-        if self.residency != "copy" or self.device != "cpu":
-            return self.residency in ("copy", "write")
-        for link in self.links:
-            entry = link.entry
-            if entry.dtype != self.dtype or entry.swapped or entry.strides is not None or not link.region.dense:
-                return True
-        return False
+        """Whether any of its bytes pass through a buffer, instead of being read into their place."""
+        return any(map(self.staged_element, self.links))
 
-    @property
-    def staged_element(self) -> int:
-        """Bytes in the buffer for each element: the source, and the result too when it goes into a file."""
-        source = max(itemsize(link.entry.dtype) for link in self.links)
-        return source + (itemsize(self.dtype) if self.residency == "write" else 0)
+    def staged_element(self, link: Link) -> int:
+        """Bytes in the buffer for each element of one of its links: the source, and the result too when it goes into
+        a file; 0 where they are read straight into their place.
+        """
+        if self.residency == "write":
+            return itemsize(link.entry.dtype) + itemsize(self.dtype)
+        if self.residency != "copy":
+            return 0
+        entry = link.entry
+        changes = entry.dtype != self.dtype or entry.swapped or entry.strides is not None or not link.region.dense
+        return itemsize(entry.dtype) if changes or self.device != "cpu" else 0
 
     def buffer_size(self) -> int:
-        """Bytes of buffer that its largest move uses, at full chunk size."""
-        largest = max(max(link.entry.nbytes // itemsize(link.entry.dtype), link.region.count) for link in self.links)
-        return min(largest * self.staged_element, CHUNK // itemsize(self.links[0].entry.dtype) * self.staged_element)
+        """Bytes of buffer that its largest move uses, at full chunk size; 0 without one."""
+        most = 0
+        for link in self.links:
+            element = self.staged_element(link)
+            if element:
+                size = itemsize(link.entry.dtype)
+                held = max(link.entry.nbytes // size, link.region.count)
+                most = max(most, min(held, CHUNK // size) * element)
+        return most
+
+
+def is_one(links: tuple[Link, ...], shape: tuple[int, ...], dtype: str | None = None) -> bool:
+    """Whether all of a tensor of `shape` lies in one place as torch has it in memory, of `dtype` if that is given."""
+    link, entry = links[0], links[0].entry
+    return (
+        len(links) == 1
+        and entry.is_plain
+        and (dtype is None or entry.dtype == dtype)
+        and link.region.dense
+        and link.region.count == math.prod(shape)
+    )
 
 
 @cheap_init
@@ -165,10 +190,10 @@ def cut(placement: Placement, link: Link, each: int) -> Iterator[Move]:
         link: one of its links.
         each: bytes of one reader's buffer.
     """
-    entry, staged = link.entry, placement.is_staged
+    entry, element = link.entry, placement.staged_element(link)
     size = itemsize(entry.dtype)
-    most, element = CHUNK // size, placement.staged_element if staged else 0
-    if staged:
+    most = CHUNK // size
+    if element:
         most = min(most, max(1, (each - _slack(each)) // element))
     if most * size > BLOCK:
         most = most * size // BLOCK * BLOCK // size
@@ -184,7 +209,7 @@ def cut(placement: Placement, link: Link, each: int) -> Iterator[Move]:
             dtype=entry.dtype,
             placement=placement,
             region=region,
-            scratch=scratch_size(count * element, count * size) if staged else 0,
+            scratch=scratch_size(count * element, count * size) if element else 0,
             swapped=entry.swapped,
         )
 
@@ -300,14 +325,19 @@ def bytes_to_read(entry: TensorEntry) -> int:
     """Bytes of the file that a tensor takes: those that it spans, without large gaps between the rows of a view."""
     if entry.strides is None or not entry.nbytes:
         return entry.nbytes
-    size = itemsize(entry.dtype)
-    dimensions = _dimensions(entry.shape, entry.strides, _row_major(entry.shape))
+    return min(_spanned(entry.shape, entry.strides, itemsize(entry.dtype)), entry.nbytes)
+
+
+# The parts of many tensors are alike.
+@functools.lru_cache(maxsize=1024)
+def _spanned(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> int:
+    dimensions = _dimensions(shape, strides, _row_major(shape))
     width = needed = 1
     for n, step, _ in reversed(dimensions):
         apart = (step - width) * size >= _LEAST_GAP
         needed = n * needed if apart else needed + (n - 1) * max(step - width + needed, 0)
         width += (n - 1) * step
-    return min(needed * size, entry.nbytes)
+    return needed * size
 
 
 def join(moves: Iterable[Move], each: int, most: int | None = None) -> Iterator[Read]:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import mmap
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .._mounts import memory_file_system
-from .._page_cache import cached_share
-from ..checkpoint import Checkpoint, TensorEntry
-from ..dtypes import itemsize
+from ..checkpoint import Checkpoint
 from ..errors import BudgetError, PlacementError
-from ..limits import HostMemory, host_memory
-from ..mapping import KeyMapping, Link
+from ..limits import host_memory
+from ..mapping import KeyMapping
 from ..modeling.skeleton import Skeleton
 from ..sizes import KIB, MIB, format_size
 from . import budget
+from .computed import about, maker_of, price
 from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, disjoint, infer, pinned
 from .final_dtypes import final_dtypes, nbytes_of
-from .moves import Placement, Residency
+from .moves import Placement
 from .offload import plan_offload
-from .records import DevicePlan, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
+from .placing import Draft, check_reachable, kept_as_built, made_at_use, place, to_initialise
+from .records import DevicePlan, Group, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
 _OVERHEAD = 4 * MIB
@@ -37,22 +35,6 @@ _PER_COPY = KIB
 _TRIALS = 10
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """What is settled before devices are."""
-
-    checkpoint: Checkpoint
-    skeleton: Skeleton
-    mapping: KeyMapping
-    request: LoadRequest
-    final: Mapping[str, str]
-    warnings: tuple[str, ...]
-    memory: HostMemory
-    no_split: tuple[str, ...]
-    # How much of a file is in the page cache: looked at once, however many maps are tried.
-    cached: Callable[[Path], float] = field(default_factory=lambda: functools.cache(cached_share))
-
-
 def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, request: LoadRequest) -> LoadPlan:
     """Decide everything.
 
@@ -60,12 +42,16 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, r
         BudgetError: the host or a device would need more than it may use.
         PlacementError: a tensor without a device.
         UnsupportedError: a dtype that cannot be loaded.
-        ModelError: something is missing that the model cannot initialise.
+        ModelError: something is missing that the model cannot initialise, or an operation cannot say what it gives.
+        KeysError: an operation would give another shape than the model's.
     """
     final, warnings = final_dtypes(skeleton, mapping, request.dtype, request.keep_fp32)
-    absent = [names[0] for names in _to_initialise(skeleton, mapping)]
+    costs, dtypes = price(skeleton, mapping, final)
+    casts = [final[computation.targets[0]] for computation in mapping.computed]
+    final.update(dtypes)
+    absent = [names[0] for names in to_initialise(skeleton, mapping)]
     skeleton.rules.check_initialisable(absent)
-    draft = _Draft(
+    draft = Draft(
         checkpoint,
         skeleton,
         mapping,
@@ -74,33 +60,17 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, r
         (
             *checkpoint.warnings,
             *warnings,
-            *_mapping_warnings(checkpoint, mapping, absent, _kept(skeleton, mapping)),
+            *_mapping_warnings(checkpoint, mapping, absent, kept_as_built(skeleton, mapping)),
             *_unknown_classes(skeleton, request),
         ),
         host_memory(),
         tuple(skeleton.rules.no_split) if request.no_split is None else request.no_split,
+        tuple(zip(costs, casts, strict=True)),
     )
     if isinstance(request.device_map, str) and request.device_map in STRATEGIES:
         return _inferred(draft, request.device_map)
     table = dict(request.device_map) if isinstance(request.device_map, Mapping) else {"": "cpu"}
     return _checked(draft, table)
-
-
-def _to_initialise(skeleton: Skeleton, mapping: KeyMapping) -> list[list[str]]:
-    """Targets that nothing feeds and that have no values yet: the names of each tie group."""
-    groups: dict[str, list[str]] = {}
-    for name in (*mapping.missing, *mapping.excused, *(m.target for m in mapping.mismatched)):
-        target = skeleton.targets[name]
-        # A key of another shape under a tied name leaves the tie as it is.
-        if not target.real and name not in mapping.tied:
-            groups.setdefault(target.tie, []).append(name)
-    return list(groups.values())
-
-
-def _kept(skeleton: Skeleton, mapping: KeyMapping) -> list[str]:
-    """Targets that nothing feeds and that keep the values which the model was built with."""
-    names = (*mapping.missing, *mapping.excused, *(m.target for m in mapping.mismatched))
-    return [name for name in names if skeleton.targets[name].real and name not in mapping.tied]
 
 
 def _mapping_warnings(
@@ -137,7 +107,7 @@ def _unknown_classes(skeleton: Skeleton, request: LoadRequest) -> list[str]:
     ]
 
 
-def _inferred(draft: _Draft, strategy: str) -> LoadPlan:
+def _inferred(draft: Draft, strategy: str) -> LoadPlan:
     """A strategy's map; when it would break the RAM budget, the same with less of the CPU."""
     memory = dict(draft.request.max_memory or default_max_memory(draft.memory.available))
 
@@ -167,7 +137,7 @@ def _inferred(draft: _Draft, strategy: str) -> LoadPlan:
     return best
 
 
-def _checked(draft: _Draft, table: Mapping[str, str]) -> LoadPlan:
+def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
     warnings = check_complete(table, draft.skeleton, draft.mapping)
     stay = pinned(table, draft.skeleton)
     if stay:
@@ -175,22 +145,23 @@ def _checked(draft: _Draft, table: Mapping[str, str]) -> LoadPlan:
         warnings.append(f"{len(stay)} tensors ({first!r}, …) stay on {stay[first]}: their modules cannot fetch them")
     table = disjoint({**table, **stay}, draft.skeleton)
     devices = DeviceMap(table)
-    placements, split = _place(draft, devices)
+    placements, groups, split = place(draft, devices)
     warnings += split
-    _check_reachable(placements)
+    check_reachable(placements)
     folder = draft.request.offload_folder
-    offload = None if folder is None else plan_offload(draft.checkpoint, placements, folder)
-    warnings += [*_cast_at_use(placements), *_offload_warnings(offload)]
+    offload = None if folder is None else _offload(draft, placements, groups, folder)
+    if offload is not None and offload.reused:
+        groups = [g for g in groups if any(p.residency == "copy" for places in g.results for p in places)]
+    warnings += [*made_at_use(placements), *about(groups), *_offload_warnings(offload)]
     bound = min(_bounds(draft, placements), key=lambda b: b.room)
-    need = _need(draft, placements, offload)
+    need = _need(draft, placements, groups, offload)
     # As large as the budget leaves.
-    bare = _host(draft, placements, Staging(1, 0))
+    bare = _host(draft, placements, groups, Staging(1, 0))
     staging = budget.fit_staging(bound.room - bare.peak, draft.request.staging, need)
-    host = _host(draft, placements, staging)
+    host = _host(draft, placements, groups, staging)
     if host.peak > bound.room:
-        budget.refuse(
-            host.peak + bound.extra, bound.room + bound.extra, bound.name, _remedies(draft, placements, bound)
-        )
+        needed, allowed = host.peak + bound.extra, bound.room + bound.extra
+        budget.refuse(needed, allowed, bound.name, _remedies(draft, placements, bound), _what(groups))
     reading, about_reading = _read_how(draft, placements, need.in_place)
     plan = LoadPlan(
         checkpoint=draft.checkpoint,
@@ -205,126 +176,10 @@ def _checked(draft: _Draft, table: Mapping[str, str]) -> LoadPlan:
         no_split=draft.no_split,
         warnings=(*draft.warnings, *warnings, *about_reading),
         reading=reading,
+        groups=tuple(groups),
     )
     _check_devices(draft, plan)
     return plan
-
-
-def _place(draft: _Draft, devices: DeviceMap) -> tuple[list[Placement], list[str]]:
-    """A placement per tensor and device, in file order, then what the model initialises."""
-    followers: dict[str, list[str]] = defaultdict(list)
-    for name, leader in draft.mapping.tied.items():
-        followers[leader].append(name)
-    targets, final = draft.skeleton.targets, draft.final
-    placements: list[Placement] = []
-    warnings: list[str] = []
-
-    def add(names: tuple[str, ...], device: str, residency: Residency, links: tuple[Link, ...]) -> None:
-        name = names[0]
-        shape, dtype = targets[name].shape, final[name]
-        placements.append(Placement(name, names, shape, dtype, nbytes_of(shape, dtype), device, residency, links))
-
-    for link in draft.mapping.links:
-        name, entry = link.target, link.entry
-        device = _device_of(draft, devices, name)
-        if name not in followers:
-            add((name,), device, _residency(draft, device, final[name], entry), (link,))
-            continue
-        by_device = {device: [name]}
-        for follower in followers[name]:
-            by_device.setdefault(_device_of(draft, devices, follower), []).append(follower)
-        if len(by_device) > 1:
-            warnings.append(f"{name!r} is tied across {', '.join(by_device)}: one copy on each")
-        for device, names in by_device.items():
-            add(tuple(names), device, _residency(draft, device, final[names[0]], entry), (link,))
-    warnings += _part(placements)
-    for names in _to_initialise(draft.skeleton, draft.mapping):
-        device = _device_of(draft, devices, names[0])
-        # What has no file yet cannot stay on disk.
-        add(tuple(names), "cpu" if device == "disk" else device, "init", ())
-    return placements, warnings
-
-
-def _part(placements: list[Placement]) -> list[str]:
-    """Let tensors that lie over each other in the checkpoint, and are not tied, have memory of their own: in place;
-    returns warnings. Whoever changes one that is mapped would change the other.
-    """
-    mapped = [(i, p) for i, p in enumerate(placements) if p.residency == "map" and p.nbytes]
-    reached: dict[Path, tuple[int, Placement]] = {}
-    apart = []
-    for i, placement in mapped:
-        entry = placement.links[0].entry
-        end, other = reached.get(entry.file, (0, placement))
-        if entry.offset < end:
-            placements[i] = replace(placement, residency="copy")
-            apart.append(f"{placement.target!r} and {other.target!r}")
-        if entry.end > end:
-            reached[entry.file] = entry.end, placement
-    if not apart:
-        return []
-    return [
-        f"{len(apart)} tensors share bytes in the checkpoint that the model does not tie ({apart[0]}"
-        f"{', …' if len(apart) > 1 else ''}): each is copied but one"
-    ]
-
-
-def _device_of(draft: _Draft, devices: DeviceMap, name: str) -> str:
-    """Where it lies. Only weights of a module that the map names can wait elsewhere than where they compute:
-
-    accelerate keeps buffers of offloaded layers on the device that computes, and hangs its hooks on modules.
-    """
-    if devices.only == "cpu":
-        return "cpu"
-    device = devices.of(name)
-    assert device is not None
-    waits = device == "disk" or (device == "cpu" and devices.main_device != "cpu")
-    if waits and (name in devices.table or draft.skeleton.targets[name].kind == "buffer"):
-        return devices.main_device
-    return device
-
-
-def _check_reachable(placements: Sequence[Placement]) -> None:
-    """Weights that stay on disk are mapped when they are used; safetensors, which does so, takes only names in UTF-8.
-
-    Raises:
-        PlacementError: a shard's path that could not be opened at run time, or a tensor that cannot be mapped.
-    """
-    for placement in placements:
-        odd = [link.entry for link in placement.links if not link.entry.is_plain]
-        if odd and placement.residency == "refer":
-            how = "packed" if odd[0].packed else "big-endian" if odd[0].swapped else "a view that is not dense"
-            raise PlacementError(
-                f"{odd[0].file}: tensor {odd[0].key!r}: expected one that can stay on disk as it lies, found it {how}; "
-                "give offload_folder= (--offload-folder DIR), where it is written once"
-            )
-    for file in {link.entry.file for p in placements if p.residency == "refer" for link in p.links}:
-        try:
-            os.fspath(file).encode("utf-8")
-        except UnicodeEncodeError:
-            raise PlacementError(
-                f"{os.fsencode(file)!r}: weights that stay on disk need a path in UTF-8; rename the folder"
-            ) from None
-
-
-def _residency(draft: _Draft, device: str, final: str, entry: TensorEntry) -> Residency:
-    same = entry.dtype == final
-    if device == "disk":
-        # Without a folder to write to, it is cast whenever it is used.
-        return "refer" if (same and entry.is_plain) or draft.request.offload_folder is None else "write"
-    # torch reads a tensor only at a multiple of its element size; odd headers and old files break that.
-    mappable = same and device == "cpu" and draft.request.residency == "map" and entry.is_plain
-    return "map" if mappable and entry.offset % itemsize(final) == 0 else "copy"
-
-
-def _cast_at_use(placements: Sequence[Placement]) -> list[str]:
-    cast = [p for p in placements if p.residency == "refer" and any(link.entry.dtype != p.dtype for link in p.links)]
-    if not cast:
-        return []
-    size = format_size(sum(p.nbytes for p in cast))
-    return [
-        f"{len(cast)} tensors on disk ({cast[0].target!r}, …; {size}) change dtype: each is cast whenever it is used; "
-        "offload_folder= (--offload-folder DIR) writes them once instead"
-    ]
 
 
 def _offload_warnings(offload: OffloadPlan | None) -> list[str]:
@@ -346,7 +201,7 @@ class _Bound:
     extra: int = 0
 
 
-def _bounds(draft: _Draft, placements: Sequence[Placement]) -> list[_Bound]:
+def _bounds(draft: Draft, placements: Sequence[Placement]) -> list[_Bound]:
     """`ram`, what the machine leaves, and the rlimits, which count mapped files and the stacks of threads too."""
     memory, ram = draft.memory, draft.request.ram
     bounds = [] if ram is None else [_Bound("ram", ram)]
@@ -359,15 +214,32 @@ def _bounds(draft: _Draft, placements: Sequence[Placement]) -> list[_Bound]:
     return bounds
 
 
-def _need(draft: _Draft, placements: Sequence[Placement], offload: OffloadPlan | None) -> budget.Need:
+def _offload(
+    draft: Draft, placements: Sequence[Placement], groups: Sequence[Group], folder: Path
+) -> OffloadPlan | None:
+    return plan_offload(draft.checkpoint, placements, folder, groups, maker_of(draft.skeleton) if groups else "")
+
+
+def _what(groups: Sequence[Group]) -> str:
+    """What needs the memory, for the refusal."""
+    if not groups:
+        return "load"
+    largest = max(groups, key=lambda group: group.nbytes)
+    return f"load ({format_size(largest.nbytes)} of it for {largest.name})"
+
+
+def _need(
+    draft: Draft, placements: Sequence[Placement], groups: Sequence[Group], offload: OffloadPlan | None
+) -> budget.Need:
     """What the readers could use."""
     written = offload is not None and not offload.reused
     moving = ("copy", "write") if written else ("copy",)
     moved = [p for p in placements if p.residency in moving]
+    moved += [source for group in groups for source in group.sources]
     return budget.needs_of(moved, draft.request.io, draft.cached, free_address_space=not draft.memory.rlimits)
 
 
-def _read_how(draft: _Draft, placements: Sequence[Placement], in_place: bool) -> tuple[Reading, list[str]]:
+def _read_how(draft: Draft, placements: Sequence[Placement], in_place: bool) -> tuple[Reading, list[str]]:
     """How files are read, and what may surprise about reading ahead."""
     request = draft.request
     if not request.prefetch:
@@ -386,18 +258,20 @@ def _read_how(draft: _Draft, placements: Sequence[Placement], in_place: bool) ->
     return Reading(request.io, request.keep_cache, ahead, in_place), warnings
 
 
-def _host(draft: _Draft, placements: Sequence[Placement], staging: Staging) -> HostPlan:
+def _host(draft: Draft, placements: Sequence[Placement], groups: Sequence[Group], staging: Staging) -> HostPlan:
     on_cpu = [p for p in placements if p.device == "cpu"]
     resident = sum(p.nbytes for p in on_cpu if p.residency != "map")
     if not draft.skeleton.borrowed:
         transient = [t for t in draft.skeleton.targets.values() if not t.persistent]
         resident += sum(nbytes_of(t.shape, t.dtype) for t in transient)
     copies = [p for p in on_cpu if p.residency == "copy"]
-    overhead = _OVERHEAD + _PER_ENTRY * len(draft.checkpoint) + _PER_COPY * len(copies)
+    entries = max(len(draft.checkpoint), len(draft.mapping.links))
+    overhead = _OVERHEAD + _PER_ENTRY * entries + _PER_COPY * len(copies)
     overhead += draft.checkpoint.described
     # Those that begin behind the beginning of a page end in one more.
     overhead += mmap.PAGESIZE * sum(p.is_apart for p in copies)
     overhead += len(draft.skeleton.targets) * (_PER_TARGET if draft.skeleton.borrowed else _PER_TARGET_BUILT)
+    computing = max((group.nbytes for group in groups), default=0)
     available = draft.memory.available
     ram = draft.request.ram
     return HostPlan(
@@ -405,10 +279,11 @@ def _host(draft: _Draft, placements: Sequence[Placement], staging: Staging) -> H
         mapped=sum(p.nbytes for p in on_cpu if p.residency == "map"),
         staging=staging.total,
         overhead=overhead,
-        peak=resident + staging.total + overhead,
+        peak=resident + staging.total + overhead + computing,
         available=available,
         bound_by=draft.memory.bound_by,
         limit=available if ram is None else min(ram, available),
+        computing=computing,
     )
 
 
@@ -429,7 +304,7 @@ def _devices(placements: Sequence[Placement], staging: Staging, host: HostPlan) 
     return devices
 
 
-def _check_devices(draft: _Draft, plan: LoadPlan) -> None:
+def _check_devices(draft: Draft, plan: LoadPlan) -> None:
     """What the user gave as a device's memory bounds its weights in explicit maps too, as accelerate does inferred.
 
     Raises:
@@ -447,11 +322,11 @@ def _check_devices(draft: _Draft, plan: LoadPlan) -> None:
             )
 
 
-def _remedies(draft: _Draft, placements: Sequence[Placement], bound: _Bound) -> list[str]:
+def _remedies(draft: Draft, placements: Sequence[Placement], bound: _Bound) -> list[str]:
     """What would lower the peak of this plan, the largest gain first."""
     # What a limit counts besides includes mapped weights.
     counted = ("copy", "map") if bound.extra else ("copy",)
-    on_cpu = [p for p in placements if p.device == "cpu" and p.residency in counted]
+    on_cpu = [p for p in placements if p.device == "cpu" and p.residency in counted and p.links]
     cast = sum(p.nbytes for p in on_cpu if any(link.entry.dtype != p.dtype for link in p.links))
     plain = sum(p.nbytes for p in on_cpu if p.residency == "copy") - cast
     remedies = []

@@ -1,0 +1,371 @@
+"""Tensors without values that know where their elements come from.
+
+Code that only moves elements about (stack, cat, chunk, transpose, reshape, …) is run on `Followed` tensors, and what it
+gives tells which part of which source goes where. So code that nobody here has seen can be written down as moves: it
+is not the operation that is known but the dozen of torch's functions that it is made of. Anything else raises
+`NotFollowedError`, and the code must be run on values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._records import cheap_init
+
+Shape = tuple[int, ...]
+# A dimension of a piece: how many, the step in the result, the step in the source, in elements.
+Dimension = tuple[int, int, int]
+
+
+class NotFollowedError(Exception):
+    """Where the elements of a result come from cannot be told."""
+
+
+@cheap_init
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements of one source, and where they lie in a result; both count elements in row-major order.
+
+    Attributes:
+        source: number of the source.
+        offset: its first element there.
+        into: its first element in the result.
+        dimensions: how it goes on from there.
+    """
+
+    source: int
+    offset: int
+    into: int
+    dimensions: tuple[Dimension, ...]
+
+
+def joined(dimensions: Iterable[Dimension]) -> tuple[Dimension, ...]:
+    """The same elements in the order in which they lie in the source, those dimensions as one that are one."""
+    apart = sorted((d for d in dimensions if d[0] != 1), key=lambda d: -d[2])
+    found: list[Dimension] = []
+    for n, step, there in apart:
+        if found and found[-1][1] == n * step and found[-1][2] == n * there:
+            found[-1] = (found[-1][0] * n, step, there)
+        else:
+            found.append((n, step, there))
+    return tuple(found)
+
+
+def row_major(shape: Sequence[int]) -> Shape:
+    """Strides of a dense tensor, in elements."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= n
+    return tuple(reversed(strides))
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A piece whose dimensions each lie in one dimension of a shape.
+
+    Attributes:
+        starts: index of its first element, a dimension of the shape each.
+        steps: (dimension of the shape, how many, step there, step in the source).
+    """
+
+    starts: Shape
+    steps: tuple[tuple[int, int, int, int], ...]
+
+
+def place(offset: int, dimensions: Iterable[Dimension], shape: Shape) -> _Placed:
+    """Divide dimensions that count through all of `shape` into such that lie in one dimension of it each.
+
+    Args:
+        offset: of the first element, counted through all of `shape` in row-major order.
+        dimensions: of the piece.
+        shape: without a zero.
+
+    Raises:
+        NotFollowedError: rows of the piece end within rows of the shape.
+    """
+    strides = row_major(shape)
+    starts = tuple(offset // stride % n for n, stride in zip(shape, strides, strict=True))
+    reach = list(starts)
+    steps: list[tuple[int, int, int, int]] = []
+    waiting = [d for d in dimensions if d[0] != 1]
+    while waiting:
+        n, step, there = waiting.pop()
+        at = next(i for i, stride in enumerate(strides) if stride <= step and shape[i] > 1)
+        stride, room = strides[at], strides[at] * shape[at]
+        if step % stride:
+            raise NotFollowedError
+        if n * step > room and (n - 1) * step + reach[at] * stride >= room:
+            # It counts on in the dimensions before: the inner rows here, whole ones of them there.
+            inner = room // step
+            if room % step or n % inner:
+                raise NotFollowedError
+            waiting.append((n // inner, room, there * inner))
+            n = inner
+        if n == 1:
+            continue
+        reach[at] += (n - 1) * (step // stride)
+        if reach[at] >= shape[at]:
+            raise NotFollowedError
+        steps.append((at, n, step // stride, there))
+    return _Placed(starts, tuple(steps))
+
+
+def relaid(piece: Piece, shape: Shape, strides: Shape, shift: int) -> Piece:
+    """The piece of a result of `shape`, in one where the dimensions of `shape` have other strides.
+
+    Args:
+        piece: in a dense tensor of `shape`.
+        shape: of the tensor that it is a piece of, or one that it can be viewed as.
+        strides: of the same dimensions in the new one, in elements.
+        shift: first element of the old tensor in the new one.
+    """
+    placed = place(piece.into, piece.dimensions, shape)
+    into = shift + sum(map(int.__mul__, placed.starts, strides))
+    dimensions = joined((n, step * strides[at], there) for at, n, step, there in placed.steps)
+    return Piece(piece.source, piece.offset, into, dimensions)
+
+
+def _cut(piece: Piece, outer: int, length: int, inner: int, begin: int, end: int) -> list[Piece]:
+    """What of a piece of a tensor of (outer, length, inner) lies in [begin, end) of the middle, as pieces of that."""
+    placed = place(piece.into, piece.dimensions, (outer, length, inner))
+    first = placed.starts[1]
+    middle = sorted(((n, step, there) for at, n, step, there in placed.steps if at == 1), reverse=True, key=_by_step)
+    width = (end - begin) * inner
+    others = [(n, step * (width if at == 0 else 1), there) for at, n, step, there in placed.steps if at != 1]
+    base = placed.starts[0] * width + placed.starts[2]
+    found = []
+    for at, moved, inside in _within(tuple(middle), first, 0, begin, end):
+        dimensions = joined([*others, *((n, step * inner, there) for n, step, there in inside)])
+        found.append(Piece(piece.source, piece.offset + moved, base + (at - begin) * inner, dimensions))
+    return found
+
+
+def _by_step(dimension: Dimension) -> int:
+    return dimension[1]
+
+
+def _within(
+    dimensions: tuple[Dimension, ...], at: int, moved: int, begin: int, end: int
+) -> list[tuple[int, int, tuple[Dimension, ...]]]:
+    """The parts of a line of elements that lie in a range: (first element, how far it is in the source, dimensions)."""
+    last = at + sum((n - 1) * step for n, step, _ in dimensions)
+    if last < begin or at >= end:
+        return []
+    if begin <= at and last < end:
+        return [(at, moved, dimensions)]
+    (n, step, there), inner = dimensions[0], dimensions[1:]
+    span = last - at - (n - 1) * step
+    # Rows that are wholly inside stay one part.
+    low = max(0, -((at - begin) // step))
+    high = min(n, max(low, (end - 1 - span - at) // step + 1))
+    rows = [*range(low), *range(high, n)]
+    parts = [part for i in rows for part in _within(inner, at + i * step, moved + i * there, begin, end)]
+    if high > low:
+        parts.append((at + low * step, moved + low * there, ((high - low, step, there), *inner)))
+    return parts
+
+
+class Followed(torch.Tensor):
+    """A tensor that has no values and knows where they come from. It lies dense, whatever was done to it."""
+
+    pieces: tuple[Piece, ...]
+
+    # What is made of it must be dispatched, not merely bear its class.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Followed({tuple(self.shape)}, {self.pieces})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        step = _STEPS.get(name)
+        if step is None:
+            raise NotFollowedError(f"torch's {name}")
+        return step(*args, **(kwargs or {}))
+
+
+def _made(shape: Sequence[int], dtype: torch.dtype, pieces: tuple[Piece, ...]) -> Followed:
+    made: Followed = torch.Tensor._make_wrapper_subclass(
+        Followed, tuple(shape), dtype=dtype, device=torch.device("cpu")
+    )
+    made.pieces = pieces
+    return made
+
+
+def follow(number: int, shape: Shape, dtype: torch.dtype) -> Followed:
+    """The source of this number, all of it."""
+    count = math.prod(shape)
+    pieces = (Piece(number, 0, 0, joined([(count, 1, 1)])),) if count else ()
+    return _made(shape, dtype, pieces)
+
+
+def _moved(tensor: Followed, shape: Sequence[int], pieces: Iterable[Piece]) -> Followed:
+    return _made(shape, tensor.dtype, tuple(pieces))
+
+
+def _view(tensor: Followed, shape: Sequence[Any], *_: Any) -> Followed:
+    if isinstance(shape, torch.dtype):
+        raise NotFollowedError("torch's view of another dtype")
+    sizes = list(shape)
+    if -1 in sizes:
+        rest = -math.prod(sizes)
+        sizes[sizes.index(-1)] = tensor.numel() // rest if rest else 0
+    if math.prod(sizes) != tensor.numel():
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} cannot have shape {list(shape)}")
+    return _moved(tensor, sizes, tensor.pieces)
+
+
+def _same(tensor: Followed, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Followed:
+    if dtype is not None and dtype != tensor.dtype:
+        raise NotFollowedError("a cast")
+    return _moved(tensor, tensor.shape, tensor.pieces)
+
+
+def _permute(tensor: Followed, order: Sequence[int]) -> Followed:
+    order = [d % tensor.ndim for d in order]
+    shape = [tensor.shape[d] for d in order]
+    strides = [0] * tensor.ndim
+    for d, stride in zip(order, row_major(shape), strict=True):
+        strides[d] = stride
+    before = tuple(tensor.shape)
+    return _moved(tensor, shape, (relaid(p, before, tuple(strides), 0) for p in tensor.pieces))
+
+
+def _transpose(tensor: Followed, first: int, second: int) -> Followed:
+    order = list(range(tensor.ndim))
+    if order:
+        order[first], order[second] = order[second], order[first]
+    return _permute(tensor, order)
+
+
+def _t(tensor: Followed) -> Followed:
+    return _transpose(tensor, 0, 1) if tensor.ndim == 2 else _same(tensor)
+
+
+def _unsqueeze(tensor: Followed, dim: int) -> Followed:
+    shape = list(tensor.shape)
+    shape.insert(dim % (tensor.ndim + 1), 1)
+    return _moved(tensor, shape, tensor.pieces)
+
+
+def _squeeze(tensor: Followed, dims: int | Sequence[int] | None = None) -> Followed:
+    chosen = range(tensor.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {d % tensor.ndim for d in chosen if tensor.ndim}
+    shape = [n for d, n in enumerate(tensor.shape) if d not in gone or n != 1]
+    return _moved(tensor, shape, tensor.pieces)
+
+
+def _slice(tensor: Followed, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Followed:
+    if step != 1:
+        raise NotFollowedError("a slice with a step")
+    dim %= tensor.ndim
+    shape = list(tensor.shape)
+    length = shape[dim]
+    begin, stop, _ = slice(start, end).indices(length)
+    shape[dim] = max(0, stop - begin)
+    if shape[dim] == length or not math.prod(shape):
+        return _moved(tensor, shape, tensor.pieces if math.prod(shape) else ())
+    outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
+    pieces = [part for piece in tensor.pieces for part in _cut(piece, outer, length, inner, begin, stop)]
+    return _moved(tensor, shape, pieces)
+
+
+def _select(tensor: Followed, dim: int, index: int) -> Followed:
+    dim, index = dim % tensor.ndim, index % tensor.shape[dim]
+    return _squeeze(_slice(tensor, dim, index, index + 1), dim)
+
+
+def _unbind(tensor: Followed, dim: int = 0) -> list[Followed]:
+    return [_select(tensor, dim, i) for i in range(tensor.shape[dim])]
+
+
+def _split(tensor: Followed, sizes: int | Sequence[int], dim: int = 0) -> list[Followed]:
+    length = tensor.shape[dim]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, length - i) for i in range(0, length, sizes)] if sizes and length else [length]
+    if sum(sizes) != length:
+        raise ValueError(f"a dimension of {length} cannot be split into {list(sizes)}")
+    parts, begin = [], 0
+    for size in sizes:
+        parts.append(_slice(tensor, dim, begin, begin + size))
+        begin += size
+    return parts
+
+
+def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> Followed:
+    # As torch.cat has it, an empty tensor of one dimension goes with everything.
+    held = [t for t in tensors if t.ndim != 1 or t.numel()] or list(tensors[:1])
+    first = held[0]
+    dim %= first.ndim
+    length = 0
+    begins = []
+    for tensor in held:
+        if not isinstance(tensor, Followed):
+            raise NotFollowedError("a tensor that is no source")
+        if tensor.dtype != first.dtype:
+            raise NotFollowedError("a cast")
+        rest = [*tensor.shape[:dim], *tensor.shape[dim + 1 :]]
+        if tensor.ndim != first.ndim or rest != [*first.shape[:dim], *first.shape[dim + 1 :]]:
+            raise ValueError(
+                f"tensors of shapes {list(first.shape)} and {list(tensor.shape)} cannot be put together along "
+                f"dimension {dim}"
+            )
+        begins.append(length)
+        length += tensor.shape[dim]
+    inner = math.prod(first.shape[dim + 1 :])
+    outer = math.prod(first.shape[:dim])
+    pieces: list[Piece] = []
+    for begin, tensor in zip(begins, held, strict=True):
+        assert isinstance(tensor, Followed)
+        block = tensor.shape[dim] * inner
+        if outer == 1:
+            pieces += [Piece(p.source, p.offset, p.into + begin * inner, p.dimensions) for p in tensor.pieces]
+        else:
+            strides = (length * inner, 1)
+            pieces += [relaid(p, (outer, block), strides, begin * inner) for p in tensor.pieces]
+    assert isinstance(first, Followed)
+    return _moved(first, (*first.shape[:dim], length, *first.shape[dim + 1 :]), pieces)
+
+
+def _stack(tensors: Sequence[Followed], dim: int = 0) -> Followed:
+    if any(not isinstance(tensor, Followed) for tensor in tensors):
+        raise NotFollowedError("a tensor that is no source")
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ValueError(f"tensors of shapes {', '.join(str(list(s)) for s in sorted(shapes))} cannot be stacked")
+    return _cat([_unsqueeze(tensor, dim) for tensor in tensors], dim)
+
+
+_STEPS: dict[str, Callable[..., Any]] = {
+    "view": _view,
+    "_unsafe_view": _view,
+    "reshape": _view,
+    "_reshape_alias": _view,
+    "clone": _same,
+    "contiguous": _same,
+    "detach": _same,
+    "alias": _same,
+    "lift_fresh": _same,
+    "_to_copy": _same,
+    "permute": _permute,
+    "transpose": _transpose,
+    "t": _t,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "slice": _slice,
+    "select": _select,
+    "unbind": _unbind,
+    "split": _split,
+    "split_with_sizes": _split,
+    "cat": _cat,
+    "stack": _stack,
+}

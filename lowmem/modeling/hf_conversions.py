@@ -1,0 +1,291 @@
+"""transformers' own description of how a checkpoint's tensors become a model's, read and not repeated.
+
+`conversion_mapping.get_model_conversion_mapping` gives renamings and converters (`core_model_loading.WeightRenaming`,
+`WeightConverter`, transformers 5). Keys are renamed by transformers' own function. What a converter does is found out
+by running it on tensors without values (`following`), so that its operations need not be known here; one that cannot
+be followed is run on the values, a group of tensors at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..checkpoint import TensorEntry
+from ..errors import KeysError
+from .conversions import Conversion, Cost, Part, Renaming
+from .following import Followed, NotFollowedError, follow
+from .targets import Target, dtype_name
+
+# Transforms of one key know nothing of the keys before it; any other may, and wants them in transformers' order.
+_ALONE = ("WeightRenaming", "WeightConverter", "PrefixChange", "Inkling2IndexOffsetWeightRename")
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """Which converter a key belongs to, and which of its patterns it bears."""
+
+    converter: Any
+    pattern: str
+
+
+# These look at nothing of the model but the shape of the first target, and at the whole config.
+_SHAPES_ONLY = ("MergeModulelist", "Concatenate", "Transpose", "Interleave", "Conv3dToLinear", "PermuteForRope")
+
+# target → shape, and for each piece: source, first element there, strides there, the same of the target, shape.
+_Shape = tuple[int, ...]
+_Followings = dict[str, tuple[_Shape, list[tuple[int, int, _Shape, int, _Shape, _Shape]]]]
+
+
+def _looks_at_shapes_only(operation: Any) -> bool:
+    cls = type(operation)
+    return cls.__module__ == "transformers.core_model_loading" and cls.__name__ in _SHAPES_ONLY
+
+
+class HFConversions:
+    """The conversions of one model.
+
+    Args:
+        model: a transformers model.
+        key_mapping: regular expression → replacement, applied before transformers' own.
+    """
+
+    def __init__(self, model: nn.Module, key_mapping: Mapping[str, str] | None = None) -> None:
+        self._model: Any = model
+        self._key_mapping = key_mapping
+        self._transforms: list[Any] = []
+
+    @property
+    def used(self) -> list[Any]:
+        """Those that the last renaming used; `save_pretrained` reverts them."""
+        return [transform for transform in self._transforms if transform.was_used()]
+
+    def rename(self, entries: Mapping[str, TensorEntry], state: Mapping[str, Target]) -> Renaming:
+        """Old names, scoped prefixes, converters and the base model's prefix, by transformers' own functions.
+
+        Args:
+            entries: the checkpoint's tensors by their keys.
+            state: the targets of the state dict.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
+        mapping = dict(self._key_mapping) if self._key_mapping else None
+        self._transforms = list(get_model_conversion_mapping(self._model, mapping))
+        converters = [t for t in self._transforms if isinstance(t, WeightConverter)]
+        renamings = [t for t in self._transforms if not isinstance(t, WeightConverter)]
+        # As transformers has it: of two with one pattern the last counts.
+        owners = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = self._model.base_model_prefix
+        keys: Sequence[str] = list(entries)
+        if any(type(t).__name__ not in _ALONE for t in self._transforms):
+            keys = sorted(keys, key=dot_natural_key)
+        # It looks names up with .get() and compares with None.
+        known = dict(state)
+        names: dict[str, str] = {}
+        converted: dict[str, _Match] = {}
+        for key in keys:
+            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], prefix, known)
+            names[key] = name
+            if pattern is not None and name in state:
+                converted[key] = _Match(owners[pattern], pattern)
+        return Renaming(names, converted)
+
+    def convert(
+        self, entries: Mapping[str, TensorEntry], renaming: Renaming, state: Mapping[str, Target]
+    ) -> list[Conversion]:
+        """How the converted keys become targets, a group each.
+
+        Args:
+            entries: the checkpoint's tensors by their keys.
+            renaming: what `rename` made of these.
+            state: the targets of the state dict.
+
+        Raises:
+            KeysError: transformers cannot convert them.
+        """
+        from transformers.core_model_loading import dot_natural_key
+
+        groups: dict[tuple[str, int], list[str]] = defaultdict(list)
+        for key, match in renaming.converted.items():
+            groups[renaming.names[key], id(match.converter)].append(key)
+        conversions = []
+        known: dict[Any, _Followings] = {}
+        for (name, _), keys in groups.items():
+            keys.sort(key=dot_natural_key)
+            group = _Group(self._model, name, tuple(keys), tuple(renaming.converted[key] for key in keys), entries)
+            conversions.append(group.convert(state[name], known))
+        return conversions
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Keys that one converter makes into its targets together."""
+
+    model: Any = field(repr=False)
+    name: str
+    keys: tuple[str, ...]
+    matches: tuple[_Match, ...]
+    entries: Mapping[str, TensorEntry] = field(repr=False)
+
+    @property
+    def what(self) -> str:
+        return "+".join(type(operation).__name__ for operation in self.matches[0].converter.operations)
+
+    def convert(self, target: Target, known: dict[Any, _Followings]) -> Conversion:
+        """Find out what becomes of the keys.
+
+        Args:
+            target: the first that they help to make.
+            known: what was found out of groups that are alike; most layers of a model are.
+
+        Raises:
+            KeysError: transformers cannot convert them.
+        """
+        shapes = tuple(self.entries[key].shape for key in self.keys)
+        converter = self.matches[0].converter
+        alike = (id(converter), tuple(match.pattern for match in self.matches), shapes, target.shape, target.dtype)
+        found = known.get(alike)
+        if found is None:
+            try:
+                found = self._follow(shapes, getattr(torch, target.dtype))
+            except NotFollowedError:
+                return self._to_compute(target)
+            except Exception as error:
+                raise self._failed(error) from error
+            # The name of one result is that of the group.
+            if list(found) == [self.name] and all(_looks_at_shapes_only(op) for op in converter.operations):
+                known[alike] = found
+        else:
+            found = {self.name: next(iter(found.values()))}
+        keys, targets = self.keys, tuple(found)
+        parts = [
+            Part(keys[source], offset, strides, name, into, into_strides, shape)
+            for name, (_, pieces) in found.items()
+            for source, offset, strides, into, into_strides, shape in pieces
+        ]
+        operation = _ConverterOperation(self, targets)
+        return Conversion(self.what, keys, targets, tuple(s for s, _ in found.values()), operation, tuple(parts))
+
+    def _follow(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> _Followings:
+        results = _ConverterOperation(self, ()).run([follow(i, shape, dtype) for i, shape in enumerate(shapes)])
+        found: _Followings = {}
+        for name, result in results.items():
+            if not isinstance(result, Followed):
+                raise NotFollowedError("a tensor that is made of no source")
+            pieces = []
+            for piece in result.pieces:
+                shape, into, strides = (
+                    (tuple(column) for column in zip(*piece.dimensions, strict=True))
+                    if (piece.dimensions)
+                    else ((), (), ())
+                )
+                pieces.append((piece.source, piece.offset, strides, piece.into, into, shape))
+            found[name] = tuple(result.shape), pieces
+        return found
+
+    def _to_compute(self, target: Target) -> Conversion:
+        operation = _ConverterOperation(self, ())
+        try:
+            results = operation.run(operation.sources(target.dtype))
+        except Exception as error:
+            raise self._failed(error) from error
+        shapes = tuple(tuple(result.shape) for result in results.values())
+        return Conversion(self.what, self.keys, tuple(results), shapes, _ConverterOperation(self, tuple(results)))
+
+    def _failed(self, error: Exception) -> KeysError:
+        first = self.entries[self.keys[0]]
+        more = f" and {len(self.keys) - 1} more" if len(self.keys) > 1 else ""
+        return KeysError(
+            f"{first.file}: tensor {first.key!r}{more} cannot become {self.name!r} of "
+            f"{type(self.model).__name__}: transformers' conversion ({self.what}) failed: {error}; bring the shards "
+            "that are missing, or the checkpoint that belongs to the config"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _ConverterOperation:
+    """A converter of transformers, run on a group."""
+
+    group: _Group
+    targets: tuple[str, ...]
+
+    def cost(self, dtype: str) -> Cost:
+        """What it gives and takes when its sources are cast to `dtype` before."""
+        sources = self.sources(dtype)
+        with _Counting() as counting:
+            results = self.run(sources)
+            ends = [(tuple(results[name].shape), dtype_name(results[name].dtype)) for name in self.targets]
+            own = sum(result.nbytes for result in results.values())
+        return Cost(tuple(ends), max(0, counting.most - own))
+
+    def sources(self, dtype: str) -> list[torch.Tensor]:
+        """Its sources without values."""
+        return [
+            torch.empty(self.group.entries[key].shape, dtype=getattr(torch, dtype), device="meta")
+            for key in self.group.keys
+        ]
+
+    def __call__(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors of `targets`; `sources` is empty afterwards."""
+        results = self.run(sources)
+        return [results[name] for name in self.targets]
+
+    def run(self, sources: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Target name → tensor, by transformers' own `convert`; `sources` is empty afterwards."""
+        group = self.group
+        converter = copy.deepcopy(group.matches[0].converter)
+        converter.collected_tensors.clear()
+        for key, match in zip(group.keys, group.matches, strict=True):
+            converter.add_tensor(group.name, key, match.pattern, sources.pop(0))
+        with torch.no_grad():
+            results = converter.convert(group.name, model=group.model, config=group.model.config)
+        return {name: made[0] if isinstance(made, list) else made for name, made in results.items()}
+
+
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that are made inside of it, at the worst moment."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {_storage(tensor) for tensor in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            if _storage(tensor) not in before:
+                storage = tensor.untyped_storage()
+                self._held[_storage(tensor)] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+        self._held = {number: held for number, held in self._held.items() if not _is_gone(held[0])}
+        self.most = max(self.most, sum(nbytes for _, nbytes in self._held.values()))
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def _is_gone(storage: StorageWeakRef) -> bool:
+    gone: bool = storage.expired()  # type: ignore[no-untyped-call]
+    return gone
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for part in value for t in _tensors(part)] if isinstance(value, (list, tuple)) else []
