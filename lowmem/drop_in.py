@@ -276,24 +276,28 @@ def _loading_info(result: LoadResult) -> dict[str, Any]:
     mapping = result.plan.mapping
     return {
         "missing_keys": set(mapping.missing),
-        "unexpected_keys": {_as_renamed(result.model, key) for key in mapping.unexpected},
-        "mismatched_keys": {
-            (m.target, torch.Size(m.found), torch.Size(m.expected)) for m in result.plan.mapping.mismatched
-        },
+        "unexpected_keys": _as_renamed(result.model, mapping.unexpected) if mapping.unexpected else set(),
+        "mismatched_keys": {(m.target, torch.Size(m.found), torch.Size(m.expected)) for m in mapping.mismatched},
         "error_msgs": [],
     }
 
 
-def _as_renamed(model: nn.Module, key: str) -> str:
-    """An unexpected key is reported under the name that it has after transformers' renames."""
+def _as_renamed(model: nn.Module, keys: Iterable[str]) -> set[str]:
+    """Unexpected keys under the names that they have after transformers' renames, as it reports them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
+    from transformers.core_model_loading import WeightConverter, rename_source_key
 
     hf: Any = model
-    for conversion in get_model_conversion_mapping(hf):
-        if not isinstance(conversion, WeightConverter):
-            key = conversion.rename_source_key(key)[0]
-    return key
+    conversions = list(get_model_conversion_mapping(hf))
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    others: list[Any] = [c for c in conversions if not isinstance(c, WeightConverter)]
+    state = dict.fromkeys(hf.state_dict(), True)
+    names: set[str] = set()
+    for key in sorted(keys):
+        name, pattern = rename_source_key(key, others, converters, hf.base_model_prefix, state)
+        targets = next((c.target_patterns for c in converters if pattern in c.source_patterns), None)
+        names |= {name} if targets is None else {name.replace(targets[0], target) for target in targets}
+    return names
 
 
 def _report(model: nn.Module, name: str, info: Mapping[str, Any], ignore_mismatched_sizes: bool) -> None:
