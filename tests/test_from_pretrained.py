@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from fake_hub import repository
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
@@ -826,6 +828,27 @@ def test_the_files_that_are_chosen_in_a_folder(own: Folder) -> None:
         lowmem.from_pretrained(cls, folder, variant="bf16")
     with pytest.raises(SourceError, match=r"expected model\.bf16\.safetensors or .*, found neither"):
         lowmem.from_pretrained(cls, folder, variant="bf16", use_safetensors=True)
+
+
+def test_a_model_of_the_hubs_cache(saved: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name, revision and subfolder; it is called by that name, whichever way it is loaded."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    files = {path.name: path.read_bytes() for path in saved("llama").iterdir()}
+    other = {f"inner/{path.name}": path.read_bytes() for path in saved("llama-tied").iterdir()}
+    repository(tmp_path, "org/tiny", files)
+    repository(tmp_path, "org/tiny", {**files, **other}, commit="f" * 40, ref="v1")
+    cls = transformers.LlamaForCausalLM
+    choices: list[dict[str, Any]] = [{}, {"revision": "v1"}, {"revision": "v1", "subfolder": "inner"}]
+    for options in choices:
+        theirs = cls.from_pretrained("org/tiny", cache_dir=tmp_path, **options)
+        assert_same_model(lowmem.from_pretrained(cls, "org/tiny", **options), theirs)
+        assert_same_model(lowmem.load("org/tiny", **options).model, theirs)
+    with pytest.raises(SourceError, match="org/other"):
+        lowmem.from_pretrained(cls, "org/other")
+    with pytest.raises(OptionError, match="contradicts local_files_only"):
+        lowmem.from_pretrained(cls, "org/other", local_files_only=True, download=True)
+    with pytest.raises(UnsupportedError, match=r"^use_safetensors: "):
+        lowmem.from_pretrained(cls, "org/tiny", use_safetensors=False)
 
 
 @pytest.mark.parametrize("source", ["str", "slash", "path"])
