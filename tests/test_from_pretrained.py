@@ -876,6 +876,50 @@ def test_without_a_path_there_are_no_weights() -> None:
         lowmem.from_pretrained(transformers.LlamaForCausalLM, "no/such/model/here")
 
 
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_a_larger_model_around_a_loaded_one_leaves_it_alone(kind: str, saved: Folder) -> None:
+    """Its own `post_init` initialises what is not marked as loaded."""
+    expected = every_tensor(transformers.AutoModel.from_pretrained(saved(kind)))
+
+    class Larger(transformers.PreTrainedModel):
+        config_class = transformers.AutoConfig.from_pretrained(saved(kind)).__class__
+        inner: Any
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.inner = lowmem.from_pretrained(transformers.AutoModel, saved(kind))
+            self.head = torch.nn.Linear(4, 4)
+            self.post_init()
+
+    found = every_tensor(Larger(transformers.AutoConfig.from_pretrained(saved(kind))).inner)
+    assert all(same(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_buffers_of_every_kind(tmp_path: Path) -> None:
+    """Integers stay, averages are cast with the rest."""
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    torch.manual_seed(3)
+    model = transformers.ResNetForImageClassification(config)
+    model(torch.randn(4, 3, 32, 32))
+    model.save_pretrained(tmp_path)
+    for dtype in ("auto", "bfloat16", "float16", "float64"):
+        assert_same(*both(transformers.ResNetForImageClassification, tmp_path, dtype=dtype))
+
+
+def test_fused_experts_computed_as_asked_for(tmp_path: Path) -> None:
+    config = tiny("Qwen3MoeConfig", moe_intermediate_size=16, num_key_value_heads=2, head_dim=8, num_experts=4)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
+    for way in ("eager", "batched_mm"):
+        for name in ("Qwen3MoeForCausalLM", "AutoModel", "AutoModelForSequenceClassification"):
+            options = {"experts_implementation": way, "output_loading_info": True}
+            (ours, info), (theirs, expected) = both(auto(name), tmp_path, **options)
+            assert_same(ours, theirs)
+            assert info == expected
+            assert ours.config._experts_implementation == theirs.config._experts_implementation == way
+
+
 def test_what_a_class_does_in_a_from_pretrained_of_its_own(own: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(transformers.LlamaForCausalLM):
         @classmethod
