@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers")
 
 import transformers
-from tiny_models import assert_same_model, change_config, every_tensor, new_model, same, ties_of
+from tiny_models import assert_same_model, change_config, every_tensor, model_class, new_model, same, ties_of
 
 import lowmem
 from lowmem.drop_in import _OF_THE_HUB, _OWN, _REFUSED, _RETIRED
@@ -879,7 +879,7 @@ def test_without_a_path_there_are_no_weights() -> None:
 @pytest.mark.parametrize("kind", ["vit", "llama"])
 def test_a_larger_model_around_a_loaded_one_leaves_it_alone(kind: str, saved: Folder) -> None:
     """Its own `post_init` initialises what is not marked as loaded."""
-    expected = every_tensor(transformers.AutoModel.from_pretrained(saved(kind)))
+    expected = every_tensor(model_class(saved(kind)).from_pretrained(saved(kind)))
 
     class Larger(transformers.PreTrainedModel):
         config_class = transformers.AutoConfig.from_pretrained(saved(kind)).__class__
@@ -887,7 +887,7 @@ def test_a_larger_model_around_a_loaded_one_leaves_it_alone(kind: str, saved: Fo
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.inner = lowmem.from_pretrained(transformers.AutoModel, saved(kind))
+            self.inner = lowmem.load(saved(kind)).model
             self.head = torch.nn.Linear(4, 4)
             self.post_init()
 

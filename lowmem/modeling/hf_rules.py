@@ -179,16 +179,14 @@ class TransformersRules(Rules):
 
         `post_init` of such a model runs `initialize_weights` over all that is not marked.
         """
-        tables: tuple[Mapping[str, Any], ...]
         for prefix, module in walk(self.model):
             # nn.Module's own way to set an attribute looks through all of its tables.
             module.__dict__["_is_hf_initialized"] = True
-            tables = module._parameters, module._buffers
-            for table in tables:
-                for leaf, tensor in table.items():
-                    kept = table is module._parameters or leaf not in module._non_persistent_buffers_set
-                    if tensor is not None and kept and prefix + leaf not in missing:
-                        tensor._is_hf_initialized = True
+            transient = module._non_persistent_buffers_set
+            held: list[tuple[str, Any]] = [*module._parameters.items(), *module._buffers.items()]
+            for leaf, tensor in held:
+                if tensor is not None and leaf not in transient and prefix + leaf not in missing:
+                    tensor._is_hf_initialized = True
 
     def _fill_meta_buffers(self) -> None:
         """Buffers that no checkpoint holds are filled by `_init_weights`, as `from_pretrained` does."""
