@@ -616,6 +616,34 @@ def test_a_part_of_a_model_of_several_models(composite: Callable[[Callable[[], A
     assert all(same(a, b.to(a.dtype)) for a, b in zip(every_tensor(part).values(), held, strict=True))
 
 
+def test_the_part_of_a_composite_model_that_an_auto_class_means(tmp_path: Path) -> None:
+    """AutoModelForCausalLM takes the text model of some, with the config of that part."""
+    config = transformers.MllamaConfig(
+        text_config=tiny(
+            "MllamaTextConfig", num_hidden_layers=3, num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0
+        ).to_dict(),
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "intermediate_size": 48,
+            "image_size": 16,
+            "patch_size": 4,
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [0],
+            "max_num_tiles": 2,
+            "supported_aspect_ratios": [[1, 1], [1, 2]],
+        },
+    )
+    torch.manual_seed(3)
+    transformers.MllamaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    for options in ({}, {"dtype": "float32"}, {"attn_implementation": "eager"}):
+        ours, theirs = both(transformers.AutoModelForCausalLM, tmp_path, **options)
+        assert type(ours).__name__ == "MllamaForCausalLM"
+        assert_same(ours, theirs)
+
+
 def test_sub_configs_with_a_dtype_of_their_own(tmp_path: Path, composite: Callable[[Callable[[], Any]], Path]) -> None:
     folder = tmp_path / "llava"
     shutil.copytree(composite(llava), folder)
