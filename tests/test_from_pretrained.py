@@ -246,6 +246,8 @@ def test_what_neither_the_config_nor_the_model_knows_is_refused(saved: Folder) -
         transformers.LlamaForCausalLM.from_pretrained(saved("llama"), telepathy=True)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot be built.*telepathy"):
         lowmem.from_pretrained(transformers.LlamaForCausalLM, saved("llama"), telepathy=True)
+    with pytest.raises(ModelError, match=r"'stagin'.*\. Did you mean 'staging'\?"):
+        lowmem.from_pretrained(transformers.LlamaForCausalLM, saved("llama"), stagin="1MiB")
     with pytest.raises(ModelError, match="telepathy"):
         lowmem.load(saved("llama"), model_kwargs={"telepathy": True})
 
