@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import io
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from tiny_models import inputs_of, model_class, new_model, outputs_of, same
 
 import lowmem
 
+accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
 FLAT = {
@@ -119,6 +122,44 @@ def test_a_deep_copy_and_a_cast_leave_the_checkpoint_as_it_is(folder: Path) -> N
     with torch.no_grad():
         for parameter in (*other.parameters(), *model.parameters()):
             parameter.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def through_torch(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def doubled(model: Any) -> Any:
+    model.load_state_dict({key: value * 2 for key, value in model.state_dict().items()})
+    return model
+
+
+def resized(model: Any) -> Any:
+    model.resize_token_embeddings(100, mean_resizing=False)
+    model.resize_token_embeddings(96, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        through_torch,
+        doubled,
+        resized,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: model.share_memory(),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: accelerate.Accelerator(cpu=True).prepare(model),
+    ],
+    ids=["torch.save", "load_state_dict", "resize", "pickle", "share_memory", "to", "prepare"],
+)
+def test_what_is_done_to_a_model_gives_the_same(change: Callable[[Any], Any], folder: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    ours, other = change(lowmem.load(folder).model), change(theirs(folder))
+    assert same(outputs_of(ours), outputs_of(other))
     assert (folder / "model.safetensors").read_bytes() == before
 
 
@@ -251,6 +292,19 @@ def test_lora_trains_on_what_was_loaded(options: dict[str, Any], folder: Path, p
     merged = again.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     assert same(outputs_of(lowmem.load(tmp_path / "merged").model), outputs_of(merged.eval()))
+
+
+def test_lora_beside_layers_on_disk(folder: Path, peft: Any, tmp_path: Path) -> None:
+    """On layers that are not: peft gives the adapters of those that are memory that nobody has filled."""
+    found = []
+    for model in (
+        lowmem.load(folder, device_map=FLAT).model,
+        theirs(folder, device_map=FLAT, offload_folder=tmp_path / "off"),
+    ):
+        torch.manual_seed(3)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0, 2], init_lora_weights=False)
+        found.append(outputs_of(peft.get_peft_model(model.eval(), config).eval()))
+    assert same(*found)
 
 
 def test_an_adapter_beside_the_weights_is_put_on_as_the_warning_says(folder: Path, peft: Any) -> None:
