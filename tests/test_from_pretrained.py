@@ -153,6 +153,23 @@ def test_a_missing_head_is_refused_where_load_is_strict(saved: Folder) -> None:
     assert lowmem.plan(saved("llama"), auto_class="AutoModel").mapping.unexpected == ("lm_head.weight",)
 
 
+def test_shapes_alone_may_be_refused(own: Folder) -> None:
+    """As `from_pretrained` has it: what is missing is initialised, what has another shape is an error."""
+    folder = own("vit", "float32", ONE_FILE)
+    rewrite(folder, lambda t: t.pop("vit.embeddings.cls_token"))
+    torch.manual_seed(11)
+    ours = lowmem.load(folder, strict="shapes").model
+    torch.manual_seed(11)
+    assert_same_model(ours, transformers.ViTForImageClassification.from_pretrained(folder))
+    with pytest.raises(KeysError, match=r"ignore_mismatched_sizes=True these are initialised"):
+        lowmem.load(folder, strict="shapes", model_kwargs={"num_labels": 3})
+    assert lowmem.plan(
+        folder, strict="shapes", model_kwargs={"num_labels": 3}, ignore_mismatched_sizes=True
+    ).mapping.mismatched
+    with pytest.raises(OptionError, match=r"^strict: expected True or False, or 'shapes', found 'yes'"):
+        lowmem.load(folder, strict="yes")
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -463,7 +480,8 @@ def test_quantised_weights_that_only_their_keys_tell_of_are_refused(
 def test_quantised_weights_that_only_a_file_tells_of_are_refused(name: str, own: Folder) -> None:
     folder = own("llama", "float32", ONE_FILE)
     (folder / name).write_text("{}")
-    # The file alone may be left from elsewhere: these weights are floats.
+    # The file alone may be left from elsewhere: these weights are floats, and masks of old are no weights.
+    rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.mask": torch.ones(4, 4, dtype=torch.uint8)}))
     lowmem.plan(folder)
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}))
     with pytest.raises(UnsupportedError, match=rf"{name}: the weights are quantised"):
