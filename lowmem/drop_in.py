@@ -11,7 +11,8 @@ import difflib
 import inspect
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 from .checkpoint.file_names import canonical_index, canonical_name
 from .errors import ModelError, OptionError, SourceError, UnsupportedError
 from .loader import LoadResult, load
+from .modeling.hf_conversions import reported
 from .modeling.request import ModelRequest, make_model_request
 from .planner.request import flag
 from .sizes import shown
@@ -128,7 +130,6 @@ def from_pretrained(
     options["dtype"] = _dtype(given)
     options["ignore_mismatched_sizes"] = given.pop("ignore_mismatched_sizes", False)
     source = _source(pretrained_model_name_or_path, given, options)
-    mapped = _key_mapping(given.pop("key_mapping", None), options)
     _refuse(given)
     asked = _model(cls, name, model_args, given)
     try:
@@ -136,8 +137,7 @@ def from_pretrained(
     except ModelError as error:
         raise _hinted(error, asked) from error.__cause__
     model = result.model
-    _remember(model, mapped)
-    info = _loading_info(result)
+    info = _loading_info(result, asked)
     _report(model, name, info, options["ignore_mismatched_sizes"])
     _say(result)
     return (model, info) if with_info else model
@@ -219,25 +219,25 @@ def _file_in(folder: Path, variant: str | None, safetensors: bool) -> Path:
     return found
 
 
-def _key_mapping(mapping: Mapping[str, str] | None, options: dict[str, Any]) -> list[Any]:
-    """transformers' own renames of the user's table; they go before those of `rename`."""
-    if not mapping:
-        return []
-    if not isinstance(mapping, Mapping):
-        raise OptionError(f"key_mapping: expected {{pattern: replacement}}, found {shown(mapping)}")
+def _key_mapping(mapping: Any) -> dict[str, str]:
+    """The user's renames, which transformers applies before its own.
+
+    Raises:
+        OptionError: they mean nothing to it.
+    """
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, Mapping) or not all(isinstance(text, str) for pair in mapping.items() for text in pair):
+        raise OptionError(f"key_mapping: expected {{pattern: replacement}}, both text, found {shown(mapping)}")
     from transformers.core_model_loading import WeightRenaming
 
-    renamings = [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in mapping.items()]
-
-    def renamed(key: str) -> str:
-        for renaming in renamings:
-            key = renaming.rename_source_key(key)[0]
-        return key
-
-    rules = options.get("rename")
-    more = () if rules is None else (rules,) if callable(rules) or isinstance(rules, Mapping) else tuple(rules)
-    options["rename"] = [renamed, *more]
-    return renamings
+    for old, new in mapping.items():
+        try:
+            WeightRenaming(source_patterns=old, target_patterns=new)
+        except (re.error, ValueError) as error:
+            rule = f"key_mapping: {shown(old)}: {shown(new)}"
+            raise OptionError(f"{rule}: transformers does not take it: {error}; correct it") from error
+    return dict(mapping)
 
 
 def _refuse(given: dict[str, Any]) -> None:
@@ -256,7 +256,12 @@ def _refuse(given: dict[str, Any]) -> None:
 
 def _model(cls: Any, name: str, model_args: tuple[Any, ...], given: dict[str, Any]) -> ModelRequest:
     """What is asked about the model: all that is left, for the config or for the class."""
-    generation_config = given.pop("generation_config", None)
+    beside = {
+        "model_args": model_args,
+        "key_mapping": _key_mapping(given.pop("key_mapping", None)),
+        "generation_config": given.pop("generation_config", None),
+        "name": name,
+    }
     asked = make_model_request(
         auto_class=cls,
         config=given.pop("config", None),
@@ -265,7 +270,7 @@ def _model(cls: Any, name: str, model_args: tuple[Any, ...], given: dict[str, An
         trust_remote_code=flag(given.pop("trust_remote_code", None) or False, "trust_remote_code"),
         model_kwargs=given,
     )
-    return dataclasses.replace(asked, model_args=model_args, generation_config=generation_config, name=name)
+    return dataclasses.replace(asked, **beside)
 
 
 def _hinted(error: ModelError, asked: ModelRequest) -> ModelError:
@@ -277,43 +282,18 @@ def _hinted(error: ModelError, asked: ModelRequest) -> ModelError:
     return error
 
 
-def _remember(model: nn.Module, mapped: Iterable[Any]) -> None:
-    """`save_pretrained` undoes what a table did to keys, as it does there."""
-    used = [renaming for renaming in mapped if renaming.was_used()]
-    if used:
-        hf: Any = model
-        hf._weight_conversions = [*used, *(getattr(hf, "_weight_conversions", None) or ())]
-
-
-def _loading_info(result: LoadResult) -> dict[str, Any]:
+def _loading_info(result: LoadResult, asked: ModelRequest) -> dict[str, Any]:
     """The dictionary of `LoadStateDictInfo.to_dict` (transformers/utils/loading_report.py)."""
     import torch
 
     mapping = result.plan.mapping
+    unexpected = reported(result.model, mapping.unexpected, asked.key_mapping) if mapping.unexpected else set()
     return {
         "missing_keys": set(mapping.missing),
-        "unexpected_keys": _as_renamed(result.model, mapping.unexpected) if mapping.unexpected else set(),
+        "unexpected_keys": unexpected,
         "mismatched_keys": {(m.target, torch.Size(m.found), torch.Size(m.expected)) for m in mapping.mismatched},
         "error_msgs": [],
     }
-
-
-def _as_renamed(model: nn.Module, keys: Iterable[str]) -> set[str]:
-    """Unexpected keys under the names that they have after transformers' renames, as it reports them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    hf: Any = model
-    conversions = list(get_model_conversion_mapping(hf))
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    others: list[Any] = [c for c in conversions if not isinstance(c, WeightConverter)]
-    state = dict.fromkeys(hf.state_dict(), True)
-    names: set[str] = set()
-    for key in sorted(keys):
-        name, pattern = rename_source_key(key, others, converters, hf.base_model_prefix, state)
-        targets = next((c.target_patterns for c in converters if pattern in c.source_patterns), None)
-        names |= {name} if targets is None else {name.replace(targets[0], target) for target in targets}
-    return names
 
 
 def _report(model: nn.Module, name: str, info: Mapping[str, Any], ignore_mismatched_sizes: bool) -> None:

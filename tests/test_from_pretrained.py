@@ -890,6 +890,31 @@ def test_a_table_of_keys_is_undone_when_the_model_is_saved(own: Folder, tmp_path
     assert load_file(tmp_path / "saved/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
 
 
+def test_a_table_of_keys_goes_before_the_renames_of_the_model_and_gives_way_to_its_names(own: Folder) -> None:
+    """What fits nothing is reported as renamed; a rule that leads away from a name of the model is not followed."""
+    folder = own("qwen3-moe", "float32", ONE_FILE)
+
+    def other(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace("model.layers", "trunk.blocks")] = tensors.pop(key)
+        tensors["old.extra"] = torch.ones(2)
+
+    rewrite(folder, other)
+    table = {r"^trunk\.blocks": "model.layers", r"^old\.": "new.", r"^lm_head": "elsewhere"}
+    options: dict[str, Any] = {"key_mapping": table, "output_loading_info": True}
+    (ours, info), (theirs, expected) = both(transformers.Qwen3MoeForCausalLM, folder, **options)
+    assert_same_model(ours, theirs)
+    assert info == expected
+    assert info["unexpected_keys"] == {"new.extra"}
+    assert not info["missing_keys"]
+
+
+@pytest.mark.parametrize("table", [["a"], {"a": 1}, {"(": "b"}])
+def test_a_table_of_keys_that_means_nothing_is_refused(saved: Folder, table: Any) -> None:
+    with pytest.raises(OptionError, match=r"^key_mapping: "):
+        lowmem.from_pretrained(transformers.LlamaForCausalLM, saved("llama"), key_mapping=table)
+
+
 def test_the_files_that_are_chosen_in_a_folder(own: Folder) -> None:
     """`variant`, `subfolder` and `use_safetensors`, each with weights of its own beside the others."""
     folder, cls = own("llama", "float32", ONE_FILE), transformers.LlamaForCausalLM

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,44 @@ def _looks_at_shapes_only(operation: Any) -> bool:
     return cls.__module__ == "transformers.core_model_loading" and cls.__name__ in _SHAPES_ONLY
 
 
+def _described(model: Any, key_mapping: Mapping[str, str] | None) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model, dict(key_mapping) if key_mapping else None))
+
+
+def _parted(transforms: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """What renames keys, and what converts their tensors."""
+    from transformers.core_model_loading import WeightConverter
+
+    renamings: list[Any] = []
+    converters: list[Any] = []
+    for transform in transforms:
+        (converters if isinstance(transform, WeightConverter) else renamings).append(transform)
+    return renamings, converters
+
+
+def reported(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None) -> set[str]:
+    """Keys that a model does not use, as transformers reports them: under the names that its renames give them.
+
+    Args:
+        model: a transformers model.
+        keys: of the checkpoint.
+        key_mapping: as for `HFConversions`.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    hf: Any = model
+    renamings, converters = _parted(_described(hf, key_mapping))
+    state = dict.fromkeys(hf.state_dict(), True)
+    names: set[str] = set()
+    for key in sorted(keys):
+        name, pattern = rename_source_key(key, renamings, converters, hf.base_model_prefix, state)
+        targets = next((c.target_patterns for c in converters if pattern in c.source_patterns), None)
+        names |= {name} if targets is None else {name.replace(targets[0], target) for target in targets}
+    return names
+
+
 class HFConversions:
     """The conversions of one model.
 
@@ -75,13 +113,10 @@ class HFConversions:
             entries: the checkpoint's tensors by their keys.
             state: the targets of the state dict.
         """
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+        from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-        mapping = dict(self._key_mapping) if self._key_mapping else None
-        self._transforms = list(get_model_conversion_mapping(self._model, mapping))
-        converters = [t for t in self._transforms if isinstance(t, WeightConverter)]
-        renamings = [t for t in self._transforms if not isinstance(t, WeightConverter)]
+        self._transforms = _described(self._model, self._key_mapping)
+        renamings, converters = _parted(self._transforms)
         # As transformers has it: of two with one pattern the last counts.
         owners = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         prefix = self._model.base_model_prefix

@@ -39,11 +39,24 @@ class Generation:
 
 
 class TransformersRules(Rules):
-    """The rules of a transformers model, read from the attributes that `from_pretrained` reads."""
+    """The rules of a transformers model, read from the attributes that `from_pretrained` reads.
+
+    Args:
+        model: itself.
+        built: whether lowmem built it, at its final dtypes.
+        generation: what it is given when its weights are there.
+        key_mapping: regular expression → replacement, applied to keys before transformers' own renames.
+    """
 
     kind = "transformers"
 
-    def __init__(self, model: nn.Module, built: bool, generation: Generation | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        built: bool,
+        generation: Generation | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(model)
         self._generation = Generation() if generation is None else generation
         hf: Any = model
@@ -52,7 +65,7 @@ class TransformersRules(Rules):
         self.owns_dtypes = built
         self.no_split = tuple(sorted(hf._no_split_modules or ()))
         self.skip_keys = tuple(sorted(hf._skip_keys_device_placement or ()))
-        self._conversions = HFConversions(model)
+        self._conversions = HFConversions(model, key_mapping)
 
     def declared_ties(self) -> Mapping[str, str]:
         """`all_tied_weights_keys`: target → source."""

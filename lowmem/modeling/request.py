@@ -56,6 +56,7 @@ class ModelRequest:
         experts_implementation: how fused experts are computed, likewise.
         model_kwargs: attributes of the config → what they are to be; others go to the class.
         model_args: what the class is given behind the config.
+        key_mapping: regular expression → replacement, by which transformers renames keys before all else.
         generation_config: what `generate` takes its defaults from; None for that of the folder.
         name: what `name_or_path` is to say; None for the folder.
         trust_remote_code: whether Python files beside the checkpoint may run.
@@ -68,6 +69,7 @@ class ModelRequest:
     experts_implementation: str | Mapping[str, str] | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     model_args: tuple[Any, ...] = ()
+    key_mapping: Mapping[str, str] = field(default_factory=dict)
     generation_config: Any = None
     name: str | None = None
     trust_remote_code: bool = False

@@ -107,7 +107,9 @@ def _rules_of(module: nn.Module, transformers: bool, blueprint: hf.Blueprint | N
     if not transformers:
         return Rules(module)
     folder = checkpoint.folder if checkpoint.config is not None else None
-    return TransformersRules(module, blueprint is not None, read_generation(module, folder, blueprint))
+    generation = read_generation(module, folder, blueprint)
+    key_mapping = None if blueprint is None else blueprint.request.key_mapping
+    return TransformersRules(module, blueprint is not None, generation, key_mapping)
 
 
 def _call(factory: Callable[[], nn.Module]) -> nn.Module:
