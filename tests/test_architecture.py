@@ -27,6 +27,7 @@ ORDER = [
     "_page_cache",
     "_patterns",
     "_records",
+    "_strides",
     "limits",
     "_sampler",
     "_processes",

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from .._strides import joined, row_major
 from ..checkpoint import TensorEntry
 from ..dtypes import itemsize
 from ..errors import KeysError
 from ..modeling.conversions import Conversion, Part
-from ..modeling.following import NotFollowedError, joined, place, row_major
+from ..modeling.following import NotFollowedError, place
 from ..modeling.targets import Target
 from .names import collision
 from .records import Computation, Link, Mismatch, Region, whole

@@ -16,10 +16,7 @@ from typing import Any
 import torch
 
 from .._records import cheap_init
-
-Shape = tuple[int, ...]
-# A dimension of a piece: how many, the step in the result, the step in the source, in elements.
-Dimension = tuple[int, int, int]
+from .._strides import Dimension, Shape, joined, row_major
 
 
 class NotFollowedError(Exception):
@@ -42,27 +39,6 @@ class Piece:
     offset: int
     into: int
     dimensions: tuple[Dimension, ...]
-
-
-def joined(dimensions: Iterable[Dimension]) -> tuple[Dimension, ...]:
-    """The same elements in the order in which they lie in the source, those dimensions as one that are one."""
-    apart = sorted((d for d in dimensions if d[0] != 1), key=lambda d: -d[2])
-    found: list[Dimension] = []
-    for n, step, there in apart:
-        if found and found[-1][1] == n * step and found[-1][2] == n * there:
-            found[-1] = (found[-1][0] * n, step, there)
-        else:
-            found.append((n, step, there))
-    return tuple(found)
-
-
-def row_major(shape: Sequence[int]) -> Shape:
-    """Strides of a dense tensor, in elements."""
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= n
-    return tuple(reversed(strides))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from .._records import cheap_init
+from .._strides import joined, row_major
 from ..checkpoint import TensorEntry
 from ..dtypes import itemsize
 from ..mapping import Link, Region
@@ -226,7 +227,7 @@ def _cut_strided(placement: Placement, link: Link, most: int) -> Iterator[Move]:
     entry, into = link.entry, link.region
     size, result = itemsize(entry.dtype), itemsize(placement.dtype) if placement.residency == "write" else 0
     assert into.dense or into.shape == entry.shape, "a view goes into all of a tensor, or into a part of its shape"
-    strides = _row_major(entry.shape) if into.dense else into.strides
+    strides = row_major(entry.shape) if into.dense else into.strides
     assert entry.strides is not None
     for at, span, source, region in _pieces(entry.shape, entry.strides, strides, most, size):
         yield Move(
@@ -242,29 +243,13 @@ def _cut_strided(placement: Placement, link: Link, most: int) -> Iterator[Move]:
         )
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= n
-    return tuple(reversed(strides))
-
-
 # A dimension of a view: how many, the step in the source, the step in the destination, in elements.
 _Dimension = tuple[int, int, int]
 
 
 def _dimensions(shape: tuple[int, ...], source: tuple[int, ...], into: tuple[int, ...]) -> list[_Dimension]:
     """The dimensions in the order in which the source lies, the widest step first, those that are one joined."""
-    apart = [d for d in zip(shape, source, into, strict=True) if d[0] != 1]
-    apart.sort(key=lambda d: -d[1])
-    joined: list[_Dimension] = []
-    for n, step, at in apart:
-        if joined and joined[-1][1] == n * step and joined[-1][2] == n * at:
-            joined[-1] = (joined[-1][0] * n, step, at)
-        else:
-            joined.append((n, step, at))
-    return joined
+    return [(n, step, at) for n, at, step in joined(zip(shape, into, source, strict=True))]
 
 
 def _span(dimensions: list[_Dimension]) -> int:
@@ -331,7 +316,7 @@ def bytes_to_read(entry: TensorEntry) -> int:
 # The parts of many tensors are alike.
 @functools.lru_cache(maxsize=1024)
 def _spanned(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> int:
-    dimensions = _dimensions(shape, strides, _row_major(shape))
+    dimensions = _dimensions(shape, strides, row_major(shape))
     width = needed = 1
     for n, step, _ in reversed(dimensions):
         apart = (step - width) * size >= _LEAST_GAP
