@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,13 +50,13 @@ def _looks_at_shapes_only(operation: Any) -> bool:
     return cls.__module__ == "transformers.core_model_loading" and cls.__name__ in _SHAPES_ONLY
 
 
-def _described(model: Any, key_mapping: Mapping[str, str] | None) -> list[Any]:
+def _transforms_of(model: Any, key_mapping: Mapping[str, str] | None) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return list(get_model_conversion_mapping(model, dict(key_mapping) if key_mapping else None))
 
 
-def _parted(transforms: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+def _parted(transforms: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """What renames keys, and what converts their tensors."""
     from transformers.core_model_loading import WeightConverter
 
@@ -67,7 +67,7 @@ def _parted(transforms: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     return renamings, converters
 
 
-def reported(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None) -> set[str]:
+def reported(model: nn.Module, keys: Sequence[str], key_mapping: Mapping[str, str] | None = None) -> set[str]:
     """Keys that a model does not use, as transformers reports them: under the names that its renames give them.
 
     Args:
@@ -78,7 +78,7 @@ def reported(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, st
     from transformers.core_model_loading import rename_source_key
 
     hf: Any = model
-    renamings, converters = _parted(_described(hf, key_mapping))
+    renamings, converters = _parted(_transforms_of(hf, key_mapping))
     state = dict.fromkeys(hf.state_dict(), True)
     names: set[str] = set()
     for key in sorted(keys):
@@ -115,7 +115,7 @@ class HFConversions:
         """
         from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-        self._transforms = _described(self._model, self._key_mapping)
+        self._transforms = _transforms_of(self._model, self._key_mapping)
         renamings, converters = _parted(self._transforms)
         # As transformers has it: of two with one pattern the last counts.
         owners = {pattern: converter for converter in converters for pattern in converter.source_patterns}
