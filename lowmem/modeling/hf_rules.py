@@ -130,16 +130,16 @@ class TransformersRules(Rules):
         only modules with nothing to initialise inside are marked.
         """
         wanted = set(names)
-        concerned = {"", *(name[: dot.start()] for name in wanted for dot in re.finditer(r"\.", name))}
+        concerned = {"", *(name[: dot.end()] for name in wanted for dot in re.finditer(r"\.", name))}
         followers = self._set_aside(name for name in self.declared_ties() if name in wanted)
         try:
-            for path, module in self.model.named_modules(remove_duplicate=False):
-                prefix = f"{path}." if path else ""
-                module._is_hf_initialized = path not in concerned
-                for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            for prefix, module in walk(self.model):
+                # nn.Module's own way to set an attribute looks through all of its tables.
+                module.__dict__["_is_hf_initialized"] = prefix not in concerned
+                held: list[tuple[str, Any]] = [*module._parameters.items(), *module._buffers.items()]
+                for leaf, tensor in held:
                     if tensor is not None:
-                        ready = prefix + leaf not in wanted or prefix + leaf in followers
-                        tensor._is_hf_initialized = ready
+                        tensor._is_hf_initialized = prefix + leaf not in wanted or prefix + leaf in followers
             with real_tensors():
                 self._hf.initialize_weights()
         finally:
@@ -193,7 +193,6 @@ class TransformersRules(Rules):
         `post_init` of such a model runs `initialize_weights` over all that is not marked.
         """
         for prefix, module in walk(self.model):
-            # nn.Module's own way to set an attribute looks through all of its tables.
             module.__dict__["_is_hf_initialized"] = True
             transient = module._non_persistent_buffers_set
             held: list[tuple[str, Any]] = [*module._parameters.items(), *module._buffers.items()]
