@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ModelError
 from ..modeling.failures import refusing
+from ..modeling.targets import dtype_name
 from ..planner import Placement
 from ..planner.records import Group
 from .cleanup import let_go
@@ -63,7 +64,7 @@ def _problem(group: Group, made: Sequence[object]) -> str:
         expected = f"expected {planned.target!r} as {planned.dtype} of shape {planned.shape} on the CPU"
         if not isinstance(result, torch.Tensor):
             return f"{expected}, found {type(result).__name__}"
-        dtype = str(result.dtype).removeprefix("torch.")
+        dtype = dtype_name(result.dtype)
         if (tuple(result.shape), dtype, result.device.type) != (planned.shape, planned.dtype, "cpu"):
             return f"{expected}, found {dtype} of shape {tuple(result.shape)} on {result.device}"
     return ""
