@@ -28,3 +28,9 @@ def joined(dimensions: Iterable[Dimension]) -> tuple[Dimension, ...]:
         else:
             found.append((n, step, there))
     return tuple(found)
+
+
+def columns(dimensions: Iterable[Dimension]) -> tuple[Shape, Shape, Shape]:
+    """All counts, all steps in the result, all steps in the source."""
+    listed = list(dimensions)
+    return tuple(d[0] for d in listed), tuple(d[1] for d in listed), tuple(d[2] for d in listed)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from .._strides import joined, row_major
+from .._strides import columns, joined, row_major
 from ..checkpoint import TensorEntry
 from ..dtypes import itemsize
 from ..errors import KeysError
@@ -99,7 +99,7 @@ def _link(part: Part, entry: TensorEntry, target: Target) -> Link:
         placed = place(offset, zip(shape, strides, into, strict=True), entry.shape)
         offset = sum(map(int.__mul__, placed.starts, entry.strides))
         dimensions = joined((n, there, step * entry.strides[at]) for at, n, step, there in placed.steps)
-        shape, into, strides = _columns(dimensions)
+        shape, into, strides = columns(dimensions)
     count = math.prod(shape)
     dense = strides == row_major(shape)
     region = Region(part.into, shape or (1,), into or (1,))
@@ -117,9 +117,3 @@ def _link(part: Part, entry: TensorEntry, target: Target) -> Link:
         nbytes=span * size,
     )
     return Link(taken, part.target, region, dense and count * size == entry.nbytes)
-
-
-def _columns(dimensions: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(how many, step in the result, step in the source) of all dimensions."""
-    listed = list(dimensions)
-    return tuple(d[0] for d in listed), tuple(d[1] for d in listed), tuple(d[2] for d in listed)

@@ -34,7 +34,7 @@ def read_generation(model: nn.Module, folder: Path | None, blueprint: Blueprint 
     )
 
 
-def _config(model: nn.Module, folder: Path | None, blueprint: Blueprint | None = None) -> Any:
+def _config(model: nn.Module, folder: Path | None, blueprint: Blueprint | None) -> Any:
     """What `from_pretrained` would read as the model's generation config; None where it reads none.
 
     As there, a generation_config.json that is no JSON counts as absent, and `config.json` stands in.

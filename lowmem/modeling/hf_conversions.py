@@ -19,6 +19,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._strides import Shape, columns
 from ..checkpoint import TensorEntry
 from ..errors import KeysError
 from .conversions import Conversion, Cost, Part, Renaming
@@ -41,8 +42,7 @@ class _Match:
 _SHAPES_ONLY = ("MergeModulelist", "Concatenate", "Transpose", "Interleave", "Conv3dToLinear", "PermuteForRope")
 
 # target → shape, and for each piece: source, first element there, strides there, the same of the target, shape.
-_Shape = tuple[int, ...]
-_Followings = dict[str, tuple[_Shape, list[tuple[int, int, _Shape, int, _Shape, _Shape]]]]
+_Followings = dict[str, tuple[Shape, list[tuple[int, int, Shape, int, Shape, Shape]]]]
 
 
 def _looks_at_shapes_only(operation: Any) -> bool:
@@ -220,11 +220,7 @@ class _Group:
                 raise NotFollowedError("a tensor that is made of no source")
             pieces = []
             for piece in result.pieces:
-                shape, into, strides = (
-                    (tuple(column) for column in zip(*piece.dimensions, strict=True))
-                    if (piece.dimensions)
-                    else ((), (), ())
-                )
+                shape, into, strides = columns(piece.dimensions)
                 pieces.append((piece.source, piece.offset, strides, piece.into, into, shape))
             found[name] = tuple(result.shape), pieces
         return found
