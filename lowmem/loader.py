@@ -103,7 +103,7 @@ def load(
         ram: bound on the anonymous host memory that the load adds, such as `"8GiB"`. Default: what the machine, its
             cgroups and rlimits leave.
         offload_folder: where weights on disk go that must be cast or put together. Without it that is done whenever
-            they are used.
+            they are used; what an operation computes cannot be on disk then.
         keep_fp32: module or parameter names, or patterns with `*`, that stay in fp32 where the rest is fp16 or bf16.
         residency: `"map"` (same dtype on the CPU is file pages) or `"copy"` (the files can go after the load).
         strict: refuse missing and mismatched tensors; `"shapes"`: mismatched ones only, as `from_pretrained` does. What

@@ -238,7 +238,8 @@ class LoadPlan:
         checkpoint: what is read.
         mapping: which key feeds which target, and the differences.
         device_map: module → device, as resolved.
-        placements: where every tensor ends up, in the checkpoint's file order.
+        placements: where every tensor ends up: what is fed, in the checkpoint's file order, by the first of several
+            parts; then what is computed; then what the model initialises.
         offload: the files that will be written, if any.
         staging: the readers' buffers.
         reading: how files are read.
