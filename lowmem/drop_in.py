@@ -180,29 +180,39 @@ def _source(path: str | os.PathLike[str], given: dict[str, Any], options: dict[s
     Raises:
         UnsupportedError: an argument about the hub that lowmem cannot serve, or files that are not chosen so.
     """
-    local = Path(path).is_dir()
+    local = _on_disk(path)
     only_local = given.pop("local_files_only", False)
     if only_local and options.get("download"):
         raise OptionError("download: True contradicts local_files_only=True; leave one of them out")
     for name, (idle, remedy) in _OF_THE_HUB.items():
         value = given.pop(name, None)
-        if not local and value not in idle:
+        if local is None and value not in idle:
             raise UnsupportedError(f"{name}: lowmem does not take {shown(value)} for a model of the hub; {remedy}")
     if given.pop("token", None) is not None and options.get("download"):
         raise UnsupportedError("token: lowmem fetches with the token of `hf auth login` or HF_TOKEN; set it there")
     revision, safetensors = given.pop("revision", None), given.pop("use_safetensors", None)
     chosen = {"variant": given.pop("variant", None), "subfolder": given.pop("subfolder", None) or None}
     if safetensors is not None:
-        if not local:
+        if local is None or not local.is_dir():
             raise UnsupportedError(
-                f"use_safetensors: lowmem does not take {shown(safetensors)} for a model of the hub; leave it out, "
-                "safetensors go first, or give the path of the file"
+                f"use_safetensors: lowmem takes {shown(safetensors)} for a local folder only, found {shown(path)}; "
+                "leave it out, safetensors go first, or give the path of the file"
             )
-        return _file_in(Path(path) / (chosen["subfolder"] or ""), chosen["variant"], safetensors)
+        return _file_in(local / (chosen["subfolder"] or ""), chosen["variant"], safetensors)
     options.update(chosen)
-    if not local and revision != "main":
+    if local is None and revision != "main":
         options["revision"] = revision
     return path
+
+
+def _on_disk(path: str | os.PathLike[str]) -> Path | None:
+    """What a source is as a path, which `load` believes first."""
+    try:
+        found = Path(path).expanduser()
+        return found if found.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        # Why it cannot be followed is for `load` to say.
+        return None
 
 
 def _file_in(folder: Path, variant: str | None, safetensors: bool) -> Path:

@@ -937,6 +937,20 @@ def test_the_files_that_are_chosen_in_a_folder(own: Folder) -> None:
         lowmem.from_pretrained(cls, folder, variant="bf16", use_safetensors=True)
 
 
+def test_options_of_the_hub_are_ignored_for_what_is_on_disk(own: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever path: a folder, one below `~`, a file."""
+    folder, cls = own("llama", "float32", ONE_FILE), transformers.LlamaForCausalLM
+    monkeypatch.setenv("HOME", str(folder.parent))
+    options: dict[str, Any] = {"cache_dir": "elsewhere", "revision": "v1", "force_download": True}
+    theirs = cls.from_pretrained(folder, **options)
+    for source in (folder, f"~/{folder.name}", folder / "model.safetensors"):
+        ours, expected = every_tensor(lowmem.from_pretrained(cls, source, **options)), every_tensor(theirs)
+        assert ours.keys() == expected.keys()
+        assert all(same(ours[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(UnsupportedError, match=r"^use_safetensors: .* for a local folder only"):
+        lowmem.from_pretrained(cls, folder / "model.safetensors", use_safetensors=True)
+
+
 def test_a_model_of_the_hubs_cache(saved: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its name, revision and subfolder; it is called by that name, whichever way it is loaded."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
