@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import ModelError
+from ..modeling.conversions import REMEDY
 from ..modeling.failures import refusing
 from ..modeling.targets import dtype_name
 from ..planner import Placement
@@ -51,7 +52,7 @@ def _run(group: Group, sources: list[torch.Tensor], what: str) -> list[torch.Ten
     if problem:
         # Whoever keeps the error keeps what is here.
         made.clear()
-        raise ModelError(f"{what}: {problem}")
+        raise ModelError(f"{what}: {problem}; {REMEDY}")
     return [result.detach() for result in made]
 
 

@@ -10,6 +10,9 @@ import torch
 
 from .._records import cheap_init
 
+# What helps where an operation, which is not lowmem's own, does something else than it says.
+REMEDY = "load this model with the library's own loader, and report the operation there"
+
 
 @dataclass(frozen=True, slots=True)
 class Renaming:

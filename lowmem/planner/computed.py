@@ -9,7 +9,7 @@ import torch
 from ..errors import KeysError, ModelError, UnsupportedError
 from ..mapping import Link, whole
 from ..mapping.records import Computation, KeyMapping
-from ..modeling.conversions import Cost
+from ..modeling.conversions import REMEDY, Cost
 from ..modeling.failures import refusing
 from ..modeling.skeleton import Skeleton
 from ..sizes import format_size
@@ -39,7 +39,7 @@ def price(skeleton: Skeleton, mapping: KeyMapping, final: Mapping[str, str]) -> 
         if len(given) != len(computation.targets):
             raise ModelError(
                 f"{_where(computation)}: the operation {computation.what} gives {len(given)} tensors; expected one for "
-                f"each of {', '.join(map(repr, computation.targets))}"
+                f"each of {', '.join(map(repr, computation.targets))}; {REMEDY}"
             )
         for name, (shape, dtype) in zip(computation.targets, given, strict=True):
             expected = skeleton.targets[name].shape
