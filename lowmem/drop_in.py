@@ -96,7 +96,7 @@ def from_pretrained(
     adapter that was not applied, goes to the logger `lowmem`.
 
     Keys under a prefix that transformers does not know are found as `load` finds them, where it would leave the model
-    untrained.
+    untrained; a checkpoint of which next to nothing fits is refused.
 
     Args:
         cls: a class of transformers: an auto class such as `AutoModelForCausalLM`, or a model class.

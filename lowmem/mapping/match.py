@@ -315,7 +315,7 @@ def refuse(
         keys = fed + len(mapping.doubled) + len(mapping.unexpected) + len(mapping.mismatched)
         raise KeysError(
             f"{source}: next to nothing of the checkpoint fits the model ({fed} of {keys} keys), which is refused "
-            f"although strict=False: the model would be as good as untrained\n{_text(mapping)}"
+            f"whatever strict says: the model would be as good as untrained\n{_text(mapping)}"
         )
 
 
