@@ -126,10 +126,20 @@ class TransformersRules(Rules):
         with real_tensors():
             self._fill_meta_buffers()
             self._tie(missing)
+        if self.owns_dtypes:
+            self._free_parameters()
         self._hf._weight_conversions = self._conversions.used
         if self._generation_config is not None:
             self._hf.generation_config = self._generation_config
         super().finish(missing)
+
+    def _free_parameters(self) -> None:
+        """Parameters that the class froze (sinusoidal positions, backbones): `from_pretrained` makes each anew.
+
+        As there (`set_param_for_module`), every float takes a gradient and nothing else does.
+        """
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
 
     def _tie(self, missing: Collection[str]) -> None:
         """`tie_weights`, but for tensors that lie on different devices: each keeps its copy."""
