@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint, TensorEntry, inspect
     from .checkpoint.schemes import register_scheme
     from .converter import ConvertReport, convert
+    from .drop_in import from_pretrained
     from .loader import LoadResult, diff, load, plan
     from .mapping import KeyDiff
     from .memory import Measurement, measure
@@ -54,6 +55,7 @@ _HOMES = {
     "KeyDiff": "mapping",
     "ConvertReport": "converter",
     "convert": "converter",
+    "from_pretrained": "drop_in",
     "LoadResult": "loader",
     "load": "loader",
     "plan": "loader",
@@ -95,6 +97,7 @@ __all__ = [
     "check",
     "convert",
     "diff",
+    "from_pretrained",
     "inspect",
     "load",
     "measure",

@@ -95,6 +95,9 @@ def check(
     manifest: str | os.PathLike[str] | None = None,
     write_manifest: str | os.PathLike[str] | None = None,
     *,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
     progress: ProgressCallback | None = None,
 ) -> CheckReport:
@@ -108,6 +111,9 @@ def check(
         source: what `load` takes.
         manifest: a file of hashes to compare with. Files of the folder that it does not name are mentioned.
         write_manifest: where to write the hashes of all files of the folder; only when nothing is wrong.
+        variant: take the files with this word in their names, such as `"fp16"`.
+        subfolder: a folder inside the source that is meant, with its own config.
+        revision: a branch, tag or commit of a model of the hub, as after `@` in the source.
         download: whether a model of the hub may be fetched.
         progress: called with a `Progress` from the calling thread.
 
@@ -117,7 +123,7 @@ def check(
     Raises:
         SourceError: nothing that can be loaded is there.
         CheckpointError: the manifest cannot be read, or names files outside of the folder.
-        OptionError: a path that means nothing.
+        OptionError: an option that means nothing, or nothing for this source.
     """
     started = time.perf_counter()
     if progress is not None and not callable(progress):
@@ -130,7 +136,7 @@ def check(
         _check_target(target)
     problems: list[Problem | str] = []
     checkpoint = None
-    place = find(source, download=download)
+    place = find(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
     try:
         # Which mapping of a pickle holds the weights is nothing to check.
         checkpoint = survey(place).glance()

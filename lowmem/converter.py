@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ._collector import paused_collector
-from .checkpoint import Checkpoint, inspect
+from .checkpoint import Checkpoint, make_wish, survey
 from .dtypes import parse_dtype
 from .engine import undisturbed
 from .engine.conversion_folder import ConversionFolder
@@ -117,6 +117,9 @@ def convert(
     skip: Names = None,
     weights: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
     staging: int | str | None = None,
     io: str = "auto",
@@ -142,6 +145,9 @@ def convert(
         skip: those to leave, likewise.
         weights: path of the mapping inside a pickled file, as in `inspect`.
         ema: averaged weights or others, as in `inspect`.
+        variant: take the files with this word in their names, such as `"fp16"`.
+        subfolder: a folder inside the source that is meant, with its own config.
+        revision: a branch, tag or commit of a model of the hub, as after `@` in the source.
         download: whether a model of the hub may be fetched.
         staging: bound on the readers' buffers, at least 1 MiB. Default: what they can use, at most 64 MiB.
         io: how files are read, as in `load`.
@@ -165,12 +171,15 @@ def convert(
         io=parse_io(io),
         keep_cache=flag(keep_cache, "keep_cache"),
     )
+    wish = make_wish(weights, ema)
     verify = flag(verify, "verify")
     folder = parse_folder(out, "out")
     if progress is not None and not callable(progress):
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
     with paused_collector():
-        checkpoint = inspect(source, weights=weights, ema=ema, download=download)
+        found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
+        checkpoint = found.open(wish)
+        del found
         plan = make_convert_plan(checkpoint, folder, request)
     beside = _beside(checkpoint)
     last = _last(checkpoint, plan)
@@ -277,9 +286,12 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan) -> dict[str, bytes]:
         text = checkpoint.config.read_bytes()
         table = _read_table(checkpoint.config)
         stated = [name for name in ("dtype", "torch_dtype") if isinstance(table.get(name), str)]
-        if plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated):
-            # transformers would load the weights in the dtype that they no longer have.
-            table.update(dict.fromkeys(stated, plan.dtype))
+        wrong = plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated)
+        if wrong or "transformers_weights" in table:
+            # transformers would load the weights in the dtype that they no longer have, and look for files that have
+            # other names here; save_pretrained leaves the names out too.
+            table.update(dict.fromkeys(stated, plan.dtype) if wrong else {})
+            table.pop("transformers_weights", None)
             text = (json.dumps(table, indent=2) + "\n").encode()
         last[_CONFIG] = text
     return last

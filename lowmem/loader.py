@@ -18,8 +18,9 @@ from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
 from .mapping import KeyDiff, KeyMapping, cover_of, diff_of, match, refuse
 from .memory import anonymous_memory, measure
+from .modeling.request import ModelRequest, ModelSource, make_model_request
 from .modeling.rules import Rules
-from .modeling.skeleton import ModelSource, Origin, Skeleton, find_origin, make_skeleton
+from .modeling.skeleton import Origin, Skeleton, find_origin, make_skeleton
 from .offload import dispatch
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
 from .planner.request import Names, Renames, checks_names, flag, make_request
@@ -47,6 +48,11 @@ def load(
     source: str | os.PathLike[str],
     *,
     model: ModelSource = None,
+    auto_class: Any = None,
+    config: Any = None,
+    attn_implementation: str | Mapping[str, str] | None = None,
+    experts_implementation: str | Mapping[str, str] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     dtype: Any = "auto",
     device_map: Any = None,
     max_memory: Mapping[Any, int | str] | None = None,
@@ -54,7 +60,7 @@ def load(
     offload_folder: str | os.PathLike[str] | None = None,
     keep_fp32: Iterable[str] | None = (),
     residency: str = "map",
-    strict: bool = True,
+    strict: bool | str = True,
     staging: int | str | None = None,
     no_split: Iterable[str] | None = None,
     io: str = "auto",
@@ -62,6 +68,9 @@ def load(
     keep_cache: bool = False,
     weights: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
     prefix: str | None = None,
     only: Names = None,
@@ -79,7 +88,15 @@ def load(
             or a model of the hub that is in its cache (`org/name`).
         model: a module, a callable that makes one (run with its parameters on meta), or None for the transformers
             model that `config.json` describes.
-        dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only.
+        auto_class: a class of transformers or its name: an auto class such as `"AutoModel"`, or a model class. Default:
+            the class that `architectures` in the config names.
+        config: a config of transformers, or the path of one. Default: the `config.json` beside the weights.
+        attn_implementation: how a transformers model computes attention: `"eager"`, `"sdpa"`, …, or sub-config → one.
+        experts_implementation: how it computes fused experts: `"eager"`, `"grouped_mm"`, …, likewise.
+        model_kwargs: attributes of the config → what they are to be, such as `{"num_labels": 3}`; others go to the
+            class.
+        dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only. Also sub-config → dtype, of
+            which that of `""`, the whole, counts, as in transformers.
         device_map: None (CPU), a device, `"auto"`, `"balanced"`, `"balanced_low_0"`, `"sequential"`, or module →
             device (`"cpu"`, `"disk"`, `"cuda:0"`, `0`); the nearest enclosing module wins.
         max_memory: device → bytes that its weights may take.
@@ -88,7 +105,8 @@ def load(
         offload_folder: where weights on disk go that must be cast. Without it they are cast whenever they are used.
         keep_fp32: module or parameter names, or patterns with `*`, that stay in fp32 where the rest is fp16 or bf16.
         residency: `"map"` (same dtype on the CPU is file pages) or `"copy"` (the files can go after the load).
-        strict: refuse missing and mismatched tensors. Otherwise they are initialised by the model's own rule.
+        strict: refuse missing and mismatched tensors; `"shapes"`: mismatched ones only, as `from_pretrained` does. What
+            is not refused is initialised by the model's own rule.
         staging: bound on the readers' buffers, at least 1 MiB.
         no_split: class names of modules that an inferred device map keeps whole. Default: the model's own.
         io: how files are read: `"buffered"` (through the page cache), `"direct"` (past it, where the system can),
@@ -98,6 +116,9 @@ def load(
         weights: path of the mapping inside a pickled file that holds the weights, such as `"state_dict"`. Default: the
             one that fits the model.
         ema: take averaged weights (True) or those that were trained (False) where a file has both.
+        variant: take the files with this word in their names, such as `"fp16"`.
+        subfolder: a folder inside the source that is meant, with its own config.
+        revision: a branch, tag or commit of a model of the hub, as after `@` in the source.
         download: whether a model of the hub may be fetched; otherwise nothing uses the network.
         prefix: take only the keys inside this module, without it: `"backbone"` makes `backbone.a` into `a`.
         only: the checkpoint's tensors to take: names, modules, patterns with `*`, or a function of a key.
@@ -114,6 +135,9 @@ def load(
     Raises:
         LowmemError: see `lowmem.errors`; a failed load leaves no thread, no temporary file and no changed model.
     """
+    asked = _asked(
+        model, auto_class, config, attn_implementation, experts_implementation, model_kwargs, trust_remote_code
+    )
     request = make_request(
         dtype=dtype,
         device_map=device_map,
@@ -135,17 +159,16 @@ def load(
         reshape=reshape,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
-    trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     if progress is not None and not callable(progress):
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
     wish = make_wish(weights, ema)
     clock = _Phases()
     held = anonymous_memory()
-    found = survey(source, download=download)
+    found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
     held = max(0, anonymous_memory() - held)
     clock.end("inspect")
     # Imports happen here: they are the program's, not the load's.
-    origin = find_origin(found.glance(wish), model, trust_remote_code)
+    origin = find_origin(found.glance(wish), asked)
     clock.end("import")
     with measure() as memory:
         clock.begin()
@@ -166,8 +189,16 @@ def plan(
     source: str | os.PathLike[str],
     *,
     model: ModelSource = None,
+    auto_class: Any = None,
+    config: Any = None,
+    attn_implementation: str | Mapping[str, str] | None = None,
+    experts_implementation: str | Mapping[str, str] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     weights: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
     trust_remote_code: bool = False,
     **options: Any,
@@ -177,12 +208,14 @@ def plan(
     Raises:
         LowmemError: whatever `load` would refuse before its first byte.
     """
+    asked = _asked(
+        model, auto_class, config, attn_implementation, experts_implementation, model_kwargs, trust_remote_code
+    )
     request = make_request(**options)
-    trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     wish = make_wish(weights, ema)
     with paused_collector():
-        found = survey(source, download=download)
-        origin = find_origin(found.glance(wish), model, trust_remote_code)
+        found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
+        origin = find_origin(found.glance(wish), asked)
         return _prepare(found, wish, origin, request, settle_ties=False, clock=_Phases())[1]
 
 
@@ -191,8 +224,16 @@ def diff(
     source: str | os.PathLike[str],
     *,
     model: ModelSource = None,
+    auto_class: Any = None,
+    config: Any = None,
+    attn_implementation: str | Mapping[str, str] | None = None,
+    experts_implementation: str | Mapping[str, str] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     weights: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
     trust_remote_code: bool = False,
     prefix: str | None = None,
@@ -208,14 +249,36 @@ def diff(
     Raises:
         LowmemError: the source or the model cannot be read, or a rule fits nothing.
     """
+    asked = _asked(
+        model, auto_class, config, attn_implementation, experts_implementation, model_kwargs, trust_remote_code
+    )
     request = make_request(prefix=prefix, only=only, skip=skip, rename=rename, reshape=reshape)
-    trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     wish = make_wish(weights, ema)
     with paused_collector():
-        found = survey(source, download=download)
-        origin = find_origin(found.glance(wish), model, trust_remote_code)
+        found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
+        origin = find_origin(found.glance(wish), asked)
         skeleton, checkpoint, mapping = _fit(found, wish, origin, request, _Phases())
         return replace(diff_of(mapping, checkpoint, skeleton), opened=checkpoint.opened)
+
+
+def _asked(
+    model: ModelSource,
+    auto_class: Any,
+    config: Any,
+    attn_implementation: str | Mapping[str, str] | None,
+    experts_implementation: str | Mapping[str, str] | None,
+    model_kwargs: Mapping[str, Any] | None,
+    trust_remote_code: bool,
+) -> ModelRequest:
+    return make_model_request(
+        model,
+        auto_class=auto_class,
+        config=config,
+        attn_implementation=attn_implementation,
+        experts_implementation=experts_implementation,
+        model_kwargs=model_kwargs,
+        trust_remote_code=flag(trust_remote_code, "trust_remote_code"),
+    )
 
 
 class _Phases:
@@ -256,7 +319,8 @@ def _prepare(
             untied = _differing(checkpoint, skeleton, mapping, request.keep_cache)
             mapping = match(checkpoint, skeleton, untied, request.keys)
         refuse(mapping, checkpoint.source, request.strict, request.keys)
-        return skeleton, make_plan(checkpoint, skeleton, mapping, request)
+        plan = make_plan(checkpoint, skeleton, mapping, request)
+        return skeleton, replace(plan, warnings=(*skeleton.warnings, *plan.warnings)) if skeleton.warnings else plan
 
 
 def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, keep_cache: bool) -> set[str]:

@@ -185,6 +185,7 @@ def plan_tables(plan: LoadPlan) -> Iterator[Table]:
     for name, size in (
         ("resident copies", host.resident),
         ("staging", host.staging),
+        *([("computing, one group at a time", host.computing)] if host.computing else []),
         ("model objects and plan", host.overhead),
         ("predicted peak (anonymous)", host.peak),
         ("allowed", host.limit),

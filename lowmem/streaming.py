@@ -31,6 +31,9 @@ def stream(
     keep_cache: bool = False,
     weights: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     download: bool = False,
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Iterate over the tensors of a checkpoint, in file order, read ahead by several threads.
@@ -53,6 +56,9 @@ def stream(
         keep_cache: leave in the page cache what was not there before.
         weights: path of the mapping inside a pickled file, as in `inspect`.
         ema: averaged weights or others, as in `inspect`.
+        variant: take the files with this word in their names, such as `"fp16"`.
+        subfolder: a folder inside the source that is meant.
+        revision: a branch, tag or commit of a model of the hub, as after `@` in the source.
         download: whether a model of the hub may be fetched.
 
     Returns:
@@ -73,7 +79,15 @@ def stream(
         io=io,
         keep_cache=keep_cache,
     )
-    checkpoint = inspect(source, weights=weights, ema=ema, download=download)
+    checkpoint = inspect(
+        source,
+        weights=weights,
+        ema=ema,
+        variant=variant,
+        subfolder=subfolder,
+        revision=revision,
+        download=download,
+    )
     with paused_collector():
         plan, window = make_stream_plan(checkpoint, request)
     check_present(plan, "device")

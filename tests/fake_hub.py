@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from urllib.parse import unquote
 
 from source_files import PT_INDEX, ST_INDEX, index_of
@@ -57,6 +59,23 @@ class Hub(BaseHTTPRequestHandler):
 
 def blob_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def repository(cache: Path, repo: str, files: dict[str, bytes], commit: str = COMMIT, ref: str | None = "main") -> Path:
+    """A snapshot as huggingface_hub lays it out: links into blobs. Returns the snapshot's folder."""
+    root = cache / ("models--" + repo.replace("/", "--"))
+    folder = root / "snapshots" / commit
+    folder.mkdir(parents=True, exist_ok=True)
+    (root / "blobs").mkdir(exist_ok=True)
+    for name, data in files.items():
+        blob = root / "blobs" / hashlib.sha256(data).hexdigest()
+        blob.write_bytes(data)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(os.path.relpath(blob, (folder / name).parent))
+    if ref:
+        (root / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+        (root / "refs" / ref).write_text(commit)
+    return folder
 
 
 SMALL = {"config.json": b"{}", "tokenizer.json": b"{}", "tokenizer.model": b"t", "vocab.txt": b"v", "modeling.py": b"#"}

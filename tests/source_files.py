@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowmem import LowmemError, SourceError
+from lowmem.checkpoint.selection import Selection
 from lowmem.checkpoint.source import Source, resolve
 
 ST_INDEX = "model.safetensors.index.json"
@@ -43,7 +44,7 @@ def refused(
 ) -> str:
     """The message of the refusal, which names all of `words`."""
     with pytest.raises(error) as caught:
-        resolve(source, download=download)  # type: ignore[arg-type]
+        resolve(source, Selection(download=download))  # type: ignore[arg-type]
     message = str(caught.value)
     for word in words:
         assert word in message, message

@@ -41,6 +41,7 @@ ORDER = [
     "offload",
     "report",
     "loader",
+    "drop_in",
     "streaming",
     "converter",
     "checker",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from source_files import PT_INDEX, ST_INDEX, chosen, put, put_index, read_index, refused
 
 from lowmem import SourceError, UnsupportedError
-from lowmem.checkpoint.folder import canonical_name, is_index, is_pickled, is_weights
+from lowmem.checkpoint.file_names import canonical_name, is_index, is_pickled, is_weights
 from lowmem.checkpoint.source import resolve
 
 CANONICAL = ["model.safetensors", ST_INDEX, "pytorch_model.bin", PT_INDEX]
@@ -154,9 +154,6 @@ def test_the_order_of_belief_among_everything_at_once(tmp_path: Path) -> None:
         (["pytorch_model.bin", "mm_projector.bin"], "pytorch_model.bin", ["mm_projector.bin"]),
         (["model.safetensors", "model.fp16.safetensors"], "model.safetensors", ["model.fp16.safetensors"]),
         (["net.pth", "net.ema.pth"], "net.pth", ["net.ema.pth"]),
-        (["pytorch_model.bin", "adapter_model.bin"], "pytorch_model.bin", ["adapter_model.bin"]),
-        (["model.safetensors", "adapter_model.bin"], "model.safetensors", ["adapter_model.bin"]),
-        (["pytorch_model.bin", "adapter_model.safetensors"], "pytorch_model.bin", ["adapter_model.safetensors"]),
         (["model.safetensors", "pytorch_model.fp16.bin"], "model.safetensors", []),
     ],
 )
@@ -173,8 +170,11 @@ def test_pickles_beside_an_index_of_safetensors_are_said_unless_they_are_the_sam
     put_index(tmp_path, PT_INDEX, "pytorch_model-00001-of-00002.bin")
     found = resolve(tmp_path)
     assert chosen(found) == [ST_INDEX]
-    odd = "mm_projector.bin, adapter_model.bin, adapter_model.safetensors"
-    assert found.warnings == (f"{odd}: beside {ST_INDEX}, which was believed",)
+    assert found.warnings == (
+        f"mm_projector.bin: beside {ST_INDEX}, which was believed",
+        "adapter_model.bin, adapter_model.safetensors: an adapter, which was left alone; "
+        "peft.PeftModel.from_pretrained(result.model, FOLDER) puts it on the model",
+    )
 
 
 def test_a_whole_numbered_set_of_pickles_needs_no_index(tmp_path: Path) -> None:

@@ -507,24 +507,6 @@ def test_code_beside_the_checkpoint_runs_only_when_allowed(
     assert_same_model(model, theirs)
 
 
-def test_fused_experts_are_refused_clearly(tmp_path: Path) -> None:
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match=r"experts.* must be fused or split for Qwen3MoeForCausalLM"):
-        lowmem.plan(tmp_path)
-
-
 def test_weights_that_the_model_does_not_have_at_all_are_refused(own: Folder) -> None:
     """Another architecture's checkpoint: every tensor is missing, and that is said once."""
     folder = own("gpt2", "float32", ONE_FILE)

@@ -5,7 +5,6 @@ The hub's cache is laid out here as huggingface_hub lays it out; the hub itself 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from fake_hub import COMMIT, REPOSITORIES, SMALL, TWO, Hub
+from fake_hub import COMMIT, REPOSITORIES, SMALL, TWO, Hub, repository
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub import errors as hub_errors
 from source_files import ST_INDEX, chosen, index_of, put, put_index, refused
@@ -25,6 +24,7 @@ from source_files import ST_INDEX, chosen, index_of, put, put_index, refused
 from lowmem import OptionError, SourceError, UnsupportedError, inspect
 from lowmem.checkpoint import hub, schemes
 from lowmem.checkpoint.schemes import register_scheme
+from lowmem.checkpoint.selection import Selection
 from lowmem.checkpoint.source import resolve
 
 OTHER = "0123fff" + "1" * 33
@@ -98,7 +98,7 @@ def test_a_registered_scheme_is_followed(registry: dict[str, Any], tmp_path: Pat
 
     register_scheme("shelf", shelf)
     assert chosen(resolve("shelf:m.safetensors")) == ["m.safetensors"]
-    assert resolve("SHELF:p.bin", download=True).pickled
+    assert resolve("SHELF:p.bin", Selection(download=True)).pickled
     assert asked == [("m.safetensors", False), ("p.bin", True)]
     refused("shelf:gone", "shelf:gone", "leads to", "where nothing is")
     refused("shelve:gone", "hf-hub:, local:, local-dir:, shelf:")
@@ -150,23 +150,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise AssertionError("the network was asked for")
 
     monkeypatch.setattr("socket.socket.connect", network)
-    return folder
-
-
-def repository(cache: Path, repo: str, files: dict[str, bytes], commit: str = COMMIT, ref: str | None = "main") -> Path:
-    """A snapshot as huggingface_hub lays it out: links into blobs. Returns the snapshot's folder."""
-    root = cache / ("models--" + repo.replace("/", "--"))
-    folder = root / "snapshots" / commit
-    folder.mkdir(parents=True, exist_ok=True)
-    (root / "blobs").mkdir(exist_ok=True)
-    for name, data in files.items():
-        blob = root / "blobs" / hashlib.sha256(data).hexdigest()
-        blob.write_bytes(data)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(os.path.relpath(blob, (folder / name).parent))
-    if ref:
-        (root / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
-        (root / "refs" / ref).write_text(commit)
     return folder
 
 
@@ -374,11 +357,12 @@ ASKED = [
 DOWNLOAD = """
 import json, sys
 from lowmem import LowmemError
+from lowmem.checkpoint.selection import Selection
 from lowmem.checkpoint.source import resolve
 
 def told(source, download):
     try:
-        found = resolve(source, download=download)
+        found = resolve(source, Selection(download=download))
     except LowmemError as error:
         return f"{type(error).__name__}: {error}"
     return str(found.folder)
@@ -456,7 +440,7 @@ def test_a_repository_with_an_index_without_shards_gives_its_other_weights(downl
         ("org/lacking", ["SourceError", f"names shards that the repository lacks ({TWO[1]})"]),
         ("org/no-shards", ["SourceError", f"{ST_INDEX} names no shards"]),
         ("org/several", ["SourceError", "several weight files: a.pth, b.pth"]),
-        ("org/pipe", ["SourceError", "a pipeline of several models, in unet, vae", "hf download org/pipe --local-dir"]),
+        ("org/pipe", ["SourceError", "a pipeline of several models, in unet, vae", "subfolder='unet' (--subfolder)"]),
         ("org/empty", ["SourceError", "no .safetensors file", "the repository of something else"]),
         ("org/gguf", ["UnsupportedError", "model.gguf (GGUF)"]),
         ("org/none", ["SourceError", "org/none: not found at http", "check the name"]),

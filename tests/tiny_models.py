@@ -53,6 +53,21 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen3Config",
         {**_TEXT, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64},
     ),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            **_TEXT,
+            "num_hidden_layers": 2,
+            "intermediate_size": 48,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "max_position_embeddings": 64,
+        },
+    ),
     "vit": (
         "ViTForImageClassification",
         "ViTConfig",

@@ -16,8 +16,11 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import LowmemError, SourceError
-from .folder import PICKLES, SAFETENSORS, Choice, Place, choose, is_index, listed, local_place, shards_named
+from ..errors import LowmemError, OptionError, SourceError
+from .file_names import PICKLES, SAFETENSORS, is_index, listed
+from .folder import Choice, choose
+from .location import Place, local_place, shards_named, table_in, within
+from .selection import Selection, is_revision
 
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
 _ID = re.compile(rf"((?:{_PART}/)?{_PART})(?:@(.+))?", re.ASCII)
@@ -35,6 +38,11 @@ class _Wanted:
     name: str
     repo: str
     revision: str | None
+    selection: Selection
+
+    def inside(self, name: str) -> str:
+        """The path in the repository of a file beside the weights."""
+        return within(self.selection.subfolder, name)
 
     @property
     def remedy(self) -> str:
@@ -43,40 +51,45 @@ class _Wanted:
         return f"download=True (--download) or `hf download {self.repo}{revision}` brings it"
 
 
-def snapshot(text: str, download: bool) -> Path:
+def snapshot(text: str, selection: Selection) -> Path:
     """The folder of a model's snapshot in the hub's cache: the scheme `hf-hub:`.
 
-    Without `download` nothing is sent: what HF_HUB_CACHE or HF_HOME names is looked at. With it, the weights that
-    `folder.choose` would choose are fetched, and the small files beside them. huggingface_hub draws bars meanwhile
+    Without `selection.download` nothing is sent: what HF_HUB_CACHE or HF_HOME names is looked at. With it, the weights
+    that `folder.choose` would choose are fetched, and the small files beside them. huggingface_hub draws bars meanwhile
     (HF_HUB_DISABLE_PROGRESS_BARS=1 stops them).
 
     Args:
         text: `org/name` or `name`, and perhaps `@` and a branch, tag or commit (its first digits do when it is cached).
-        download: whether the network may be used.
+        selection: a revision, when `text` has none; the subfolder and the variant whose weights are wanted; and
+            whether the network may be used.
+
+    Returns:
+        The whole snapshot, whatever the subfolder.
 
     Raises:
         SourceError: no such name, not in the cache or not all of it, huggingface_hub is missing, or the hub refuses.
+        OptionError: two revisions.
         UnsupportedError: only weights of kinds that lowmem does not read.
     """
-    wanted = _parse(f"hf-hub:{text}", text)
+    wanted = _parse(f"hf-hub:{text}", text, selection)
     if wanted is None:
         raise SourceError(f"hf-hub:{text}: expected org/name or org/name@revision after the colon; check the name")
     library = _library()
     if library is None:
         raise SourceError(f"{wanted.name}: models of the hub need huggingface_hub; pip install huggingface_hub")
-    return _fetched(library, wanted) if download else _cached(library, wanted)
+    return _fetched(library, wanted) if selection.download else _cached(library, wanted)
 
 
-def by_name(text: str, download: bool) -> Path | None:
+def by_name(text: str, selection: Selection) -> Path | None:
     """The snapshot of a bare `org/name[@revision]`; of a bare `name` only when it is in the cache.
 
     Returns:
         A folder; None when `text` cannot be such a name, or is one without an owner and not in the cache.
 
     Raises:
-        SourceError, UnsupportedError: as `snapshot`.
+        SourceError, OptionError, UnsupportedError: as `snapshot`.
     """
-    wanted = _parse(text, text)
+    wanted = _parse(text, text, selection)
     # A file that is not there is more likely than a model with a file's name.
     if wanted is None or text.lower().endswith((SAFETENSORS, *PICKLES, ".json")):
         return None
@@ -87,20 +100,23 @@ def by_name(text: str, download: bool) -> Path | None:
         raise SourceError(
             f"{text}: no such file or folder; if it is a model of the hub, pip install huggingface_hub and ask again"
         )
-    return _fetched(library, wanted) if download else _cached(library, wanted)
+    return _fetched(library, wanted) if selection.download else _cached(library, wanted)
 
 
-def _parse(name: str, text: str) -> _Wanted | None:
+def _parse(name: str, text: str, selection: Selection) -> _Wanted | None:
     """Names as `validate_repo_id` in huggingface_hub takes them; a revision that cannot leave the cache's folders."""
     found = _ID.fullmatch(text)
     if found is None or "--" in found[1] or ".." in found[1] or found[1].endswith(".git"):
         return None
     revision = found[2]
-    if revision is not None and (
-        revision.startswith("/") or "\\" in revision or ".." in revision.split("/") or not revision.isprintable()
-    ):
+    if revision is not None and not is_revision(revision):
         return None
-    return _Wanted(name, found[1], revision)
+    if revision is not None and selection.revision not in (None, revision):
+        raise OptionError(
+            f"revision: {name} names the revision {revision} already, and revision= another ({selection.revision}); "
+            "give one of them"
+        )
+    return _Wanted(name, found[1], revision or selection.revision, selection)
 
 
 def _library() -> Any:
@@ -163,18 +179,24 @@ def _held(repository: Path) -> str:
 
 def _check(wanted: _Wanted, folder: Path) -> None:
     """A snapshot holds what was fetched, which may be a part: its weights must be there, and all of them."""
+    inside, selection = folder / wanted.selection.subfolder, wanted.selection
+    if not inside.is_dir():
+        raise SourceError(
+            f"{wanted.name}: no folder {selection.subfolder} in what is cached of it ({folder}); {wanted.remedy}, if "
+            "the repository has it"
+        )
     place = replace(
-        local_place(wanted.name, folder),
-        incomplete=f"in the cache it is {folder}; {wanted.remedy}",
-        empty=f"a part of it is cached in {folder}; {wanted.remedy}",
+        local_place(wanted.name, inside, selection.subfolder),
+        incomplete=f"in the cache it is {inside}; {wanted.remedy}",
+        empty=f"a part of it is cached in {inside}; {wanted.remedy}",
     )
-    choice = choose(place)
+    choice = choose(place, selection.variant)
     named = (place.shards(choice.index) if choice.index else None) or choice.files
     missing = sorted(name for name in named if not place.has(name))
     if missing:
         raise SourceError(
             f"{wanted.name}: not all of it is cached: of {len(named)} weight files {len(missing)} are missing in "
-            f"{folder} ({listed(missing)}); {wanted.remedy}"
+            f"{inside} ({listed(missing)}); {wanted.remedy}"
         )
 
 
@@ -196,29 +218,37 @@ def _fetched(library: Any, wanted: _Wanted) -> Path:
 def _needed(library: Any, wanted: _Wanted, revision: str | None, names: Sequence[str]) -> list[str]:
     """The files of a repository that a load needs: one set of weights, and the small ones beside it."""
     every = frozenset(names)
+    subfolder = wanted.selection.subfolder
+    held = [name.removeprefix(f"{subfolder}/") for name in names if not subfolder or name.startswith(f"{subfolder}/")]
+    if not held:
+        there = listed(sorted(_by_folder(names))) or "none"
+        raise SourceError(
+            f"{wanted.name}: no folder {subfolder} in the repository (folders there: {there}); name another"
+        )
 
     @cache
-    def shards(index: str) -> frozenset[str] | None:
-        return shards_named(Path(library.hf_hub_download(wanted.repo, index, revision=revision)))
+    def fetched(name: str) -> Path:
+        return Path(library.hf_hub_download(wanted.repo, wanted.inside(name), revision=revision))
 
     place = Place(
-        wanted.name,
-        sorted(name for name in names if "/" not in name),
-        lambda: _by_folder(names),
-        shards,
-        lambda name: name in every,
-        lambda folder: f"FOLDER/{folder} after `hf download {wanted.repo} --local-dir FOLDER`",
+        within(wanted.name, subfolder),
+        sorted(name for name in held if "/" not in name),
+        lambda: _by_folder(held),
+        lambda index: shards_named(fetched(index)),
+        lambda name: wanted.inside(name) in every,
+        lambda name: table_in(fetched(name)) if wanted.inside(name) in every else {},
+        lambda folder: f"with subfolder={wanted.inside(folder)!r} (--subfolder)",
         "the repository itself lacks some",
         "it is the repository of something else",
     )
-    choice = choose(place)
+    choice = choose(place, wanted.selection.variant)
     weights = _of_index(wanted, choice, place) if choice.index else choice.files
     beside = [
         name
         for name in place.names
         if name.lower().endswith(_BESIDE) and name not in _NOT_BESIDE and not is_index(name)
     ]
-    return sorted({*weights, *beside})
+    return sorted(wanted.inside(name) for name in {*weights, *beside})
 
 
 def _of_index(wanted: _Wanted, choice: Choice, place: Place) -> tuple[str, ...]:

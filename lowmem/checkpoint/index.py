@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import CheckpointError
-from .folder import is_weights
+from .file_names import is_weights
 from .records import TensorEntry, stored_bytes
 from .safetensors import MAX_HEADER, decode_json, short
 from .source import Source

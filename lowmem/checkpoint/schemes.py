@@ -9,8 +9,10 @@ from pathlib import Path
 
 from ..errors import OptionError, SourceError
 from . import hub
+from .selection import Selection
 
 Scheme = Callable[[str, bool], "str | os.PathLike[str]"]
+_Follow = Callable[[str, Selection], "str | os.PathLike[str]"]
 
 # Two letters at least: C:\models is a path.
 _NAME = re.compile(r"[a-z][a-z0-9+.-]+")
@@ -35,21 +37,29 @@ def register_scheme(name: str, function: Scheme, *, replace: bool = False) -> No
         raise OptionError(f"scheme {name!r}: expected a function of a text and a flag, found {function!r}")
     if name in _SCHEMES and not replace:
         raise OptionError(f"scheme {name!r}: is there already; choose another name, or give replace=True")
-    _SCHEMES[name] = function
+
+    def follow_it(rest: str, selection: Selection) -> str | os.PathLike[str]:
+        selection.refuse_revision(f"{name}:{rest}", f"what the scheme {name}: leads to")
+        return function(rest, selection.download)
+
+    _SCHEMES[name] = follow_it
 
 
-def follow(text: str, download: bool) -> Path | None:
+def follow(text: str, selection: Selection) -> Path | None:
     """Where a source leads that is no path: by its scheme, or as the name of a model of the hub.
+
+    Of the selection, the subfolder is only looked into; the path is that of the whole.
 
     Returns:
         A folder or file that exists; None when `text` has no scheme and cannot be a name of the hub.
 
     Raises:
         SourceError: an unknown scheme, or one that leads nowhere.
+        OptionError: a revision of what has none, or beside another one.
     """
     found = _PREFIX.fullmatch(text)
     if found is None:
-        return hub.by_name(text, download)
+        return hub.by_name(text, selection)
     name, rest = found[1].lower(), found[2]
     if name not in _SCHEMES:
         raise SourceError(
@@ -57,7 +67,7 @@ def follow(text: str, download: bool) -> Path | None:
             + ", ".join(f"{known}:" for known in sorted(_SCHEMES))
         )
     try:
-        led = _SCHEMES[name](rest, download)
+        led = _SCHEMES[name](rest, selection)
     except OSError as error:
         raise SourceError(f"{text}: cannot be followed: {error}; check what stands after {found[1]}:") from error
     try:
@@ -72,11 +82,12 @@ def follow(text: str, download: bool) -> Path | None:
     return path
 
 
-def _local(rest: str, download: bool) -> Path:
+def _local(rest: str, selection: Selection) -> Path:
     """A path, whatever it looks like: `local:` as people write it, `local-dir:` as timm does."""
     if not rest:
         raise SourceError("local: expected a path after the colon, found nothing")
+    selection.refuse_revision(rest, "a local path")
     return Path(rest)
 
 
-_SCHEMES: dict[str, Scheme] = {"local": _local, "local-dir": _local, "hf-hub": hub.snapshot}
+_SCHEMES: dict[str, _Follow] = {"local": _local, "local-dir": _local, "hf-hub": hub.snapshot}

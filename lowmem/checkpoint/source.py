@@ -7,22 +7,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import SourceError
-from .folder import (
+from .file_names import (
     PICKLES,
     SAFETENSORS,
     canonical_name,
-    choose,
-    instead_of_index,
     is_index,
+    is_of_rank,
     is_pickled,
     kind_of,
-    local_place,
+    listed,
     shard_number,
-    unsupported,
+    variant_of,
 )
+from .folder import choose, instead_of_index
+from .instead import of_ranks, unsupported
+from .location import local_place
 from .schemes import follow
+from .selection import Selection
 
 _EXPECTED = "a folder, an index file (*.safetensors.index.json, *.bin.index.json) or a weights file"
+_ALL = Selection()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ class Source:
     path: Path = Path()
 
 
-def resolve(source: str | os.PathLike[str], *, download: bool = False) -> Source:
+def resolve(source: str | os.PathLike[str], selection: Selection = _ALL) -> Source:
     """Find the weights that `source` stands for.
 
     What exists is believed first: a folder, an index file or a weights file (`.safetensors`, `.bin`, `.pt`, `.pth`,
@@ -60,10 +64,11 @@ def resolve(source: str | os.PathLike[str], *, download: bool = False) -> Source
 
     Args:
         source: a path, `scheme:rest`, or the name of a model of the hub.
-        download: whether a scheme may use the network.
+        selection: a variant, a folder inside the source, a revision, and whether a scheme may use the network.
 
     Raises:
         SourceError: nothing there, no weights, several candidates (they are listed), or an unknown scheme.
+        OptionError: the selection chooses among what this source cannot have.
         UnsupportedError: only weights of kinds that lowmem does not read.
     """
     try:
@@ -71,13 +76,17 @@ def resolve(source: str | os.PathLike[str], *, download: bool = False) -> Source
     except TypeError as error:
         raise SourceError(f"source: expected a path, found {source!r}") from error
     path = _existing(text, text)
-    if path is None and not isinstance(source, os.PathLike):
-        led = follow(text, download)
+    if path is not None:
+        selection.refuse_revision(text, "a local path")
+    elif not isinstance(source, os.PathLike):
+        led = follow(text, selection)
         path = None if led is None else _existing(text, os.fspath(led))
     if path is None:
         raise SourceError(f"{text or repr(text)}: no such file or folder; give {_EXPECTED}")
-    found = _in_folder(text, path) if path.is_dir() else _of_file(text, path)
-    return replace(found, path=path)
+    if not path.is_dir():
+        selection.refuse_choice(text)
+        return replace(_of_file(text, path), path=path)
+    return _in_folder(text, path, selection)
 
 
 def _existing(text: str, path: str) -> Path | None:
@@ -89,8 +98,15 @@ def _existing(text: str, path: str) -> Path | None:
         raise SourceError(f"{text}: not a path that can be followed: {error}; check it and its permissions") from error
 
 
-def _in_folder(text: str, path: Path) -> Source:
-    choice = choose(local_place(text, path))
+def _in_folder(text: str, outer: Path, selection: Selection) -> Source:
+    path = outer / selection.subfolder
+    if not path.is_dir():
+        there = listed(local_place(text, outer).below()) or "none"
+        raise SourceError(
+            f"{text}: subfolder {selection.subfolder}: no such folder in {outer} (folders there: {there}); "
+            "give one of them"
+        )
+    choice = choose(local_place(text, path, selection.subfolder), selection.variant)
     return Source(
         text,
         path,
@@ -99,13 +115,14 @@ def _in_folder(text: str, path: Path) -> Source:
         _config(path),
         choice.warnings,
         choice.pickled,
+        path,
     )
 
 
 def _of_file(text: str, path: Path) -> Source:
     config, pickled, name = _config(path.parent), is_pickled(path.name), path.name
     if is_index(name):
-        whole = path.parent / canonical_name(pickled)
+        whole = path.parent / canonical_name(pickled, variant_of(name))
         instead = instead_of_index(local_place(text, path.parent), name, whole.name) if whole.is_file() else None
         if instead:
             return Source(text, path.parent, None, (whole,), config, (instead,), pickled)
@@ -115,6 +132,8 @@ def _of_file(text: str, path: Path) -> Source:
             f"{text}: expected an index, which ends in .safetensors.index.json or .bin.index.json; "
             "give that file or its folder"
         )
+    if is_of_rank(name):
+        raise of_ranks(text, [name])
     if pickled or name.lower().endswith(SAFETENSORS):
         part = shard_number(name)
         odd = (f"{name} is shard {part[0]} of {part[1]}; its folder or its index is the whole",) if part else ()

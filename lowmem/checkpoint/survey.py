@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .._collector import paused_collector
-from ..errors import CheckpointError, OptionError, SourceError
-from ..sizes import shown
+from ..errors import CheckpointError, SourceError
 from .index import Listing, check_keys, oddities, read_listing
 from .pickled import read_pickled
 from .records import Candidate, Checkpoint, Leaf, PickledFile, Shard, TensorEntry
 from .safetensors import read_shard
+from .selection import make_selection
 from .source import Source, resolve
 from .wrappers import (
     NO_WISH,
@@ -174,27 +174,44 @@ class Survey:
         )
 
 
-def find(source: str | os.PathLike[str], *, download: bool = False) -> Source:
-    """Where the files of a source are; none of them is opened.
+def find(
+    source: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    download: bool = False,
+) -> Source:
+    """Where the files of a source are; none of them is opened. Takes the options of `inspect` that choose files.
 
     Raises:
+        OptionError: an option that means nothing, or nothing for this source.
         SourceError: nothing that can be loaded is there.
         UnsupportedError: only weights of kinds that lowmem does not read.
     """
-    if not isinstance(download, bool):
-        raise OptionError(f"download: expected True or False, found {shown(download)}")
-    return resolve(source, download=download)
+    return resolve(source, make_selection(variant, subfolder, revision, download))
 
 
-def survey(source: str | os.PathLike[str] | Source, *, download: bool = False) -> Survey:
-    """Look at a source: headers and pickles, and no tensor byte. Imports no torch.
+def survey(
+    source: str | os.PathLike[str] | Source,
+    *,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    download: bool = False,
+) -> Survey:
+    """Look at a source: headers and pickles, and no tensor byte. Imports no torch. Takes the options of `find`.
 
     Raises:
+        OptionError: an option that means nothing, or nothing for this source.
         SourceError: nothing that can be loaded is there.
         CheckpointError: a file is damaged.
         UnsupportedError: the weights are of a kind that lowmem does not read.
     """
-    found = source if isinstance(source, Source) else find(source, download=download)
+    if isinstance(source, Source):
+        found = source
+    else:
+        found = find(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
     with paused_collector():
         listing = read_listing(found)
         files = tuple(listing.files.values()) if listing is not None else found.shards
@@ -211,7 +228,14 @@ def survey(source: str | os.PathLike[str] | Source, *, download: bool = False) -
 
 
 def inspect(
-    source: str | os.PathLike[str], *, weights: str | None = None, ema: bool | None = None, download: bool = False
+    source: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    ema: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    download: bool = False,
 ) -> Checkpoint:
     """Read the headers of a checkpoint, and nothing else: no tensor byte, no torch; pickles are not executed.
 
@@ -221,6 +245,10 @@ def inspect(
         weights: the path of the mapping that holds the weights inside a pickled file, such as `"state_dict"`. Default:
             the one that does by its name.
         ema: prefer averaged weights (True) or those that were trained (False) where a file has both.
+        variant: take the files with this word in their names: `"fp16"` those of `model.fp16.safetensors`. Default:
+            those without one, or the only ones.
+        subfolder: a folder inside the source that is meant, with its own config.
+        revision: a branch, tag or commit of a model of the hub, as after `@` in the source.
         download: whether a model of the hub may be fetched.
 
     Returns:
@@ -228,11 +256,13 @@ def inspect(
 
     Raises:
         SourceError: nothing that can be loaded is there, or several mappings may be the weights.
+        OptionError: an option that means nothing, or nothing for this source.
         CheckpointError: index and headers contradict each other, or a file is damaged.
         UnsupportedError: the weights are of a kind that lowmem does not read.
     """
     wish = make_wish(weights, ema)
-    return survey(source, download=download).open(wish)
+    found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
+    return found.open(wish)
 
 
 def _told(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:

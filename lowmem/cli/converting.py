@@ -9,7 +9,14 @@ from typing import Any
 
 from .._terminal import print_json, progress_bar, say, show, warn
 from ..sizes import format_size
-from .options import add_key_options, add_source, key_options, source_options
+from .options import (
+    add_key_options,
+    add_selection,
+    add_source,
+    key_options,
+    selection_options,
+    source_options,
+)
 from .parser import FAILED, FINE, verb
 
 
@@ -35,7 +42,7 @@ def add_check(verbs: Any) -> None:
     parser = verb(verbs, "check", "check headers, index, sizes, and hashes where some are known", _check)
     add = parser.add_argument
     add("source", metavar="SRC", help="what load takes")
-    add("--download", action="store_true", help="fetch a model of the hub that is not in its cache")
+    add_selection(parser)
     add("--manifest", metavar="FILE", help="SHA-256 of the files, as sha256sum writes it, names relative to SRC")
     add("--write-manifest", metavar="FILE", help="write one, of all files")
 
@@ -95,7 +102,7 @@ def _check(arguments: argparse.Namespace) -> int:
             arguments.source,
             arguments.manifest,
             arguments.write_manifest,
-            download=arguments.download,
+            **selection_options(arguments),
             progress=progress,
         )
     warn(report.warnings)

@@ -41,12 +41,26 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="averaged weights, or those that were trained, where a pickled file has both",
     )
+    add_selection(parser)
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Which files of the source are meant."""
+    add = parser.add_argument
+    add("--variant", metavar="WORD", help="take the files of this variant, such as fp16 (model.fp16.safetensors)")
+    add("--subfolder", metavar="FOLDER", help="the folder inside the source that is meant, with its own config")
+    add("--revision", metavar="REVISION", help="branch, tag or commit of a hub model, as org/name@REVISION")
     add("--download", action="store_true", help="fetch a model of the hub that is not in its cache")
+
+
+def selection_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments that `add_selection` stands for."""
+    return {name: getattr(arguments, name) for name in ("variant", "subfolder", "revision", "download")}
 
 
 def source_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments that `add_source` stands for, but for the source."""
-    return {"weights": arguments.weights, "ema": arguments.ema, "download": arguments.download}
+    return {"weights": arguments.weights, "ema": arguments.ema, **selection_options(arguments)}
 
 
 def add_key_options(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +103,12 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
     """The model, and what may feed it."""
     add = parser.add_argument
     add("--model", metavar="MODULE:CALLABLE", help="makes the model (default: transformers, from config.json)")
+    add(
+        "--auto-class",
+        metavar="CLASS",
+        help="class of transformers, such as AutoModel or LlamaModel (default: by architectures in config.json)",
+    )
+    add("--attn-implementation", metavar="NAME", help="how a transformers model computes attention: eager, sdpa, ...")
     add_key_options(parser)
     add(
         "--reshape",
@@ -108,6 +128,8 @@ def fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         **key_options(arguments),
         "model": None if arguments.model is None else import_callable(arguments.model),
+        "auto_class": arguments.auto_class,
+        "attn_implementation": arguments.attn_implementation,
         "reshape": None if arguments.reshape is None else split(arguments.reshape),
         "trust_remote_code": arguments.trust_remote_code,
     }

@@ -1,8 +1,9 @@
-"""Undo that Ctrl-C does not cut short."""
+"""Undo that Ctrl-C does not cut short, and errors that keep no memory."""
 
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,3 +29,12 @@ def open_into(fds: list[int], path: Path, flags: int, mode: int = 0o777) -> None
     call is raised before the assignment, and nobody knows the open file any more.
     """
     fds.extend(map(os.open, (path,), (flags,), (mode,)))
+
+
+def let_go(error: BaseException | None) -> None:
+    """Whoever keeps an error keeps its frames and those of what caused it, and they hold buffers and tensors."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -7,7 +7,6 @@ import queue
 import sys
 import threading
 import time
-import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from ..errors import BudgetError
 from ..planner import LoadPlan, Placement
 from ..planner.moves import Read
 from ..sizes import format_size
+from .cleanup import let_go
 from .destinations import Destination, Scratch
 from .feed import Feed, Job
 
@@ -93,7 +93,7 @@ class Crew:
             if event is None:
                 self._working -= 1
             elif isinstance(event, BaseException):
-                _let_go(event)
+                let_go(event)
                 raise event
             else:
                 return event
@@ -165,15 +165,6 @@ class Crew:
         with turn:
             for move, destination, at in steps:
                 destination.end(move, scratch, at)
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Whoever keeps an error keeps its frames and those of what caused it, and they hold buffers and tensors."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _compute_alone() -> None:

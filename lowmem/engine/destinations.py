@@ -124,6 +124,11 @@ class FileDestination:
         else:
             self._scatter(move.region, source)
 
+    def store(self, tensor: torch.Tensor) -> None:
+        """All of it at once, from a dense tensor of its dtype on the CPU."""
+        if self._nbytes:
+            self._write(memory_of(tensor), self._offset)
+
     def _size(self, move: Move) -> int:
         return move.region.count * self._dtype.itemsize
 

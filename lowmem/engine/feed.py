@@ -50,6 +50,7 @@ class Feed:
         window: bytes of tensors that may be begun and not yet handed over, or None for no bound. One tensor may
             always be begun, however large.
         on_shard: called with each shard when it is opened.
+        ways: chooses how bytes are read; its own when not given.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Feed:
         writer: Writer | None = None,
         window: int | None = None,
         on_shard: ShardCallback | None = None,
+        ways: Ways | None = None,
     ) -> None:
         self._plan = plan
         # A run of small tensors is begun at once, and must not fill the window alone.
@@ -77,7 +79,7 @@ class Feed:
         self._pending: dict[Placement, int] = {}
         self._rewritten: list[Path] = []
         self._stopped = False
-        self.ways = Ways(plan.reading.io)
+        self.ways = Ways(plan.reading.io) if ways is None else ways
 
     def prepare(self) -> None:
         """Allocate the large destinations of a load, which are address space until they are filled.

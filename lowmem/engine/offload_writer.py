@@ -11,6 +11,8 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
+
 from .._mounts import is_on_local_disk
 from ..errors import OffloadError
 from ..planner.moves import Placement
@@ -81,6 +83,14 @@ class OffloadWriter:
         fd, file = next((fd, file) for fd, file in held if placement.target in file.spans)
         path = os.fspath(self._folder / file.name)
         return FileDestination(placement, fd, file.spans[placement.target][0], path)
+
+    def store(self, placement: Placement, tensor: torch.Tensor) -> None:
+        """All of a dense tensor that is on the CPU.
+
+        Raises:
+            OffloadError: the disk failed.
+        """
+        self.destination(placement).store(tensor)
 
     def finish(self) -> None:
         """Everything is written: write the index, rename.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,13 +15,16 @@ from .._collector import paused_collector
 from .._page_cache import ask_for
 from ..errors import LowmemError
 from ..planner import LoadPlan, Placement, Progress, ProgressCallback
+from ..planner.records import Group
 from .cleanup import undisturbed
+from .computing import compute
 from .crew import Crew, Done
 from .destinations import MemoryDestination, allocate
 from .feed import Feed, ShardCallback
 from .install import Installer
 from .mapping import map_shard, view_of
 from .offload_writer import OffloadWriter, settle
+from .ways import Ways
 
 _PROGRESS_EVERY = 0.05
 _SMALL = 256 * 1024
@@ -51,6 +54,7 @@ def run(
         CheckpointError: a file changed, shrank or cannot be read.
         OffloadError: the offload folder cannot be written.
         BudgetError: memory that the plan counted on was taken by others.
+        ModelError: an operation failed that computes tensors of the model.
     """
     return _Run(plan, installer, progress, on_shard).run()
 
@@ -100,6 +104,14 @@ def _collect(finished: list[Done] | None, whole: dict[Placement, torch.Tensor]) 
             whole[placement] = destination.tensor
 
 
+def _is_all_small(plan: LoadPlan) -> bool:
+    """Whether tensors are so small that the interpreter's work is the load: objects by the ten thousand, no cycles.
+
+    Such a load takes seconds; the collector is not kept away for longer.
+    """
+    return plan.bytes_read <= _SMALL * len(plan.placements)
+
+
 class _Run:
     def __init__(
         self, plan: LoadPlan, installer: Installer, progress: ProgressCallback | None, on_shard: ShardCallback | None
@@ -108,6 +120,9 @@ class _Run:
         self._installer = installer
         self._progress = progress
         self._on_shard = on_shard
+        self._ways = Ways(plan.reading.io)
+        self._opened: set[Path] = set()
+        self._pages: dict[Path, mmap.mmap] = {}
         self._total = plan.bytes_read
         self._done = 0
         self._started = time.monotonic()
@@ -130,49 +145,71 @@ class _Run:
         return read
 
     def _run(self, writer: OffloadWriter | None) -> dict[str, int]:
-        feed = Feed(self._plan, writer, on_shard=self._on_shard)
-        crew = Crew(self._plan, feed, at_once=False)
+        self._move(self._plan, writer, self._installer.install, self._settle_unmoved)
+        for group in self._plan.groups:
+            self._compute(group, writer)
+        if self._progress is not None and (self._done < self._total or not self._total):
+            # Whoever draws a bar still learns that it is done.
+            self._progress(Progress(self._total, self._total, 0.0, 0.0, ""))
+        # Last, so that nothing that is given back was asked for.
+        self._read_ahead(self._pages)
+        return self._ways.read
+
+    def _move(
+        self,
+        plan: LoadPlan,
+        writer: OffloadWriter | None,
+        keep: Callable[[Placement, torch.Tensor], None],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """All moves of a plan; `keep` gets each tensor that is whole, if it is not in a file."""
+        feed = Feed(plan, writer, on_shard=self._open, ways=self._ways)
+        crew = Crew(plan, feed, at_once=False)
         try:
-            with paused_collector() if self._is_all_small() else nullcontext():
+            with paused_collector() if _is_all_small(plan) else nullcontext():
                 feed.prepare()
                 crew.start()
-                mapped = self._settle_unmoved()
+                meanwhile()
                 while (finished := crew.next()) is not None:
-                    self._take(feed, finished)
+                    self._take(feed, finished, keep)
             feed.finish()
-            if self._progress is not None and (self._done < self._total or not self._total):
-                # Whoever draws a bar still learns that it is done.
-                self._progress(Progress(self._total, self._total, 0.0, 0.0, ""))
         finally:
             undisturbed(crew.end)
-        # Last, so that nothing that is given back was asked for.
-        self._read_ahead(mapped)
-        return feed.ways.read
 
-    def _is_all_small(self) -> bool:
-        """Whether tensors are so small that the interpreter's work is the load: objects by the ten thousand, no cycles.
+    def _compute(self, group: Group, writer: OffloadWriter | None) -> None:
+        """Read the sources of a group, run its operation, and bring what it gives to its places."""
+        read: dict[Placement, torch.Tensor] = {}
+        self._move(self._plan.sources_of(group), None, read.__setitem__)
+        # In a list of which nobody else holds anything: the operation may free them early.
+        sources = [read.pop(p) if p.is_fed else allocate(p) for p in group.sources]
+        for placement, tensor in compute(group, sources, self._plan.checkpoint.source):
+            if placement.residency == "copy":
+                self._installer.install(placement, tensor.to(placement.device))
+            elif writer is not None:
+                # Without one it is in the folder already.
+                writer.store(placement, tensor)
 
-        Such a load takes seconds; the collector is not kept away for longer.
-        """
-        return self._total <= _SMALL * len(self._plan.placements)
+    def _open(self, file: Path) -> None:
+        """A shard that is read for groups too is told of once."""
+        if self._on_shard is not None and file not in self._opened:
+            self._opened.add(file)
+            self._on_shard(file)
 
-    def _settle_unmoved(self) -> dict[Path, mmap.mmap]:
-        """What needs no byte: mapped, referred to, empty, and what the model will initialise; gives the mappings."""
+    def _settle_unmoved(self) -> None:
+        """What needs no byte: mapped, referred to, empty, and what the model will initialise."""
         shards = {shard.file: shard for shard in self._plan.checkpoint.shards}
-        pages: dict[Path, mmap.mmap] = {}
+        pages = self._pages
         for placement in self._plan.placements:
             if placement.device == "disk":
                 self._installer.leave_on_disk(placement)
-            elif not placement.is_fed:
+            elif placement.residency == "init" or not placement.nbytes:
                 self._installer.install(placement, allocate(placement))
             elif placement.residency == "map":
                 entry = placement.links[0].entry
                 if entry.file not in pages:
                     pages[entry.file] = map_shard(shards[entry.file])
-                    if self._on_shard is not None:
-                        self._on_shard(entry.file)
+                    self._open(entry.file)
                 self._installer.install(placement, view_of(pages[entry.file], entry, placement.shape))
-        return pages
 
     def _read_ahead(self, pages: dict[Path, mmap.mmap]) -> None:
         left = self._plan.reading.prefetch
@@ -184,12 +221,12 @@ class _Run:
                 ask_for(pages[entry.file], entry.offset, min(entry.nbytes, left))
                 left -= entry.nbytes
 
-    def _take(self, feed: Feed, finished: list[Done]) -> None:
+    def _take(self, feed: Feed, finished: list[Done], keep: Callable[[Placement, torch.Tensor], None]) -> None:
         with feed.turn:
             for done in finished:
                 for placement, destination in done.whole:
                     if isinstance(destination, MemoryDestination):
-                        self._installer.install(placement, destination.tensor)
+                        keep(placement, destination.tensor)
                 self._done += done.read.nbytes
             # The gaps of views are read where they are small, and cuts leave some of them out.
             self._done = min(self._done, self._total)

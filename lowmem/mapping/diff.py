@@ -137,7 +137,7 @@ class KeyDiff:
     @property
     def suggestions(self) -> tuple[str, ...]:
         """What would probably mend it, a sentence each."""
-        return (f"{self.advice} {', '.join(self.rules)}",) if self.rules else self.hints
+        return (*((f"{self.advice} {', '.join(self.rules)}",) if self.rules else ()), *self.hints)
 
     def text(self) -> str:
         """For messages and the shell: counts, groups, and the rules to paste."""
@@ -159,8 +159,7 @@ class KeyDiff:
         if self.rules:
             between = "," if self.rename or self.reshape else ""
             lines += [self.advice, *(rule + between for rule in self.rules[:-1]), self.rules[-1]]
-        else:
-            lines += self.hints
+        lines += self.hints
         if self.is_empty:
             lines.append(f"no difference: {self.matched} tensors match")
         return "\n".join(lines)

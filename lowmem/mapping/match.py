@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from ..checkpoint import Checkpoint, TensorEntry
 from ..errors import KeysError, OptionError, UnsupportedError
@@ -18,6 +19,7 @@ from .diff import KeyDiff, Naming, make_diff
 from .evidence import NOTHING, Evidence, find_evidence
 from .names import Given, choose, collision, give_names
 from .records import NO_RULES, Computation, KeyMapping, KeyRules, Link, Mismatch, whole
+from .suggest import vocabulary_hint
 
 Fits = Callable[[TensorEntry, Target], bool]
 
@@ -271,25 +273,30 @@ def _explain(
     given = named.given.entries
     names = {entry.key: named.evidence.names.get(name, name) for name, entry in given.items()}
     diff = make_diff(mapping, checkpoint, state, rules, named.evidence.steps, names, attempt)
+    rows = vocabulary_hint(mapping.mismatched, skeleton.rules.vocabularies())
+    if rows is not None:
+        diff = replace(diff, hints=(rows, *diff.hints))
     # The model's kind remembers what it renamed: that of the mapping, and not of a trial.
     skeleton.rules.rename({names[entry.key]: entry for entry in given.values()}, state)
     return diff
 
 
-def refuse(mapping: KeyMapping, source: str, strict: bool = True, rules: KeyRules = NO_RULES) -> None:
+def refuse(
+    mapping: KeyMapping, source: str, strict: bool | Literal["shapes"] = True, rules: KeyRules = NO_RULES
+) -> None:
     """Refuse a mapping that lacks too much.
 
     Args:
         mapping: what `match` found.
         source: the checkpoint, for messages.
-        strict: refuse whatever is missing or mismatched; otherwise only next to nothing.
+        strict: refuse whatever is missing or mismatched, or mismatched ones only; otherwise only next to nothing.
         rules: what the user said about keys.
 
     Raises:
         KeysError: something is missing or mismatched; says what, and what would help.
         UnsupportedError: a tensor that the model needs cannot be read.
     """
-    if strict and mapping.unreadable:
+    if strict is True and mapping.unreadable:
         name, why = next(iter(mapping.unreadable.items()))
         more = f" ({len(mapping.unreadable)} such)" if len(mapping.unreadable) > 1 else ""
         raise UnsupportedError(
@@ -297,10 +304,11 @@ def refuse(mapping: KeyMapping, source: str, strict: bool = True, rules: KeyRule
             f"by skip= (--skip), or give strict=False (--no-strict): the model's own rule initialises it then"
         )
     bad_shapes = mapping.mismatched and not rules.ignore_mismatched_sizes
-    if strict and (mapping.missing or bad_shapes):
+    if (strict and bad_shapes) or (strict is True and mapping.missing):
+        remedy = "ignore_mismatched_sizes=True" if strict == "shapes" else "strict=False (--no-strict)"
         raise KeysError(
             f"{source}: the checkpoint does not fit the model\n{_text(mapping)}\n"
-            "with strict=False (--no-strict) these are initialised by the model's own rule and named in the report"
+            f"with {remedy} these are initialised by the model's own rule and named in the report"
         )
     if _is_next_to_nothing(mapping):
         fed = len(mapping.fed)

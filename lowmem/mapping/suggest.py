@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .groups import Group, Shape, alike, group_names, pair_of, partners
+from .records import Mismatch
 
 # Rules that are still a repair and not a table of names.
 _MOST_RULES = 24
@@ -186,3 +187,26 @@ def _shared_numbers(old: list[str], new: list[str]) -> list[tuple[int, int]]:
 
 def _literal(text: str) -> str:
     return text.replace("\\", r"\\")
+
+
+def vocabulary_hint(mismatched: Sequence[Mismatch], vocabularies: Mapping[int, str]) -> str | None:
+    """What to say where tensors differ in the number of their rows only, and the model's is that of a vocabulary.
+
+    Args:
+        mismatched: keys of another shape than their target.
+        vocabularies: rows → the entry of the config that says so.
+    """
+    rows = [
+        m
+        for m in mismatched
+        if m.found and m.expected and m.found[1:] == m.expected[1:] and m.expected[0] in vocabularies
+    ]
+    if not rows:
+        return None
+    first = rows[0]
+    entry, found, expected = vocabularies[first.expected[0]], first.found[0], first.expected[0]
+    return (
+        f"the vocabularies differ: {first.target!r} has {found} rows in the checkpoint, and the config says "
+        f"{entry}={expected}; load with {entry}={found} in the config, and call "
+        f"model.resize_token_embeddings({expected}) after that, if {expected} are wanted"
+    )

@@ -6,9 +6,10 @@ What `from_pretrained` decides is read from the same attributes it reads (`trans
 from __future__ import annotations
 
 import copy
+import inspect
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import torch
 from torch import nn
 
 from ..checkpoint import Checkpoint
-from ..errors import ModelError, UnsupportedError
+from ..errors import ModelError, OptionError, UnsupportedError
+from .classes import Chosen, choose
 from .failures import refusing
+from .quantised import refuse_quantised
+from .request import ModelRequest
 from .targets import dtype_name
 
 
@@ -43,37 +47,59 @@ def is_transformers_model(model: nn.Module) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Blueprint:
-    """What `config.json` names: a model class, imported, and its config."""
+    """What a transformers model is built from: a class, imported, and its config.
 
-    cls: Any
-    config: Any
+    Attributes:
+        chosen: both, and what the class is given besides.
+        request: what was asked.
+        where: what errors call the config.
+        warnings: what lies in the folder and was left alone.
+    """
+
+    chosen: Chosen
+    request: ModelRequest
+    where: str
+    warnings: tuple[str, ...] = ()
 
 
-def read_blueprint(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Blueprint:
-    """Read `config.json` beside the checkpoint and import the class that it names.
+def read_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> Blueprint:
+    """Read `config.json` beside the checkpoint, or the config that was given, and import the class.
 
     Raises:
-        ModelError: config.json is damaged, or names a class that does not exist.
+        ModelError: the config is damaged, or names a class that does not exist.
+        OptionError: what was asked is nothing of transformers.
         UnsupportedError: quantised weights, or code that the user did not allow.
     """
-    assert checkpoint.config is not None
-    with refusing(f"{checkpoint.config}: cannot be read"):
-        table = _read_table(checkpoint.config)
-    _refuse_quantised(checkpoint.config, table)
-    for key in ("dtype", "torch_dtype"):
-        _parse_dtype(table.get(key), key, checkpoint.config)
+    where = "config=" if request.config is not None else str(checkpoint.config)
+    if request.config is None:
+        assert checkpoint.config is not None
+        with refusing(f"{where}: cannot be read"):
+            table = _read_table(checkpoint.config)
+        refuse_quantised(checkpoint, where, table)
+        for key in ("dtype", "torch_dtype"):
+            _parse_dtype(table.get(key), key, where)
     transformers = _transformers()
-    # whatever a config class raises for whatever a file says
-    with refusing(f"{checkpoint.config}: transformers cannot read it"):
-        config = transformers.AutoConfig.from_pretrained(
-            str(checkpoint.folder), trust_remote_code=trust_remote_code, local_files_only=True
+    chosen = choose(transformers, where, checkpoint.folder, request)
+    if request.config is not None:
+        with refusing(f"{where}: transformers cannot write it down"):
+            table = chosen.config.to_dict()
+        refuse_quantised(checkpoint, where, table)
+    chosen.config.name_or_path = str(checkpoint.folder) if request.name is None else request.name
+    return Blueprint(chosen, request, where, tuple(_left_alone(checkpoint.folder, request)))
+
+
+def _left_alone(folder: Path, request: ModelRequest) -> Iterator[str]:
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        yield (
+            f"{adapter}: an adapter lies beside the weights and was not applied; the model is the base model, and "
+            "peft.PeftModel.from_pretrained(model, folder) puts the adapter onto it"
         )
-        config.name_or_path = str(checkpoint.folder)
-    with refusing(f"{checkpoint.config}: the class that it names cannot be imported"):
-        cls = _model_class(transformers, config, checkpoint, trust_remote_code)
-    return Blueprint(cls, config)
+    code = folder / "custom_generate" / "generate.py"
+    if code.is_file() and not request.trust_remote_code:
+        yield f"{code}: code for generate(), which did not run; trust_remote_code=True lets it"
 
 
 def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module:
@@ -86,26 +112,67 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
 
     Raises:
         ModelError: the class does not accept the config.
+        OptionError: it does not accept a way of computing that was asked for.
     """
-    config = copy.deepcopy(blueprint.config)
-    resolved = _resolve_dtype(config, checkpoint, dtype)
+    chosen, where = blueprint.chosen, blueprint.where
+    config = copy.deepcopy(chosen.config)
+    resolved = _resolve_dtype(config, checkpoint, dtype, where)
+    given = {**named_arguments(chosen.cls, blueprint.request.model_args), **chosen.model_kwargs}
     # Some models ask a tensor for its value while they are built; transformers keeps those off meta.
     from transformers import initialization
 
     safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
     # whatever a model class raises for whatever a config says
     with (
-        refusing(f"{checkpoint.config}: {blueprint.cls.__name__} cannot be built from it"),
+        refusing(f"{where}: {chosen.cls.__name__} cannot be built from it"),
+        _refusing_implementations(blueprint),
         torch.device("meta"),
         safe(),
     ):
-        model: nn.Module = blueprint.cls._from_config(config, dtype=resolved)
+        model: nn.Module = chosen.cls._from_config(config, dtype=resolved, **given)
     if not hasattr(model, "all_tied_weights_keys"):
         raise ModelError(
-            f"{checkpoint.config}: {blueprint.cls.__name__} is the base of models and no model (it never calls "
+            f"{where}: {chosen.cls.__name__} is the base of models and no model (it never calls "
             "post_init); name a complete class in 'architectures', or give model="
         )
     return model
+
+
+def named_arguments(cls: Any, arguments: Sequence[Any]) -> dict[str, Any]:
+    """The arguments behind the config by the names that the class has for them.
+
+    Raises:
+        OptionError: it has no names for so many.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.kind in kinds][2:]
+    if len(arguments) > len(names):
+        raise OptionError(
+            f"model_args: {cls.__name__} takes {len(names)} behind its config, found {len(arguments)}; leave the "
+            "others out, or give them by name"
+        )
+    return dict(zip(names, arguments, strict=False))
+
+
+@contextmanager
+def _refusing_implementations(blueprint: Blueprint) -> Iterator[None]:
+    """What a class says of a way of computing that it does not have is about the option, not the config."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        text = str(error).lower()
+        for name, value in blueprint.request.implementations.items():
+            words = _ATTENTION if name == "attn_implementation" else _EXPERTS
+            if any(word in text for word in words):
+                raise OptionError(
+                    f"{name}: {blueprint.chosen.cls.__name__} does not take {value!r}: {error}"
+                ) from error
+        raise
+
+
+# What transformers' refusals speak of (`get_correct_attn_implementation` and what it calls).
+_ATTENTION = ("attn_implementation", "attention", "flash", "sdpa", "flex", "kernel")
+_EXPERTS = ("experts_implementation", "grouped_mm", "expert")
 
 
 def _read_table(config: Path) -> dict[str, Any]:
@@ -118,86 +185,45 @@ def _read_table(config: Path) -> dict[str, Any]:
     return table
 
 
-def _refuse_quantised(config: Path, table: Mapping[str, Any]) -> None:
-    quantisation = table.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        raise UnsupportedError(
-            f"{config}: the weights are quantised ({method!r}), which lowmem does not load; "
-            "use the checkpoint in fp32, bf16 or fp16"
-        )
-
-
-def _model_class(transformers: Any, config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    architectures = getattr(config, "architectures", None)
-    auto_map = getattr(config, "auto_map", None)
-    if not isinstance(architectures, (list, tuple, type(None))):
-        raise ModelError(
-            f"{checkpoint.config}: 'architectures': expected a list of class names such as [\"LlamaForCausalLM\"], "
-            f"found {architectures!r}; correct it, or give model="
-        )
-    if not isinstance(auto_map, (dict, type(None))):
-        raise ModelError(
-            f'{checkpoint.config}: \'auto_map\': expected an object such as {{"AutoModel": "file.Class"}}, found '
-            f"{auto_map!r}; correct it, or give model="
-        )
-    for name in architectures or ():
-        reference = next(
-            (ref for ref in (auto_map or {}).values() if isinstance(ref, str) and ref.endswith(f".{name}")), None
-        )
-        if reference is not None and trust_remote_code:
-            from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-            with refusing(f"{checkpoint.config}: {name} cannot be imported from {reference!r}"):
-                cls: Any = get_class_from_dynamic_module(reference, str(checkpoint.folder), local_files_only=True)
-            if not isinstance(cls, type) or not hasattr(cls, "_from_config"):
-                raise ModelError(
-                    f"{checkpoint.config}: expected {reference!r} to be a PreTrainedModel, found {cls!r}; give model="
-                )
-            return cls
-        with refusing(f"{checkpoint.config}: transformers cannot import {name!r}"):
-            cls = getattr(transformers, str(name), None)
-        if isinstance(cls, type) and hasattr(cls, "_from_config"):
-            return cls
-        if reference is not None:
-            raise UnsupportedError(
-                f"{checkpoint.config}: {name} is code beside the checkpoint ({reference}); "
-                "pass trust_remote_code=True to run it"
-            )
-    if architectures:
-        raise ModelError(
-            f"{checkpoint.config}: transformers {transformers.__version__} has no class {architectures[0]!r}; "
-            "update transformers, or give model="
-        )
-    # No class is named: the headless one, as AutoModel would choose.
-    mapping = transformers.MODEL_MAPPING
-    if type(config) not in mapping:
-        raise ModelError(
-            f"{checkpoint.config}: no 'architectures', and no model for {type(config).__name__}; give model="
-        )
-    return mapping[type(config)]
-
-
-def _resolve_dtype(config: Any, checkpoint: Checkpoint, dtype: str) -> torch.dtype:
-    """`"auto"` is the config's dtype, else that of the first float in the checkpoint."""
-    named = None
-    if dtype == "auto" and config.dtype is not None:
-        assert checkpoint.config is not None
-        named = _parse_dtype(config.dtype, "dtype", checkpoint.config)
+def _resolve_dtype(config: Any, checkpoint: Checkpoint, dtype: str, where: str) -> torch.dtype:
+    """`"auto"` is the config's dtype, else what the index says, else that of the first float in the checkpoint."""
+    named = _parse_dtype(config.dtype, "dtype", where) if dtype == "auto" and config.dtype is not None else None
     if dtype != "auto":
         resolved = dtype
     elif named is not None:
         resolved = dtype_name(named)
     else:
-        usable = ("float64", "float32", "float16", "bfloat16")
-        resolved = next((e.dtype for e in checkpoint.values() if e.dtype in usable), "float32")
+        resolved = _dtype_in_index(checkpoint) or _first_float(checkpoint)
     if resolved.startswith("float8"):
         raise UnsupportedError(f"dtype {resolved}: a transformers model cannot be built at this dtype; use bfloat16")
     value: torch.dtype = getattr(torch, resolved)
     return value
 
 
-def _parse_dtype(value: Any, key: str, config: Path) -> torch.dtype | None:
+def _dtype_in_index(checkpoint: Checkpoint) -> str | None:
+    """The dtype in the metadata of an index, which `_get_dtype` believes before the tensors."""
+    if checkpoint.index is None:
+        return None
+    metadata = _read_table(checkpoint.index).get("metadata")
+    named = metadata.get("dtype") if isinstance(metadata, dict) else None
+    found = _parse_dtype(named, "metadata.dtype", str(checkpoint.index))
+    return None if found is None else dtype_name(found)
+
+
+def _first_float(checkpoint: Checkpoint) -> str:
+    """The dtype of the first float as `_get_dtype` finds it: in the first file, in the order in which that is opened.
+
+    safetensors gives keys in alphabetic order, whatever order the file has them in.
+    """
+    usable = ("float64", "float32", "float16", "bfloat16")
+    entries = list(checkpoint.values())
+    if entries and checkpoint.shards[0].container == "safetensors":
+        files = {shard.file: shard.file.name for shard in checkpoint.shards}
+        entries.sort(key=lambda entry: (files[entry.file], entry.key))
+    return next((entry.dtype for entry in entries if entry.dtype in usable), "float32")
+
+
+def _parse_dtype(value: Any, key: str, where: str) -> torch.dtype | None:
     """A dtype as config.json may give it; one per sub-config counts by that of the whole, as `from_pretrained` has it.
 
     Raises:
@@ -211,38 +237,6 @@ def _parse_dtype(value: Any, key: str, config: Path) -> torch.dtype | None:
     if found is None or isinstance(found, torch.dtype):
         return found
     raise ModelError(
-        f'{config}: {key!r}: expected the name of a torch dtype, such as "bfloat16", or an object that gives one to '
+        f'{where}: {key!r}: expected the name of a torch dtype, such as "bfloat16", or an object that gives one to '
         f"each sub-config, found {value!r}; correct it, or remove it and pass dtype="
     )
-
-
-def read_generation_config(model: nn.Module, folder: Path | None) -> Any:
-    """What `from_pretrained` would read as the model's generation config; None where it reads none.
-
-    As there, a generation_config.json that is no JSON counts as absent, and `config.json` stands in.
-
-    Args:
-        model: a transformers model.
-        folder: where the files are.
-
-    Raises:
-        ModelError: generation_config.json holds something else than generation options, or options that mean nothing.
-    """
-    hf: Any = model
-    if folder is None or not hf.can_generate():
-        return None
-    from transformers import GenerationConfig
-
-    file = folder / "generation_config.json"
-    if file.is_file():
-        with refusing(f"{file}: transformers cannot use it; correct it, or remove it"):
-            try:
-                return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-            except OSError:
-                pass
-    if not (folder / "config.json").is_file():
-        return None
-    with refusing(f"{folder / 'config.json'}: transformers cannot make a generation config of it"):
-        return GenerationConfig.from_pretrained(
-            str(folder), config_file_name="config.json", _from_model_config=True, local_files_only=True
-        )

@@ -6,8 +6,10 @@ Each is read from the attributes and functions that `from_pretrained` reads (`tr
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,22 @@ from .conversions import Conversion, Renaming
 from .empty import real_tensors
 from .hf_conversions import HFConversions
 from .rules import Rules
-from .targets import Target, owner_of, tensor_of
+from .targets import Target, dtype_name, owner_of, tensor_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generation:
+    """What a model is given when its weights are there.
+
+    Attributes:
+        config: what `generate` takes its defaults from; None leaves the one that the model has.
+        function: what stands for `generate`, with `model` as an argument; None for the model's own.
+        epilogue: what the model's class does besides.
+    """
+
+    config: Any = None
+    function: Callable[..., Any] | None = None
+    epilogue: Callable[[nn.Module], None] | None = None
 
 
 class TransformersRules(Rules):
@@ -26,9 +43,9 @@ class TransformersRules(Rules):
 
     kind = "transformers"
 
-    def __init__(self, model: nn.Module, built: bool, generation_config: Any = None) -> None:
+    def __init__(self, model: nn.Module, built: bool, generation: Generation | None = None) -> None:
         super().__init__(model)
-        self._generation_config = generation_config
+        self._generation = Generation() if generation is None else generation
         hf: Any = model
         self._hf = hf
         # A model that the caller built has whatever dtype it was built with; the request decides then.
@@ -58,6 +75,9 @@ class TransformersRules(Rules):
 
     def keep_fp32(self, dtype: str, names: Iterable[str]) -> set[str]:
         """`_keep_in_fp32_modules` for fp16, `_keep_in_fp32_modules_strict` for fp16 and bf16."""
+        if self.owns_dtypes and isinstance(whole := self._hf.config.dtype, torch.dtype):
+            # Single modules may be built at other dtypes; that of the whole decides.
+            dtype = dtype_name(whole)
         patterns: set[str] = set()
         if dtype == "float16":
             patterns.update(self._hf._keep_in_fp32_modules or ())
@@ -68,6 +88,10 @@ class TransformersRules(Rules):
         # Searched anywhere in the name, `*` for anything: core_model_loading.build_glob_alternation.
         matcher = re.compile("|".join(f"(?:{p.replace('*', '.*')})" for p in sorted(patterns)))
         return {name for name in names if matcher.search(name)}
+
+    def vocabularies(self) -> Mapping[int, str]:
+        """Every entry of the config, or of a sub-config, that ends in `vocab_size`."""
+        return dict(_vocabularies(self._hf.config.to_dict(), ""))
 
     def may_miss(self, names: Collection[str]) -> set[str]:
         """`_keys_to_ignore_on_load_missing`."""
@@ -129,8 +153,12 @@ class TransformersRules(Rules):
         if self.owns_dtypes:
             self._free_parameters()
         self._hf._weight_conversions = self._conversions.used
-        if self._generation_config is not None:
-            self._hf.generation_config = self._generation_config
+        if self._generation.config is not None:
+            self._hf.generation_config = self._generation.config
+        if self._generation.function is not None:
+            self._hf.generate = functools.partial(self._generation.function, model=self._hf)
+        if self._generation.epilogue is not None:
+            self._generation.epilogue(self._hf)
         super().finish(missing)
 
     def _free_parameters(self) -> None:
@@ -163,6 +191,14 @@ class TransformersRules(Rules):
             owner._buffers[leaf] = torch.empty_like(buffer, device="cpu")
         if lost:
             self.initialise(lost)
+
+
+def _vocabularies(table: Mapping[str, Any], path: str) -> Iterator[tuple[int, str]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _vocabularies(value, f"{path}{key}.")
+        elif isinstance(value, int) and key.endswith("vocab_size"):
+            yield value, f"{path}{key}"
 
 
 def _searched(patterns: Iterable[str] | None, names: Collection[str]) -> set[str]:

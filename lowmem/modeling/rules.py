@@ -64,6 +64,10 @@ class Rules:
         """Targets that the model itself wants in fp32 when the rest is `dtype`."""
         return set()
 
+    def vocabularies(self) -> Mapping[int, str]:
+        """Size of a vocabulary → the entry of the model's config that says so."""
+        return {}
+
     def may_miss(self, names: Collection[str]) -> set[str]:
         """Those of `names` that this model may lack in the checkpoint without it being an error."""
         return set()

@@ -14,11 +14,11 @@ from . import hf
 from .checks import checked_modules
 from .empty import empty_parameters, real_tensors
 from .failures import refusing
+from .generation import read_generation
 from .hf_rules import TransformersRules
+from .request import ModelRequest
 from .rules import Rules
 from .targets import Target, join_declared, read_targets
-
-ModelSource = nn.Module | Callable[[], nn.Module] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +30,14 @@ class Skeleton:
         targets: its parameters and buffers by name.
         rules: what its kind decides.
         borrowed: the caller gave the module, so a failed load must leave it as it was.
+        warnings: what lies beside the weights and was left alone.
     """
 
     model: nn.Module
     targets: Mapping[str, Target]
     rules: Rules
     borrowed: bool
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,31 +47,32 @@ class Origin:
     model: nn.Module | Callable[[], nn.Module] | hf.Blueprint
 
 
-def find_origin(checkpoint: Checkpoint, model: ModelSource, trust_remote_code: bool) -> Origin:
+def find_origin(checkpoint: Checkpoint, request: ModelRequest) -> Origin:
     """Settle what the model is made from, before any memory is counted.
 
     Args:
-        checkpoint: gives the `config.json`, when `model` is None.
-        model: a module, a callable that makes one (run with its parameters on meta), or None.
-        trust_remote_code: whether Python files beside the checkpoint may run.
+        checkpoint: gives the `config.json`, when the request has neither a model nor a config.
+        request: what is asked about the model.
 
     Raises:
         ModelError: there is no config and no model, or the config cannot be used.
+        OptionError: what is asked is nothing of transformers.
         UnsupportedError: the config asks for what lowmem does not do.
     """
+    model = request.model
     if model is not None:
         if not isinstance(model, nn.Module) and not callable(model):
             raise ModelError(
                 f"model: expected a torch.nn.Module or a callable that makes one, found {type(model).__name__}"
             )
         return Origin(model)
-    if checkpoint.config is None:
+    if checkpoint.config is None and request.config is None:
         raise ModelError(
             f"{checkpoint.source}: no config.json beside the weights, so the model is unknown; "
-            "give model= (a module or a callable that makes one)"
+            "give model= (a module or a callable that makes one), or config="
         )
     with real_tensors():
-        return Origin(hf.read_blueprint(checkpoint, trust_remote_code))
+        return Origin(hf.read_blueprint(checkpoint, request))
 
 
 def make_skeleton(origin: Origin, checkpoint: Checkpoint, dtype: str) -> Skeleton:
@@ -93,15 +96,18 @@ def make_skeleton(origin: Origin, checkpoint: Checkpoint, dtype: str) -> Skeleto
             module = _call(source)
         transformers = hf.is_transformers_model(module)
         targets = read_targets(checked_modules(module, transformers))
-        rules = _rules_of(module, transformers, isinstance(source, hf.Blueprint), checkpoint)
-    return Skeleton(module, join_declared(targets, rules.declared_ties()), rules, isinstance(source, nn.Module))
+        blueprint = source if isinstance(source, hf.Blueprint) else None
+        rules = _rules_of(module, transformers, blueprint, checkpoint)
+    joined = join_declared(targets, rules.declared_ties())
+    warnings = () if blueprint is None else blueprint.warnings
+    return Skeleton(module, joined, rules, isinstance(source, nn.Module), warnings)
 
 
-def _rules_of(module: nn.Module, transformers: bool, built: bool, checkpoint: Checkpoint) -> Rules:
+def _rules_of(module: nn.Module, transformers: bool, blueprint: hf.Blueprint | None, checkpoint: Checkpoint) -> Rules:
     if not transformers:
         return Rules(module)
     folder = checkpoint.folder if checkpoint.config is not None else None
-    return TransformersRules(module, built, hf.read_generation_config(module, folder))
+    return TransformersRules(module, blueprint is not None, read_generation(module, folder, blueprint))
 
 
 def _call(factory: Callable[[], nn.Module]) -> nn.Module:

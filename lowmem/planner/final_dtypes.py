@@ -8,6 +8,7 @@ from collections import defaultdict
 import torch
 
 from .._patterns import name_matches
+from ..checkpoint import TensorEntry
 from ..dtypes import is_floating, itemsize
 from ..errors import UnsupportedError
 from ..mapping import KeyMapping
@@ -21,6 +22,8 @@ def final_dtypes(
 ) -> tuple[dict[str, str], list[str]]:
     """Target → dtype, and warnings.
 
+    What is computed has here the dtype that its sources are cast to.
+
     A transformers model that lowmem built has its dtypes already; elsewhere `"auto"` takes the checkpoint's, and a
     named dtype applies to floats only. What a keep-list names is fp32 where it would be fp16 or bf16. Tensors that
     are tied share one dtype.
@@ -30,10 +33,12 @@ def final_dtypes(
     """
     # Parts of one tensor are of one dtype, or the first decides.
     entries = {link.target: link.entry for link in reversed(mapping.links)}
+    made = _made_of(mapping)
     owned, tied = skeleton.rules.owns_dtypes, mapping.tied
     final: dict[str, str] = {}
     for name, target in skeleton.targets.items():
-        entry = entries.get(tied.get(name, name))
+        leader = tied.get(name, name)
+        entry = entries.get(leader) or made.get(leader)
         own = target.dtype if entry is None or owned else entry.dtype
         if dtype != "auto" and is_floating(own):
             # What has values and is not in the checkpoint stays as it is.
@@ -47,6 +52,9 @@ def final_dtypes(
         if cast not in checked:
             check_cast(link.target, *cast)
             checked.add(cast)
+    for computation in mapping.computed:
+        for source in computation.sources:
+            check_cast(source.key, source.dtype, final[computation.targets[0]])
     for name, entry in reversed(entries.items()):
         own = skeleton.targets[name].dtype
         if own != entry.dtype and not owned and not (is_floating(own) and is_floating(entry.dtype)):
@@ -56,6 +64,16 @@ def final_dtypes(
     for name, leader in mapping.tied.items():
         final[name] = final[leader]
     return final, warnings
+
+
+def _made_of(mapping: KeyMapping) -> dict[str, TensorEntry]:
+    """Computed target → the source whose dtype it would have."""
+    made = {}
+    for computation in mapping.computed:
+        floats = [source for source in computation.sources if is_floating(source.dtype)]
+        if floats:
+            made.update(dict.fromkeys(computation.targets, floats[0]))
+    return made
 
 
 def _keep(skeleton: Skeleton, final: dict[str, str], dtype: str, keep_fp32: tuple[str, ...]) -> list[str]:

@@ -48,7 +48,7 @@ class Placement:
         residency: `map` (the parameter is file pages), `copy` (read into memory), `refer` (on disk, used where it
             lies, cast then if its dtype is another), `write` (on disk, cast into the offload folder), `init` (not in
             the checkpoint).
-        links: what feeds it, one link a region; none for `init`.
+        links: what feeds it, one link a region; none for `init`, and for what is computed.
     """
 
     target: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,37 @@ from ..checkpoint.records import origin_of
 from ..checkpoint.safetensors import layout
 from ..mapping import Link
 from .moves import Placement
-from .records import OffloadFile, OffloadPlan
+from .records import Group, OffloadFile, OffloadPlan
 
 FORMAT = "lowmem-offload/2"
 INDEX = "lowmem-offload.json"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-def plan_offload(checkpoint: Checkpoint, placements: Sequence[Placement], root: Path) -> OffloadPlan | None:
+def plan_offload(
+    checkpoint: Checkpoint, placements: Sequence[Placement], root: Path, groups: Sequence[Group] = (), maker: str = ""
+) -> OffloadPlan | None:
     """The files for every placement that must be written; None when there is none.
 
     One file per shard that feeds it, so that the load stays in file order. The folder inside `root` is named after
     the fingerprint: another model, dtype or source never meets these files.
+
+    Args:
+        checkpoint: what they are made of.
+        placements: all of the load.
+        root: the user's folder.
+        groups: what is computed.
+        maker: what tells the computing model from another.
     """
+    made = {place: group for group in groups for places in group.results for place in places}
     written = [p for p in placements if p.residency == "write"]
     if not written:
         return None
     by_shard: dict[Path, list[Placement]] = {}
     for placement in written:
-        by_shard.setdefault(placement.links[0].entry.file, []).append(placement)
-    fingerprint = _fingerprint(checkpoint, written)
+        links = _links_of(placement, made)
+        by_shard.setdefault(links[0].entry.file, []).append(placement)
+    fingerprint = _fingerprint(checkpoint, written, made, maker)
     files = []
     for number, held in enumerate(by_shard.values(), start=1):
         head, spans, size = layout([(p.target, p.dtype, p.shape) for p in held], {"format": "pt"})
@@ -42,9 +53,17 @@ def plan_offload(checkpoint: Checkpoint, placements: Sequence[Placement], root: 
     return OffloadPlan(folder, fingerprint, tuple(files), reused=True) if is_finished(plan) else plan
 
 
-def _fingerprint(checkpoint: Checkpoint, written: Sequence[Placement]) -> str:
+def _links_of(placement: Placement, made: Mapping[Placement, Group]) -> tuple[Link, ...]:
+    if placement.links:
+        return placement.links
+    return tuple(link for source in made[placement].sources for link in source.links)
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, written: Sequence[Placement], made: Mapping[Placement, Group], maker: str
+) -> str:
     """SHA-256 over the source files (name, size, time, header end) and every tensor made from them."""
-    used = {link.entry.file for p in written for link in p.links}
+    used = {link.entry.file for p in written for link in _links_of(p, made)}
     shards = {shard.file: shard for shard in checkpoint.shards}
     table: Any = {
         "format": FORMAT,
@@ -52,10 +71,13 @@ def _fingerprint(checkpoint: Checkpoint, written: Sequence[Placement]) -> str:
             [str(s.file.resolve()), s.size, s.mtime_ns, s.data_offset] for s in checkpoint.shards if s.file in used
         ],
         "tensors": [
-            [p.target, p.dtype, p.shape, [_link_row(link, shards[link.entry.file]) for link in p.links]]
+            [p.target, p.dtype, p.shape, [_link_row(link, shards[link.entry.file]) for link in _links_of(p, made)]]
             for p in written
         ],
     }
+    computed = [[p.target, made[p].what, [source.dtype for source in made[p].sources]] for p in written if p in made]
+    if computed:
+        table["computed"] = [maker, computed]
     return hashlib.sha256(json.dumps(table, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -15,12 +15,14 @@ from ..dtypes import itemsize
 from ..errors import PlacementError
 from ..limits import HostMemory
 from ..mapping import KeyMapping, Link
+from ..modeling.conversions import Cost
 from ..modeling.skeleton import Skeleton
 from ..sizes import format_size
+from .computed import group_of
 from .devices import DeviceMap
 from .final_dtypes import nbytes_of
 from .moves import Placement, Residency, is_one
-from .records import LoadRequest
+from .records import Group, LoadRequest
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Draft:
     warnings: tuple[str, ...]
     memory: HostMemory
     no_split: tuple[str, ...]
+    # Of each computation, and what its sources are cast to.
+    costs: tuple[tuple[Cost, str], ...] = ()
     # How much of a file is in the page cache: looked at once, however many maps are tried.
     cached: Callable[[Path], float] = field(default_factory=lambda: functools.cache(cached_share))
 
@@ -56,8 +60,8 @@ def kept_as_built(skeleton: Skeleton, mapping: KeyMapping) -> list[str]:
     return [name for name in names if skeleton.targets[name].real and name not in mapping.tied]
 
 
-def place(draft: Draft, devices: DeviceMap) -> tuple[list[Placement], list[str]]:
-    """A placement per tensor and device, in file order, then what the model initialises."""
+def place(draft: Draft, devices: DeviceMap) -> tuple[list[Placement], list[Group], list[str]]:
+    """A placement per tensor and device, in file order, then what is computed, and what the model initialises."""
     followers: dict[str, list[str]] = defaultdict(list)
     for name, leader in draft.mapping.tied.items():
         followers[leader].append(name)
@@ -70,11 +74,11 @@ def place(draft: Draft, devices: DeviceMap) -> tuple[list[Placement], list[str]]
         shape, dtype = targets[name].shape, final[name]
         placements.append(Placement(name, names, shape, dtype, nbytes_of(shape, dtype), device, residency, links))
 
-    for name, links in _by_target(draft.mapping).items():
+    def add_all(name: str, links: tuple[Link, ...]) -> None:
         device = _device_of(draft, devices, name)
         if name not in followers:
             add((name,), device, _residency(draft, device, name, links), links)
-            continue
+            return
         by_device = {device: [name]}
         for follower in followers[name]:
             by_device.setdefault(_device_of(draft, devices, follower), []).append(follower)
@@ -82,12 +86,23 @@ def place(draft: Draft, devices: DeviceMap) -> tuple[list[Placement], list[str]]
             warnings.append(f"{name!r} is tied across {', '.join(by_device)}: one copy on each")
         for device, names in by_device.items():
             add(tuple(names), device, _residency(draft, device, names[0], links), links)
+
+    for name, links in _by_target(draft.mapping).items():
+        add_all(name, links)
     warnings += _part(placements)
+    groups = []
+    for computation, (cost, dtype) in zip(draft.mapping.computed, draft.costs, strict=True):
+        results = []
+        for name in computation.targets:
+            begin = len(placements)
+            add_all(name, ())
+            results.append(tuple(placements[begin:]))
+        groups.append(group_of(computation, cost, dtype, results))
     for names in to_initialise(draft.skeleton, draft.mapping):
         device = _device_of(draft, devices, names[0])
         # What has no file yet cannot stay on disk.
         add(tuple(names), "cpu" if device == "disk" else device, "init", ())
-    return placements, warnings
+    return placements, groups, warnings
 
 
 def _by_target(mapping: KeyMapping) -> dict[str, tuple[Link, ...]]:
@@ -173,6 +188,13 @@ def check_reachable(placements: Sequence[Placement]) -> None:
 
 
 def _residency(draft: Draft, device: str, name: str, links: tuple[Link, ...]) -> Residency:
+    if not links:
+        if device == "disk" and draft.request.offload_folder is None:
+            raise PlacementError(
+                f"{draft.checkpoint.source}: {name!r} would be on disk, and it is computed while loading: expected a "
+                "file to write it into; give offload_folder= (--offload-folder DIR), or another device"
+            )
+        return "write" if device == "disk" else "copy"
     final = draft.final[name]
     lies = is_one(links, draft.skeleton.targets[name].shape, final)
     if device == "disk":

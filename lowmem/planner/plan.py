@@ -6,6 +6,7 @@ import mmap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .._mounts import memory_file_system
 from ..checkpoint import Checkpoint
@@ -15,12 +16,13 @@ from ..mapping import KeyMapping
 from ..modeling.skeleton import Skeleton
 from ..sizes import KIB, MIB, format_size
 from . import budget
+from .computed import about, maker_of, price
 from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, disjoint, infer, pinned
 from .final_dtypes import final_dtypes, nbytes_of
 from .moves import Placement
 from .offload import plan_offload
 from .placing import Draft, check_reachable, kept_as_built, made_at_use, place, to_initialise
-from .records import DevicePlan, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
+from .records import DevicePlan, Group, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
 _OVERHEAD = 4 * MIB
@@ -40,9 +42,13 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, r
         BudgetError: the host or a device would need more than it may use.
         PlacementError: a tensor without a device.
         UnsupportedError: a dtype that cannot be loaded.
-        ModelError: something is missing that the model cannot initialise.
+        ModelError: something is missing that the model cannot initialise, or an operation cannot say what it gives.
+        KeysError: an operation would give another shape than the model's.
     """
     final, warnings = final_dtypes(skeleton, mapping, request.dtype, request.keep_fp32)
+    costs, dtypes = price(skeleton, mapping, final)
+    casts = [final[computation.targets[0]] for computation in mapping.computed]
+    final.update(dtypes)
     absent = [names[0] for names in to_initialise(skeleton, mapping)]
     skeleton.rules.check_initialisable(absent)
     draft = Draft(
@@ -59,6 +65,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, r
         ),
         host_memory(),
         tuple(skeleton.rules.no_split) if request.no_split is None else request.no_split,
+        tuple(zip(costs, casts, strict=True)),
     )
     if isinstance(request.device_map, str) and request.device_map in STRATEGIES:
         return _inferred(draft, request.device_map)
@@ -138,22 +145,23 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
         warnings.append(f"{len(stay)} tensors ({first!r}, …) stay on {stay[first]}: their modules cannot fetch them")
     table = disjoint({**table, **stay}, draft.skeleton)
     devices = DeviceMap(table)
-    placements, split = place(draft, devices)
+    placements, groups, split = place(draft, devices)
     warnings += split
     check_reachable(placements)
     folder = draft.request.offload_folder
-    offload = None if folder is None else plan_offload(draft.checkpoint, placements, folder)
-    warnings += [*made_at_use(placements), *_offload_warnings(offload)]
+    offload = None if folder is None else _offload(draft, placements, groups, folder)
+    if offload is not None and offload.reused:
+        groups = [g for g in groups if any(p.residency == "copy" for places in g.results for p in places)]
+    warnings += [*made_at_use(placements), *about(groups), *_offload_warnings(offload)]
     bound = min(_bounds(draft, placements), key=lambda b: b.room)
-    need = _need(draft, placements, offload)
+    need = _need(draft, placements, groups, offload)
     # As large as the budget leaves.
-    bare = _host(draft, placements, Staging(1, 0))
+    bare = _host(draft, placements, groups, Staging(1, 0))
     staging = budget.fit_staging(bound.room - bare.peak, draft.request.staging, need)
-    host = _host(draft, placements, staging)
+    host = _host(draft, placements, groups, staging)
     if host.peak > bound.room:
-        budget.refuse(
-            host.peak + bound.extra, bound.room + bound.extra, bound.name, _remedies(draft, placements, bound)
-        )
+        needed, allowed = host.peak + bound.extra, bound.room + bound.extra
+        budget.refuse(needed, allowed, bound.name, _remedies(draft, placements, bound), _what(groups))
     reading, about_reading = _read_how(draft, placements, need.in_place)
     plan = LoadPlan(
         checkpoint=draft.checkpoint,
@@ -168,6 +176,7 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
         no_split=draft.no_split,
         warnings=(*draft.warnings, *warnings, *about_reading),
         reading=reading,
+        groups=tuple(groups),
     )
     _check_devices(draft, plan)
     return plan
@@ -205,11 +214,28 @@ def _bounds(draft: Draft, placements: Sequence[Placement]) -> list[_Bound]:
     return bounds
 
 
-def _need(draft: Draft, placements: Sequence[Placement], offload: OffloadPlan | None) -> budget.Need:
+def _offload(
+    draft: Draft, placements: Sequence[Placement], groups: Sequence[Group], folder: Path
+) -> OffloadPlan | None:
+    return plan_offload(draft.checkpoint, placements, folder, groups, maker_of(draft.skeleton) if groups else "")
+
+
+def _what(groups: Sequence[Group]) -> str:
+    """What needs the memory, for the refusal."""
+    if not groups:
+        return "load"
+    largest = max(groups, key=lambda group: group.nbytes)
+    return f"load ({format_size(largest.nbytes)} of it for {largest.name})"
+
+
+def _need(
+    draft: Draft, placements: Sequence[Placement], groups: Sequence[Group], offload: OffloadPlan | None
+) -> budget.Need:
     """What the readers could use."""
     written = offload is not None and not offload.reused
     moving = ("copy", "write") if written else ("copy",)
     moved = [p for p in placements if p.residency in moving]
+    moved += [source for group in groups for source in group.sources]
     return budget.needs_of(moved, draft.request.io, draft.cached, free_address_space=not draft.memory.rlimits)
 
 
@@ -232,18 +258,20 @@ def _read_how(draft: Draft, placements: Sequence[Placement], in_place: bool) -> 
     return Reading(request.io, request.keep_cache, ahead, in_place), warnings
 
 
-def _host(draft: Draft, placements: Sequence[Placement], staging: Staging) -> HostPlan:
+def _host(draft: Draft, placements: Sequence[Placement], groups: Sequence[Group], staging: Staging) -> HostPlan:
     on_cpu = [p for p in placements if p.device == "cpu"]
     resident = sum(p.nbytes for p in on_cpu if p.residency != "map")
     if not draft.skeleton.borrowed:
         transient = [t for t in draft.skeleton.targets.values() if not t.persistent]
         resident += sum(nbytes_of(t.shape, t.dtype) for t in transient)
     copies = [p for p in on_cpu if p.residency == "copy"]
-    overhead = _OVERHEAD + _PER_ENTRY * len(draft.checkpoint) + _PER_COPY * len(copies)
+    entries = max(len(draft.checkpoint), len(draft.mapping.links))
+    overhead = _OVERHEAD + _PER_ENTRY * entries + _PER_COPY * len(copies)
     overhead += draft.checkpoint.described
     # Those that begin behind the beginning of a page end in one more.
     overhead += mmap.PAGESIZE * sum(p.is_apart for p in copies)
     overhead += len(draft.skeleton.targets) * (_PER_TARGET if draft.skeleton.borrowed else _PER_TARGET_BUILT)
+    computing = max((group.nbytes for group in groups), default=0)
     available = draft.memory.available
     ram = draft.request.ram
     return HostPlan(
@@ -251,10 +279,11 @@ def _host(draft: Draft, placements: Sequence[Placement], staging: Staging) -> Ho
         mapped=sum(p.nbytes for p in on_cpu if p.residency == "map"),
         staging=staging.total,
         overhead=overhead,
-        peak=resident + staging.total + overhead,
+        peak=resident + staging.total + overhead + computing,
         available=available,
         bound_by=draft.memory.bound_by,
         limit=available if ram is None else min(ram, available),
+        computing=computing,
     )
 
 
@@ -297,7 +326,7 @@ def _remedies(draft: Draft, placements: Sequence[Placement], bound: _Bound) -> l
     """What would lower the peak of this plan, the largest gain first."""
     # What a limit counts besides includes mapped weights.
     counted = ("copy", "map") if bound.extra else ("copy",)
-    on_cpu = [p for p in placements if p.device == "cpu" and p.residency in counted]
+    on_cpu = [p for p in placements if p.device == "cpu" and p.residency in counted and p.links]
     cast = sum(p.nbytes for p in on_cpu if any(link.entry.dtype != p.dtype for link in p.links))
     plain = sum(p.nbytes for p in on_cpu if p.residency == "copy") - cast
     remedies = []

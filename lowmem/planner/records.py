@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .._mounts import is_on_local_disk
 from ..checkpoint import Checkpoint
 from ..mapping import NO_RULES, KeyMapping, KeyRules, Link
 from .moves import Move, Placement, Read, cut, join
+
+if TYPE_CHECKING:
+    from ..modeling.conversions import Operation
 
 IO = Literal["auto", "buffered", "direct", "mmap"]
 
@@ -29,7 +33,7 @@ class LoadRequest:
     offload_folder: Path | None = None
     keep_fp32: tuple[str, ...] = ()
     residency: Literal["map", "copy"] = "map"
-    strict: bool = True
+    strict: bool | Literal["shapes"] = True
     no_split: tuple[str, ...] | None = None
     io: IO = "auto"
     prefetch: bool = False
@@ -81,10 +85,11 @@ class HostPlan:
         mapped: weights that are file pages: reclaimable, not anonymous.
         staging: buffers in flight.
         overhead: the model's Python objects and the plan itself, estimated.
-        peak: resident + staging + overhead, what `ram` bounds.
+        peak: resident + staging + overhead + computing, what `ram` bounds.
         available: what the machine, its cgroups and rlimits leave.
         bound_by: which of these is the tightest.
         limit: the smaller of `ram` and `available`.
+        computing: what the largest group of computed tensors takes while it is computed.
     """
 
     resident: int
@@ -95,6 +100,7 @@ class HostPlan:
     available: int
     bound_by: str
     limit: int
+    computing: int = 0
 
     def to_dict(self) -> dict[str, int | str]:
         """As plain values."""
@@ -187,6 +193,44 @@ class OffloadPlan:
 
 
 @dataclass(frozen=True, eq=False)
+class Group:
+    """Tensors of the model that an operation makes of others, which are in memory meanwhile.
+
+    Attributes:
+        what: the operation's name.
+        operation: the operation.
+        sources: in its order, each in host memory in the dtype that it is cast to.
+        results: where each tensor that it gives ends up: in several places where it is tied across devices.
+        scratch: bytes that it takes besides.
+    """
+
+    what: str
+    operation: Operation
+    sources: tuple[Placement, ...]
+    results: tuple[tuple[Placement, ...], ...]
+    scratch: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory at the worst moment, besides results that stay there."""
+        passing = 0
+        for places in self.results:
+            stays = any(p.device == "cpu" for p in places)
+            passing += 0 if stays else places[0].nbytes
+        return sum(source.nbytes for source in self.sources) + passing + self.scratch
+
+    @property
+    def name(self) -> str:
+        """What it makes of what, for messages."""
+        made = _listed([places[0].target for places in self.results])
+        return f"{self.what}, which makes {made} of {_listed([source.target for source in self.sources])}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f", … ({len(names)} tensors)" if len(names) > 3 else "")
+
+
+@dataclass(frozen=True, eq=False)
 class LoadPlan:
     """Everything that a load will do, decided before the first tensor byte is read.
 
@@ -203,6 +247,8 @@ class LoadPlan:
         main_device: where offloaded layers compute.
         no_split: class names that the device map kept whole.
         warnings: what the user should know.
+        groups: what is computed when all else is in its place, one after the other; their results are in `placements`
+            and have no links. What is in a finished offload folder already is not computed.
     """
 
     checkpoint: Checkpoint = field(repr=False)
@@ -217,11 +263,13 @@ class LoadPlan:
     no_split: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     reading: Reading = Reading()
+    groups: tuple[Group, ...] = field(default=(), repr=False)
 
-    @property
+    @cached_property
     def bytes_read(self) -> int:
         """Tensor bytes that the load will read; mapped and referred ones are not read."""
-        return sum(p.source_bytes for p in self.placements if self._moves_bytes(p))
+        sources = sum(p.source_bytes for group in self.groups for p in group.sources)
+        return sources + sum(p.source_bytes for p in self.placements if self._moves_bytes(p))
 
     @property
     def bytes_written(self) -> int:
@@ -233,8 +281,15 @@ class LoadPlan:
             return self.offload is not None and not self.offload.reused
         return placement.residency == "copy"
 
+    def sources_of(self, group: Group) -> LoadPlan:
+        """The plan that brings the sources of a group into memory."""
+        return replace(self, placements=group.sources, offload=None, groups=())
+
     def moves(self) -> Iterator[Move]:
-        """Every move, in file order. Written down one at a time: the plan of a terabyte stays small."""
+        """Every move, those of groups left out, in file order.
+
+        Written down one at a time: the plan of a terabyte stays small.
+        """
         for placement, link in self._fed():
             yield from cut(placement, link, self.staging.each)
 
@@ -283,6 +338,7 @@ class LoadPlan:
             ],
             "suggestions": list(self.mapping.suggestions),
             "warnings": list(self.warnings),
+            "computed": [_group_dict(group) for group in self.groups],
             "tensors": [_placement_dict(p) for p in self.placements],
         }
 
@@ -298,6 +354,17 @@ def _placement_dict(placement: Placement) -> dict[str, Any]:
         "bytes": placement.nbytes,
         "device": placement.device,
         "residency": placement.residency,
+    }
+
+
+def _group_dict(group: Group) -> dict[str, Any]:
+    return {
+        "what": group.what,
+        "keys": [source.target for source in group.sources],
+        "tensors": [places[0].target for places in group.results],
+        "dtypes": sorted({source.dtype for source in group.sources}),
+        "bytes": group.nbytes,
+        "scratch": group.scratch,
     }
 
 

@@ -10,7 +10,9 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
+
+import torch
 
 from ..dtypes import parse_dtype
 from ..errors import OptionError
@@ -62,7 +64,7 @@ def make_request(
     offload_folder: str | os.PathLike[str] | None = None,
     keep_fp32: Iterable[str] | None = (),
     residency: str = "map",
-    strict: bool = True,
+    strict: bool | str = True,
     staging: int | str | None = None,
     no_split: Iterable[str] | None = None,
     io: str = "auto",
@@ -83,7 +85,7 @@ def make_request(
     if not isinstance(residency, str) or residency not in ("map", "copy"):
         raise OptionError(f"residency: expected 'map' or 'copy', found {shown(residency)}")
     return LoadRequest(
-        dtype=parse_dtype(dtype),
+        dtype=whole_dtype(dtype),
         device_map=parse_device_map(device_map),
         max_memory=parse_max_memory(max_memory),
         ram=None if ram is None else parse_size(ram, "ram"),
@@ -91,7 +93,7 @@ def make_request(
         offload_folder=None if offload_folder is None else parse_folder(offload_folder, "offload_folder"),
         keep_fp32=() if keep_fp32 is None else names_of(keep_fp32, "keep_fp32"),
         residency="map" if residency == "map" else "copy",
-        strict=flag(strict, "strict"),
+        strict=parse_strict(strict),
         no_split=None if no_split is None else names_of(no_split, "no_split"),
         io=parse_io(io),
         prefetch=flag(prefetch, "prefetch"),
@@ -105,6 +107,36 @@ def make_request(
             ignore_mismatched_sizes=ignore_mismatched_sizes,
         ),
     )
+
+
+def whole_dtype(value: Any) -> str:
+    """The dtype of the whole model; of sub-config → dtype that of `""`, which is all that transformers 5 looks at.
+
+    Without one for the whole it is torch's default, as in transformers' `_get_dtype`.
+
+    Raises:
+        OptionError: not a float dtype that weights can be cast to.
+    """
+    if not isinstance(value, Mapping):
+        return parse_dtype(value)
+    parsed = {part: parse_dtype(dtype, f"dtype[{part!r}]") for part, dtype in value.items()}
+    whole = parsed.get("", parse_dtype(torch.get_default_dtype()))
+    if whole == "auto":
+        raise OptionError("dtype['']: expected a float dtype, found 'auto'; 'auto' is for the whole: dtype='auto'")
+    return whole
+
+
+def parse_strict(value: bool | str) -> bool | Literal["shapes"]:
+    """What is refused: missing and mismatched tensors, mismatched ones only, or neither.
+
+    Raises:
+        OptionError: something else.
+    """
+    if isinstance(value, str) and value == "shapes":
+        return "shapes"
+    if not isinstance(value, bool):
+        raise OptionError(f"strict: expected True or False, or 'shapes', found {shown(value)}")
+    return value
 
 
 def make_key_rules(

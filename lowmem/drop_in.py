@@ -1,0 +1,306 @@
+"""`from_pretrained` of transformers with its own arguments, done by `load`.
+
+The arguments are those of transformers 5.23 (`PreTrainedModel.from_pretrained` in modeling_utils.py, and
+`_BaseAutoModelClass.from_pretrained` in models/auto/auto_factory.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .errors import OptionError, SourceError, UnsupportedError
+from .loader import LoadResult, load
+from .modeling.request import ModelRequest, make_model_request
+from .planner.request import flag
+from .sizes import shown
+
+# Taken and ignored there, so here too; the last is what that version still takes from callers of old ones.
+_RETIRED = ("mirror", "_fast_init", "low_cpu_mem_usage", "from_tf", "from_flax", "offload_state_dict", "_commit_hash")
+# For telemetry and bars there.
+_NOT_ABOUT_THE_MODEL = ("_from_auto", "_from_pipeline", "tqdm_class")
+# How the same bytes are opened there: as a mapping or not, with pickle or not. Here `io` and `residency` say the one,
+# and nothing is unpickled.
+_HOW_FILES_ARE_OPENED = ("disable_mmap", "weights_only")
+# Argument → what it is when it asks for nothing, and why it is refused when it asks for something.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "state_dict": ((None,), "lowmem loads from files; give the model its tensors with load_state_dict(assign=True)"),
+    "gguf_file": ((None,), "GGUF files are not read; bring the model's safetensors"),
+    "quantization_config": (
+        (None,),
+        "lowmem does not quantise; load in bf16 or fp16, or use from_pretrained itself for this checkpoint",
+    ),
+    "tp_plan": ((None,), "a load goes to one process; use from_pretrained itself under torchrun"),
+    "tp_size": ((None,), "a load goes to one process; use from_pretrained itself under torchrun"),
+    "device_mesh": ((None,), "a load goes to one process; use from_pretrained itself under torchrun"),
+    "distributed_config": ((None,), "a load goes to one process; use from_pretrained itself under torchrun"),
+    "fusion_config": ((None,), "fused modules are other modules than those of the checkpoint; leave it out"),
+    "use_kernels": ((None, False), "call model.set_use_kernels(True) after the load"),
+    "kernel_config": ((None,), "call model.set_use_kernels(True, kernel_config) after the load"),
+    "allow_all_kernels": ((None, False), "kernels of the hub are code that is fetched; set attention after the load"),
+    "adapter_kwargs": ((None, {}), "adapters are not applied; call model.load_adapter(...) after the load"),
+    "adapter_name": ((None, "default"), "adapters are not applied; call model.load_adapter(...) after the load"),
+    "offload_buffers": ((None, False), "buffers of layers on disk stay in memory; leave it out"),
+}
+# Arguments that only matter where something is fetched or looked up in the hub's cache.
+_OF_THE_HUB: dict[str, tuple[tuple[Any, ...], str]] = {
+    "cache_dir": ((None,), "set HF_HUB_CACHE instead"),
+    "force_download": ((None, False), "fetch it anew with `hf download --force-download`"),
+    "proxies": ((None, {}), "set HTTPS_PROXY instead"),
+    "code_revision": ((None, "main"), "code is taken from the same revision as the weights"),
+}
+# Options of `load` that are no argument of `from_pretrained` and no likely attribute of a config.
+_OWN = (
+    "ram",
+    "staging",
+    "keep_fp32",
+    "residency",
+    "io",
+    "prefetch",
+    "keep_cache",
+    "no_split",
+    "weights",
+    "ema",
+    "download",
+    "only",
+    "skip",
+    "rename",
+    "reshape",
+    "progress",
+)
+# What save_pretrained calls weights, in the order in which they are looked for (`_get_resolved_checkpoint_files`).
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def from_pretrained(
+    cls: Any, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+) -> Any:
+    """What `cls.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)` gives, in bounded memory.
+
+    Arguments of transformers' own do here what they do there. Those that lowmem cannot serve are refused by name,
+    unless they ask for nothing, and those that transformers ignores are ignored. Arguments of neither become attributes
+    of the config, or go to the model's `__init__`, as there. As there, missing tensors are initialised by the model's
+    own rule and reported by transformers' logger, and tensors of another shape are refused unless
+    `ignore_mismatched_sizes`. Nothing is fetched without `download=True`.
+
+    Args:
+        cls: a class of transformers: an auto class such as `AutoModelForCausalLM`, or a model class.
+        pretrained_model_name_or_path: whatever `load` takes as a source.
+        model_args: what the model's `__init__` is given behind the config.
+        kwargs: arguments of `from_pretrained`, and of `load`: `ram`, `staging`, `keep_fp32`, `residency`, `io`,
+            `prefetch`, `keep_cache`, `no_split`, `weights`, `ema`, `download`, `only`, `skip`, `rename`, `reshape`,
+            `progress`.
+
+    Returns:
+        The model in eval mode; with `output_loading_info=True` the model and the dictionary that `from_pretrained`
+        gives: `missing_keys`, `unexpected_keys`, `mismatched_keys`, `error_msgs`.
+
+    Raises:
+        UnsupportedError: an argument, or a checkpoint, that only transformers itself serves.
+        LowmemError: as `load`.
+    """
+    if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
+        raise OptionError(f"cls: expected a class of transformers such as AutoModelForCausalLM, found {shown(cls)}")
+    if pretrained_model_name_or_path is None:
+        raise UnsupportedError(
+            "pretrained_model_name_or_path: expected a path or a name, found None; there are no weights"
+        )
+    name = os.fspath(pretrained_model_name_or_path)
+    given = dict(kwargs)
+    with_info = flag(given.pop("output_loading_info", False), "output_loading_info")
+    options = _placement(given)
+    options.update({option: given.pop(option) for option in _OWN if option in given})
+    options["dtype"] = _dtype(given)
+    options["ignore_mismatched_sizes"] = given.pop("ignore_mismatched_sizes", False)
+    source = _source(pretrained_model_name_or_path, given, options)
+    mapped = _key_mapping(given.pop("key_mapping", None), options)
+    _refuse(given)
+    asked = _model(cls, name, model_args, given)
+    result = load(source, model=asked, strict="shapes", **options)
+    model = result.model
+    _remember(model, mapped)
+    info = _loading_info(result)
+    _report(model, name, info, options["ignore_mismatched_sizes"])
+    return (model, info) if with_info else model
+
+
+def _placement(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say where weights go, as `load` takes them."""
+    from transformers import modeling_utils
+
+    device_map = given.pop("device_map", None)
+    if device_map is None:
+        # `with torch.device("cuda"):` and `torch.set_default_device` count, as there.
+        ambient: Any = modeling_utils.get_torch_context_manager_or_global_device
+        device_map = ambient()
+        if device_map is not None and device_map.type == "meta":
+            raise OptionError(
+                "the default device is meta, which has no room for weights; call from_pretrained outside of "
+                "torch.device('meta')"
+            )
+    if device_map == "cuda":
+        device_map = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return {
+        "device_map": device_map,
+        "max_memory": given.pop("max_memory", None),
+        "offload_folder": given.pop("offload_folder", None),
+    }
+
+
+def _dtype(given: dict[str, Any]) -> Any:
+    dtype, old = given.pop("dtype", None), given.pop("torch_dtype", None)
+    asked = old if dtype is None else dtype
+    return "auto" if asked is None else asked
+
+
+def _source(path: str | os.PathLike[str], given: dict[str, Any], options: dict[str, Any]) -> str | os.PathLike[str]:
+    """What `load` is to open.
+
+    Raises:
+        UnsupportedError: an argument about the hub that lowmem cannot serve, or files that are not chosen so.
+    """
+    local = Path(path).is_dir()
+    only_local = given.pop("local_files_only", False)
+    if only_local and options.get("download"):
+        raise OptionError("download: True contradicts local_files_only=True; leave one of them out")
+    for name, (idle, remedy) in _OF_THE_HUB.items():
+        value = given.pop(name, None)
+        if not local and value not in idle:
+            raise UnsupportedError(f"{name}: lowmem does not take {shown(value)} for a model of the hub; {remedy}")
+    token, revision = given.pop("token", None), given.pop("revision", None)
+    if token is not None and options.get("download"):
+        raise UnsupportedError("token: lowmem fetches with the token of `hf auth login` or HF_TOKEN; set it there")
+    subfolder, variant = given.pop("subfolder", None) or "", given.pop("variant", None)
+    safetensors = given.pop("use_safetensors", None)
+    if local:
+        return _files_in(Path(path) / subfolder, variant, safetensors)
+    for name, value in (("subfolder", subfolder), ("variant", variant), ("use_safetensors", safetensors)):
+        if value not in ("", None, True):
+            raise UnsupportedError(f"{name}: lowmem does not take {shown(value)} for a model of the hub; give its path")
+    return path if revision in (None, "main") else f"{os.fspath(path)}@{revision}"
+
+
+def _files_in(folder: Path, variant: str | None, safetensors: bool | None) -> Path:
+    """The file of weights or the index that transformers takes in a folder; the folder, where lowmem is to find it.
+
+    Raises:
+        SourceError: there is none of the kind that was asked for.
+    """
+    names = (*(_SAFETENSORS if safetensors is not False else ()), *(_PICKLED if not safetensors else ()))
+    if variant is not None:
+        # As `_add_variant` has it: behind the name, before the format.
+        names = tuple(".".join([*name.split(".")[:-1], variant, name.split(".")[-1]]) for name in names)
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None and (variant is not None or safetensors is not None):
+        raise SourceError(
+            f"{folder}: expected {', '.join(names)}, found none of these; leave variant= or use_safetensors= out"
+        )
+    return folder if found is None else found
+
+
+def _key_mapping(mapping: Mapping[str, str] | None, options: dict[str, Any]) -> list[Any]:
+    """transformers' own renames of the user's table; they go before those of `rename`."""
+    if not mapping:
+        return []
+    if not isinstance(mapping, Mapping):
+        raise OptionError(f"key_mapping: expected {{pattern: replacement}}, found {shown(mapping)}")
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in mapping.items()]
+
+    def renamed(key: str) -> str:
+        for renaming in renamings:
+            key = renaming.rename_source_key(key)[0]
+        return key
+
+    rules = options.get("rename")
+    more = () if rules is None else (rules,) if callable(rules) or isinstance(rules, Mapping) else tuple(rules)
+    options["rename"] = [renamed, *more]
+    return renamings
+
+
+def _refuse(given: dict[str, Any]) -> None:
+    """Take out of `given` what transformers ignores or what asks for nothing.
+
+    Raises:
+        UnsupportedError: what is left asks for what lowmem does not do.
+    """
+    for name in (*_RETIRED, *_NOT_ABOUT_THE_MODEL, *_HOW_FILES_ARE_OPENED):
+        given.pop(name, None)
+    for name, (idle, remedy) in _REFUSED.items():
+        value = given.pop(name, None)
+        if not any(value is none or (type(value) is type(none) and value == none) for none in idle):
+            raise UnsupportedError(f"{name}: lowmem does not take {shown(value)}: {remedy}")
+
+
+def _model(cls: Any, name: str, model_args: tuple[Any, ...], given: dict[str, Any]) -> ModelRequest:
+    """What is asked about the model: all that is left, for the config or for the class."""
+    generation_config = given.pop("generation_config", None)
+    asked = make_model_request(
+        auto_class=cls,
+        config=given.pop("config", None),
+        attn_implementation=given.pop("attn_implementation", None),
+        experts_implementation=given.pop("experts_implementation", None),
+        trust_remote_code=flag(given.pop("trust_remote_code", None) or False, "trust_remote_code"),
+        model_kwargs=given,
+    )
+    return dataclasses.replace(asked, model_args=model_args, generation_config=generation_config, name=name)
+
+
+def _remember(model: nn.Module, mapped: Iterable[Any]) -> None:
+    """`save_pretrained` undoes what a table did to keys, as it does there."""
+    used = [renaming for renaming in mapped if renaming.was_used()]
+    if used:
+        hf: Any = model
+        hf._weight_conversions = [*used, *(getattr(hf, "_weight_conversions", None) or ())]
+
+
+def _loading_info(result: LoadResult) -> dict[str, Any]:
+    """The dictionary of `LoadStateDictInfo.to_dict` (transformers/utils/loading_report.py)."""
+    import torch
+
+    mapping = result.plan.mapping
+    return {
+        "missing_keys": set(mapping.missing),
+        "unexpected_keys": {_as_renamed(result.model, key) for key in mapping.unexpected},
+        "mismatched_keys": {
+            (m.target, torch.Size(m.found), torch.Size(m.expected)) for m in result.plan.mapping.mismatched
+        },
+        "error_msgs": [],
+    }
+
+
+def _as_renamed(model: nn.Module, key: str) -> str:
+    """An unexpected key is reported under the name that it has after transformers' renames."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    hf: Any = model
+    for conversion in get_model_conversion_mapping(hf):
+        if not isinstance(conversion, WeightConverter):
+            key = conversion.rename_source_key(key)[0]
+    return key
+
+
+def _report(model: nn.Module, name: str, info: Mapping[str, Any], ignore_mismatched_sizes: bool) -> None:
+    """What transformers would log of missing, unexpected and mismatched keys, by its own words."""
+    if not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]):
+        return
+    from transformers.modeling_utils import logger
+    from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_report
+
+    fields = inspect.signature(LoadStateDictInfo).parameters
+    empty: dict[str, Any] = {"conversion_errors": {}, "skipped_pp_keys": set()}
+    values = {field: value for field, value in {**empty, **info}.items() if field in fields}
+    report: Any = log_state_dict_report
+    report(model, name, ignore_mismatched_sizes, LoadStateDictInfo(**values), logger)
+
+
+__all__ = ["from_pretrained"]

@@ -1,0 +1,72 @@
+"""Run the operations that make tensors of the model of others, and check what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from ..errors import ModelError
+from ..modeling.empty import real_tensors
+from ..modeling.failures import refusing
+from ..planner import Placement
+from ..planner.records import Group
+from .cleanup import let_go
+from .destinations import allocate
+
+
+def compute(group: Group, sources: list[torch.Tensor], origin: str) -> Iterator[tuple[Placement, torch.Tensor]]:
+    """Where each tensor goes that the operation gives, and the tensor, in memory of its own on the CPU.
+
+    Args:
+        group: the operation and its results.
+        sources: what it takes; the list is empty afterwards.
+        origin: where they come from, for messages.
+
+    Raises:
+        ModelError: the operation failed, or gave something else than it said.
+    """
+    made = _run(group, sources, f"{origin}: the operation {group.name}")
+    # Freed one after the other: a result that goes into a file or to another device is not kept.
+    made.reverse()
+    taken: set[int] = set()
+    for places in group.results:
+        result = _own(made.pop(), places[0], taken)
+        for placement in places:
+            yield placement, result
+
+
+def _run(group: Group, sources: list[torch.Tensor], what: str) -> list[torch.Tensor]:
+    try:
+        with torch.no_grad(), real_tensors(), refusing(f"{what}, failed"):
+            made = list(group.operation(sources))
+    except ModelError as error:
+        let_go(error)
+        raise
+    finally:
+        sources.clear()
+    if len(made) != len(group.results):
+        raise ModelError(f"{what}: expected {len(group.results)} tensors, found {len(made)}")
+    for places, result in zip(group.results, made, strict=True):
+        _check(places[0], result, what)
+    return [result.detach() for result in made]
+
+
+def _check(placement: Placement, result: object, what: str) -> None:
+    expected = f"{what}: expected {placement.target!r} as {placement.dtype} of shape {placement.shape} on the CPU"
+    if not isinstance(result, torch.Tensor):
+        raise ModelError(f"{expected}, found {type(result).__name__}")
+    dtype = str(result.dtype).removeprefix("torch.")
+    if (tuple(result.shape), dtype, result.device.type) != (placement.shape, placement.dtype, "cpu"):
+        raise ModelError(f"{expected}, found {dtype} of shape {tuple(result.shape)} on {result.device}")
+
+
+def _own(result: torch.Tensor, placement: Placement, taken: set[int]) -> torch.Tensor:
+    """The result, dense and alone in its storage: what is a view of a source would keep all of it."""
+    storage = result.untyped_storage()
+    alone = storage.nbytes() == result.nbytes and storage.data_ptr() not in taken
+    if not alone or not result.is_contiguous():
+        result = allocate(replace(placement, device="cpu")).copy_(result)
+    taken.add(result.untyped_storage().data_ptr())
+    return result

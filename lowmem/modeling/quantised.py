@@ -1,0 +1,90 @@
+"""Checkpoints whose weights are quantised, told by the config, by files beside the weights, or by their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..checkpoint import Checkpoint, TensorEntry
+from ..errors import UnsupportedError
+
+_REMEDY = "which lowmem does not load; bring the model in fp32, bf16 or fp16, or load it with transformers"
+# What other programs leave beside the weights instead of an entry in config.json: TensorRT Model Optimizer, AutoGPTQ,
+# AutoAWQ.
+_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Last part of a key → who writes it, beside or instead of a weight. Names from the modules that hold them:
+# bitsandbytes/nn/modules.py and functional.py (QuantState), auto_gptq, autoawq, transformers' integrations
+# (finegrained_fp8, fbgemm_fp8, mxfp4), compressed_tensors, hqq, optimum-quanto, aqlm.
+_LEAVES = {
+    "SCB": "bitsandbytes int8",
+    "absmax": "bitsandbytes 4 bit",
+    "quant_map": "bitsandbytes 4 bit",
+    "bitsandbytes__nf4": "bitsandbytes 4 bit",
+    "bitsandbytes__fp4": "bitsandbytes 4 bit",
+    "qweight": "gptq or awq",
+    "qzeros": "gptq or awq",
+    "weight_scale_inv": "fp8",
+    "weight_scale": "fp8, compressed-tensors or modelopt",
+    "weight_packed": "compressed-tensors",
+    "W_q": "hqq",
+    "weight._data": "quanto",
+    "codebooks": "aqlm",
+}
+_FUSED = ("_blocks", "_scales")
+
+
+def refuse_quantised(checkpoint: Checkpoint, where: str, table: Mapping[str, Any]) -> None:
+    """Refuse weights that are no numbers by themselves.
+
+    Args:
+        checkpoint: the entries, and the folder with files that may say so.
+        where: what errors call the config.
+        table: the config, sub-configs and all.
+
+    Raises:
+        UnsupportedError: says who quantised them and what tells so.
+    """
+    for path, found in _declared(table, ""):
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        place = f" in {path}" if path else ""
+        raise UnsupportedError(f"{where}: the weights are quantised ({method!r}{place}), {_REMEDY}")
+    packed = next((entry for entry in checkpoint.values() if _is_packed(entry)), None)
+    if packed is None:
+        return
+    for name, method in _FILES.items():
+        if (checkpoint.folder / name).is_file():
+            raise UnsupportedError(
+                f"{checkpoint.folder / name}: the weights are quantised ({method!r}; {packed.key!r} is "
+                f"{packed.dtype}), {_REMEDY}"
+            )
+    for key, entry in checkpoint.items():
+        writer = _writer(checkpoint, key)
+        if writer is not None:
+            raise UnsupportedError(
+                f"{entry.file}: the weights are quantised ({key!r} is of {writer}, {packed.key!r} is {packed.dtype}), "
+                f"though {where} does not say so, {_REMEDY}"
+            )
+
+
+def _declared(table: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    """The path of the sub-config and the value of every entry that says how weights are quantised."""
+    for key in ("quantization_config", "compression_config"):
+        if table.get(key):
+            yield path, table[key]
+    for key, value in table.items():
+        if isinstance(value, dict) and key not in ("quantization_config", "compression_config"):
+            yield from _declared(value, f"{path}.{key}" if path else key)
+
+
+def _is_packed(entry: TensorEntry) -> bool:
+    """Whether a tensor of two or more dimensions holds integers or very small floats, as no weight does by itself."""
+    small = entry.dtype.startswith(("float8", "float4")) or entry.dtype in ("int8", "uint8", "int32", "int16")
+    return small and len(entry.shape) >= 2
+
+
+def _writer(checkpoint: Checkpoint, key: str) -> str | None:
+    for leaf, writer in _LEAVES.items():
+        if key.endswith(f".{leaf}"):
+            return writer
+    stem = next((key.removesuffix(end) for end in _FUSED if key.endswith(end)), None)
+    return "mxfp4" if stem is not None and all(stem + end in checkpoint for end in _FUSED) else None

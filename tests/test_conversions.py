@@ -1,0 +1,384 @@
+"""transformers' conversions, written down as moves or computed, against `from_pretrained` with the same description."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("transformers")
+
+import transformers
+from tiny_models import assert_same_model
+from transformers import conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    ConversionOps,
+    GroupWeightRename,
+    Interleave,
+    PermuteForRope,
+    Split,
+    Transpose,
+    WeightConverter,
+)
+
+import lowmem
+from lowmem.errors import KeysError
+from lowmem.loader import LoadResult
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Saved = Callable[..., Path]
+Tensors = dict[str, torch.Tensor]
+MOE = "qwen3-moe"
+ONE_FILE = "1GB"
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity_warning()
+
+
+@pytest.fixture
+def describe(monkeypatch: pytest.MonkeyPatch, saved: Saved) -> Callable[..., None]:
+    """Give LlamaForCausalLM a description of its own, which both loaders read; saving would revert it."""
+    for shard in ("20KB", ONE_FILE):
+        saved("llama", shard=shard)
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    known = dict(conversion_mapping._checkpoint_conversion_mapping_cache)
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", known)
+
+    def register(*transforms: Any) -> None:
+        conversion_mapping.register_checkpoint_conversion_mapping("LlamaForCausalLM", list(transforms), overwrite=True)
+
+    return register
+
+
+def rewritten(folder: Path, to: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """A copy of a checkpoint of one file with other tensors."""
+    shutil.copytree(folder, to)
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def assert_loads_as_transformers(folder: Path, **options: Any) -> LoadResult:
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    result = lowmem.load(folder, **options)
+    assert_same_model(result.model, getattr(transformers, name).from_pretrained(folder, **options))
+    return result
+
+
+# ---- fused experts ----
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_experts_are_fused(stored: str, dtype: str, saved: Saved) -> None:
+    result = assert_loads_as_transformers(saved(MOE, stored), dtype=dtype)
+    fused = next(p for p in result.plan.placements if p.target.endswith("layers.0.mlp.experts.gate_up_proj"))
+    assert len(fused.links) == 2 * 4
+    assert fused.residency == "copy"
+    assert not result.plan.mapping.computed
+    assert not result.plan.warnings
+
+
+def test_experts_already_fused_are_loaded_as_they_are(saved: Saved, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved(MOE))
+    model.save_pretrained(tmp_path, save_original_format=False)
+    assert any(key.endswith("gate_up_proj") for key in lowmem.inspect(tmp_path))
+    result = assert_loads_as_transformers(tmp_path)
+    assert {p.residency for p in result.plan.placements} == {"map"}
+
+
+def test_saving_gives_the_original_keys_again(saved: Saved, tmp_path: Path) -> None:
+    folder = saved(MOE)
+    lowmem.load(folder).model.save_pretrained(tmp_path)
+    again, before = lowmem.inspect(tmp_path), lowmem.inspect(folder)
+    assert {key: (e.shape, e.dtype) for key, e in again.items()} == {k: (e.shape, e.dtype) for k, e in before.items()}
+    assert_loads_as_transformers(tmp_path)
+
+
+def test_a_pickled_checkpoint_and_one_behind_a_wrapper_are_fused_too(saved: Saved, tmp_path: Path) -> None:
+    folder = saved(MOE)
+    state = {f"module.{k}": v for shard in sorted(folder.glob("*.safetensors")) for k, v in load_file(shard).items()}
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save({"state_dict": state, "step": 3}, tmp_path / "pytorch_model.bin")
+    ours = lowmem.load(tmp_path).model
+    theirs = lowmem.load(folder).model
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+def test_a_transposed_view_in_a_pickle_becomes_an_expert(saved: Saved, tmp_path: Path) -> None:
+    folder = saved(MOE)
+    state = {k: v for shard in sorted(folder.glob("*.safetensors")) for k, v in load_file(shard).items()}
+    state = {k: v.T.contiguous().T if ".experts." in k else v for k, v in state.items()}
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert not lowmem.inspect(tmp_path)[EXPERT].is_plain
+    result = lowmem.load(tmp_path)
+    assert not result.plan.mapping.computed
+    assert torch.equal(
+        result.model.model.layers[1].mlp.experts.gate_up_proj,
+        lowmem.load(folder).model.model.layers[1].mlp.experts.gate_up_proj,
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_missing_expert_is_refused_by_shapes(strict: bool, own: Saved) -> None:
+    folder = own(MOE, shard=ONE_FILE)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[EXPERT]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(KeysError, match=r"MergeModulelist\+Concatenate|another shape"):
+        lowmem.load(folder, strict=strict)
+
+
+def test_an_expert_of_another_shape_is_refused_by_the_operation(own: Saved) -> None:
+    folder = own(MOE, shard=ONE_FILE)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[EXPERT] = torch.zeros(3, 5)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(KeysError, match=r"model\.safetensors.*gate_up_proj.*MergeModulelist\+Concatenate.*shapes"):
+        lowmem.load(folder)
+
+
+def test_what_is_left_out_is_initialised(saved: Saved) -> None:
+    folder = saved(MOE)
+    torch.manual_seed(0)
+    result = lowmem.load(folder, skip="*.layers.1.mlp.experts.*")
+    assert list(result.plan.mapping.excused) == [
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.experts.down_proj",
+    ]
+
+
+def test_a_diff_counts_targets_and_not_keys(saved: Saved) -> None:
+    diff = lowmem.diff(saved(MOE))
+    assert diff.is_empty
+    assert diff.matched == len(lowmem.load(saved(MOE)).model.state_dict())
+
+
+# ---- every kind of description ----
+
+
+def test_a_fused_projection_is_split_and_its_parts_are_mapped(
+    saved: Saved, tmp_path: Path, describe: Callable[..., None]
+) -> None:
+    def fuse(tensors: Tensors) -> Tensors:
+        for i in range(3):
+            names = [f"model.layers.{i}.self_attn.{n}_proj.weight" for n in "qkv"]
+            tensors[f"model.layers.{i}.self_attn.qkv.weight"] = torch.cat([tensors.pop(n) for n in names])
+        return tensors
+
+    parts = [f"self_attn.{n}_proj.weight" for n in "qkv"]
+    describe(WeightConverter(r"self_attn\.qkv\.weight", parts, [Split(dim=0)]))
+    folder = rewritten(saved("llama", shard=ONE_FILE), tmp_path / "fused", fuse)
+    result = assert_loads_as_transformers(folder)
+    assert {p.residency for p in result.plan.placements} == {"map"}
+    assert result.plan.bytes_read == 0
+    assert_loads_as_transformers(folder, dtype="bfloat16")
+
+
+def interleaved(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(2, -1, tensor.shape[1]).transpose(0, 1).reshape(tensor.shape)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_interleaved_rows_are_chunked(dtype: str, saved: Saved, tmp_path: Path, describe: Callable[..., None]) -> None:
+    def fuse(tensors: Tensors) -> Tensors:
+        for i in range(3):
+            names = [f"model.layers.{i}.mlp.{n}_proj.weight" for n in ("gate", "up")]
+            joined = torch.cat([tensors.pop(n) for n in names])
+            tensors[f"model.layers.{i}.mlp.w13.weight"] = interleaved(joined)
+        return tensors
+
+    targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    describe(WeightConverter(r"mlp\.w13\.weight", targets, [Interleave(dim=0), Chunk(dim=0)]))
+    folder = rewritten(saved("llama", shard=ONE_FILE), tmp_path / "fused", fuse)
+    before = transformers.LlamaForCausalLM.from_pretrained(saved("llama", shard=ONE_FILE), dtype=dtype)
+    result = assert_loads_as_transformers(folder, dtype=dtype)
+    assert not result.plan.mapping.computed
+    assert torch.equal(result.model.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
+
+
+def test_rotary_rows_and_transposed_weights_are_moves(
+    saved: Saved, tmp_path: Path, describe: Callable[..., None]
+) -> None:
+    def change(tensors: Tensors) -> Tensors:
+        for i in range(3):
+            name = f"model.layers.{i}.mlp.down_proj.weight"
+            tensors[name] = tensors[name].T.contiguous()
+        return tensors
+
+    describe(
+        WeightConverter(r"mlp\.down_proj\.weight", r"mlp.down_proj.weight", [Transpose(0, 1, check_dims=True)]),
+        WeightConverter(r"self_attn\.q_proj\.weight", r"self_attn.q_proj.weight", [PermuteForRope()]),
+        WeightConverter(
+            [r"self_attn\.o_proj\.weight"], [r"self_attn.o_proj.weight"], [Transpose(0, 1), Transpose(1, 0)]
+        ),
+    )
+    folder = rewritten(saved("llama", shard=ONE_FILE), tmp_path / "changed", change)
+    result = assert_loads_as_transformers(folder)
+    assert not result.plan.mapping.computed
+    residency = {p.target: p.residency for p in result.plan.placements}
+    assert residency["model.layers.0.mlp.down_proj.weight"] == "copy"
+    assert residency["model.layers.0.self_attn.o_proj.weight"] == "map"
+
+
+class Doubled(ConversionOps):
+    """An operation of a release to come that computes."""
+
+    def convert(self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **_: Any) -> Any:
+        (tensors,) = input_dict.values()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        return {target_patterns[0]: tensor * 2 + 1}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+class Rolled(Doubled):
+    """One that only moves, by means of its own."""
+
+    def convert(self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **_: Any) -> Any:
+        (tensors,) = input_dict.values()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        first, rest = tensor.split([3, tensor.shape[0] - 3])
+        return {target_patterns[0]: torch.cat([rest, first]).movedim(0, 1).contiguous().movedim(1, 0).contiguous()}
+
+
+class Broken(Doubled):
+    """One that fails."""
+
+    def convert(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of sorts")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_operation_of_a_release_to_come_is_computed(dtype: str, saved: Saved, describe: Callable[..., None]) -> None:
+    describe(WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Doubled()]))
+    result = assert_loads_as_transformers(saved("llama"), dtype=dtype)
+    assert [c.what for c in result.plan.mapping.computed] == ["Doubled"] * 3
+
+
+def test_an_operation_of_a_release_to_come_that_only_moves_is_written_down(
+    saved: Saved, describe: Callable[..., None]
+) -> None:
+    describe(WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Rolled()]))
+    result = assert_loads_as_transformers(saved("llama"))
+    assert not result.plan.mapping.computed
+
+
+def test_computing_follows_moving_in_one_chain(saved: Saved, describe: Callable[..., None]) -> None:
+    targets = ["mlp.up_proj.weight"]
+    describe(WeightConverter(r"mlp\.up_proj\.weight", targets, [Rolled(), Doubled(), Transpose(0, 1), Transpose(0, 1)]))
+    result = assert_loads_as_transformers(saved("llama"))
+    assert [c.what for c in result.plan.mapping.computed] == ["Rolled+Doubled+Transpose+Transpose"] * 3
+
+
+def test_an_operation_that_fails_is_named(saved: Saved, describe: Callable[..., None]) -> None:
+    describe(WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Broken()]))
+    with pytest.raises(KeysError, match=r"up_proj\.weight.*Broken.*out of sorts"):
+        lowmem.load(saved("llama"))
+
+
+def test_what_a_computation_costs_is_what_torch_would_allocate(saved: Saved, describe: Callable[..., None]) -> None:
+    describe(WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Doubled()]))
+    plan = lowmem.plan(saved("llama"), dtype="float32")
+    cost = plan.mapping.computed[0].operation.cost("float32")
+    assert cost.results == (((48, 32), "float32"),)
+    # The product lives until the sum is there.
+    assert cost.scratch == 48 * 32 * 4
+
+
+def test_a_tensor_that_becomes_the_same_twice_is_refused(
+    saved: Saved, tmp_path: Path, describe: Callable[..., None]
+) -> None:
+    def double(tensors: Tensors) -> Tensors:
+        return {**tensors, "model.layers.0.mlp.w13.weight": torch.zeros(96, 32)}
+
+    targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    describe(WeightConverter(r"mlp\.w13\.weight", targets, [Chunk(dim=0)]))
+    folder = rewritten(saved("llama", shard=ONE_FILE), tmp_path / "double", double)
+    with pytest.raises(KeysError, match=r"w13.*gate_proj|gate_proj.*w13"):
+        lowmem.load(folder)
+
+
+def test_renamings_that_look_at_other_keys_see_them_in_order(
+    saved: Saved, tmp_path: Path, describe: Callable[..., None]
+) -> None:
+    """The second of the pair is renamed only after the first was seen, and the file has them the other way round."""
+    new = ["input_layernorm", "post_attention_layernorm"]
+    old = ["aaa_layernorm", "input_layernorm"]
+
+    def shift(tensors: Tensors) -> Tensors:
+        for i in range(3):
+            for a, b in zip(new, old, strict=True):
+                tensors[f"model.layers.{i}.{b}.weight"] = tensors.pop(f"model.layers.{i}.{a}.weight")
+        return tensors
+
+    describe(GroupWeightRename([f"{name}" for name in old], new))
+    folder = rewritten(saved("llama", shard=ONE_FILE), tmp_path / "shifted", shift)
+    save = load_file(folder / "model.safetensors")
+    save_file(dict(sorted(save.items(), reverse=True)), folder / "model.safetensors", {"format": "pt"})
+    assert_loads_as_transformers(folder)
+
+
+def test_stacked_and_concatenated_from_two_dtypes(saved: Saved, own: Saved) -> None:
+    """Each source is cast before it is put in its place."""
+    folder = own(MOE, shard=ONE_FILE)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[EXPERT] = tensors[EXPERT].to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert_loads_as_transformers(folder, dtype="float32")
+    assert_loads_as_transformers(folder, dtype="float16")
+
+
+# ---- devices and budgets ----
+
+
+def test_half_of_the_experts_on_disk_compute_the_same(saved: Saved, tmp_path: Path) -> None:
+    folder = saved(MOE, "bfloat16")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(7)[None]
+    for options in ({}, {"offload_folder": tmp_path / "offload"}):
+        model = lowmem.load(folder, device_map={"": "cpu", "model.layers.1": "disk"}, **options).model
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+def test_the_budget_counts_fused_experts_once(saved: Saved) -> None:
+    plan = lowmem.plan(saved(MOE), dtype="float32")
+    copied = [p for p in plan.placements if p.residency == "copy"]
+    assert plan.host.resident >= sum(p.nbytes for p in copied)
+    with pytest.raises(lowmem.BudgetError):
+        lowmem.plan(saved(MOE), dtype="float32", ram=plan.host.resident)
+
+
+def test_merged_lists_have_an_order_of_numbers_and_not_of_letters(tmp_path: Path) -> None:
+    """Expert 10 comes behind expert 9."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        num_experts=12, moe_intermediate_size=8, intermediate_size=16, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
+    assert_loads_as_transformers(tmp_path)
+
+
+def test_unknown_converters_of_a_list_are_named_in_the_plan(saved: Saved, describe: Callable[..., None]) -> None:
+    describe(WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Doubled()]))
+    plan = lowmem.plan(saved("llama"))
+    assert any("Doubled" in warning for warning in plan.warnings)
