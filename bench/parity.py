@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -98,7 +99,7 @@ def conversions_of(model: Any, keys: Iterable[str]) -> list[str]:
 
     mapping = get_model_conversion_mapping(model)
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
+    renamings: list[Any] = [one for one in mapping if not isinstance(one, WeightConverter)]
     state = model.state_dict()
     used: set[str] = set()
     for key in keys:
@@ -121,17 +122,18 @@ def make_results(rows: Sequence[Row]) -> dict[str, Any]:
 def as_markdown(results: dict[str, Any]) -> str:
     """The table, with what it says in one paragraph above it."""
     rows: list[Row] = results["rows"]
-    same = [row for row in rows if not row["problems"]]
+    same = sum(not row["problems"] for row in rows)
+    ran = sum(bool(row["inputs"]) for row in rows)
     converted = [row for row in rows if set(row["conversions"]) - {"rename"}]
-    operations = sorted({name for row in converted for chain in row["conversions"] for name in chain.split("+")})
+    operations = {name for row in converted for chain in row["conversions"] for name in chain.split("+")} - {"rename"}
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = [
         "# Architectures that load as `from_pretrained` loads them",
         "",
-        f"{len(rows)} architectures, each of another model type, at tiny sizes; {len(same)} are the same in every way "
-        f"that is compared, in all three dtypes; {len(rows) - len(same)} are not, and say why. {len(converted)} need "
-        f"more than renames ({', '.join(sorted(set(operations) - {'rename'}))}). {sum(bool(r['inputs']) for r in rows)} "
-        f"were run, with the same outputs. {versions}. Written by `python -m bench.parity`.",
+        f"{len(rows)} architectures, each of another model type, at tiny sizes; {same} are the same in every way that "
+        f"is compared, in all three dtypes; {len(rows) - same} are not, and say why. {len(converted)} need more than "
+        f"renames ({', '.join(sorted(operations))}). {ran} were run, with the same outputs. {versions}. Written by "
+        "`python -m bench.parity`.",
         "",
         "Saved by `save_pretrained` in several shards with perturbed values, and loaded both ways. Compared bit for "
         "bit: class, config, generation configs, each parameter and buffer (those outside of the state dict too) with "
@@ -157,6 +159,16 @@ def _cell(text: str) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
+def _be_quiet() -> None:
+    """Nothing of what tiny sizes make transformers and torch warn about: the reader wants a line a row."""
+    import transformers
+
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these model types, and write nothing")
@@ -165,10 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = find_architectures(options.only) if options.only else ARCHITECTURES
     except KeyError as error:
         parser.error(f"no architecture here is called {error}")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _be_quiet()
     torch.set_num_threads(1)
     rows = []
     for architecture in chosen:
