@@ -75,7 +75,16 @@ def test_the_matrix_is_wide() -> None:
     families = {"text", "experts", "state-space", "encoder-decoder", "vision", "audio", "composite"}
     assert families <= {row["family"] for row in rows}
     operations = {name for row in rows for chain in row["conversions"] for name in chain.split("+")}
-    assert {"rename", "MergeModulelist", "Concatenate", "Transpose", "Chunk"} <= operations
+    assert {
+        "rename",
+        "MergeModulelist",
+        "Concatenate",
+        "Split",
+        "Chunk",
+        "Transpose",
+        "Interleave",
+        "PermuteForRope",
+    } <= operations
     assert sum(bool(set(row["conversions"]) - {"rename"}) for row in rows) >= 30
     assert sum(bool(row["inputs"]) for row in rows) >= 0.85 * len(rows)
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}

@@ -23,7 +23,7 @@ _RT_DETR: Changes = {
         **_RESNET,
         "model_type": "rt_detr_resnet",
         "out_features": ["stage2", "stage3", "stage4"],
-        "layer_type": "basic",
+        "layer_type": "bottleneck",
     },
     "encoder_in_channels": [12, 16, 24],
     "encoder_hidden_dim": 32,
@@ -40,7 +40,6 @@ _SWIN: Changes = {
     "image_size": 32,
 }
 _SWIN_BACKBONE: Changes = {"model_type": "swin", **_SWIN}
-_GROUNDING_DINO: Changes = {"backbone_config": {**_SWIN_BACKBONE, "out_indices": [2, 3, 4]}}
 _DEPTH: Changes = {
     "backbone_config": {
         "model_type": "dinov2",
@@ -56,6 +55,10 @@ _DEPTH: Changes = {
     "head_hidden_size": 8,
     "reassemble_hidden_size": 32,
     "patch_size": 8,
+}
+_SAM: Changes = {
+    "vision_config": {"output_channels": 32, "num_pos_feats": 16},
+    "prompt_encoder_config": {"image_embedding_size": 4},
 }
 _CONVOLUTIONS: Changes = {
     "conv_dim": [16, 16, 16],
@@ -120,8 +123,6 @@ _TEXT: dict[str, Changes] = {
         "axial_pos_shape": [8, 8],
         "attn_layers": ["local", "lsh"],
     },
-    "autoformer": _SERIES,
-    "informer": _SERIES,
     "time_series_transformer": _SERIES,
 }
 
@@ -130,6 +131,7 @@ _EXPERTS: dict[str, Changes] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {
         "n_routed_experts": 4,
         "n_shared_experts": 1,
@@ -172,6 +174,7 @@ _VISION: dict[str, Changes] = {
     "depth_anything": _DEPTH,
     "detr": _DETR,
     "donut-swin": _SWIN,
+    "dinov2": {"use_swiglu_ffn": True},
     "dpt": {
         "is_hybrid": False,
         "neck_hidden_sizes": [8, 12, 16, 24],
@@ -181,7 +184,7 @@ _VISION: dict[str, Changes] = {
     },
     "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
     "focalnet": {"embed_dim": 16, "depths": [1, 1, 1, 1], "patch_size": 2},
-    "grounding-dino": _GROUNDING_DINO,
+    "grounding-dino": {"backbone_config": {**_SWIN_BACKBONE, "out_indices": [2, 3, 4]}},
     "hgnet_v2": {
         "hidden_sizes": [8, 16, 24, 32],
         "depths": [1, 1, 1, 1],
@@ -211,7 +214,6 @@ _VISION: dict[str, Changes] = {
     },
     "mask2former": {"backbone_config": _SWIN_BACKBONE, "feature_size": 32, "mask_feature_size": 32},
     "maskformer": {"backbone_config": _SWIN_BACKBONE, "fpn_feature_size": 32, "mask_feature_size": 32},
-    "mm-grounding-dino": _GROUNDING_DINO,
     "mobilenet_v1": {"depth_multiplier": 0.1},
     "mobilenet_v2": {"depth_multiplier": 0.1},
     "mobilevit": {
@@ -234,13 +236,12 @@ _VISION: dict[str, Changes] = {
         "encoder_feedforward_dim": 48,
         "decoder_layers": 2,
     },
-    "prompt_depth_anything": _DEPTH,
     "pvt": {"image_size": 64},
     "regnet": {"embedding_size": 16, "groups_width": 8},
     "resnet": {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40]},
     "rt_detr": _RT_DETR,
     "rt_detr_v2": _RT_DETR,
-    "sam": {"vision_config": {"output_channels": 32}},
+    "sam": _SAM,
     "sam2": {
         "vision_config": {
             "backbone_config": {
@@ -251,14 +252,14 @@ _VISION: dict[str, Changes] = {
                 "embed_dim_per_stage": [16, 32, 64, 128],
                 "num_attention_heads_per_stage": [1, 2, 4, 8],
                 "image_size": [64, 64],
-                "window_size_per_stage": [2, 2, 2, 2],
+                "window_size_per_stage": [4, 4, 4, 4],
                 "global_attention_blocks": [2],
                 "window_positional_embedding_background_size": [4, 4],
             },
             "backbone_channel_list": [128, 64, 32, 16],
         }
     },
-    "sam_hq": {"vision_config": {"output_channels": 32}},
+    "sam_hq": _SAM,
     "swiftformer": {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 64},
     "swin": _SWIN,
     "swinv2": _SWIN,
@@ -304,13 +305,11 @@ _AUDIO: dict[str, Changes] = {
     "mimi": _MIMI,
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "musicgen": {"audio_encoder": _ENCODEC_PART},
-    "musicgen_melody": {"audio_encoder": _ENCODEC_PART, "num_chroma": 12},
     "sew": _CONVOLUTIONS,
     "sew-d": _CONVOLUTIONS,
     "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2", **_WAV2VEC2}},
     "speecht5": _WAV2VEC2,
     "unispeech": _WAV2VEC2,
-    "unispeech-sat": _WAV2VEC2,
     "vits": {
         "ffn_dim": 48,
         "hidden_size": 32,
@@ -365,13 +364,14 @@ _COMPOSITE: dict[str, Changes] = {
     "glm_ocr": _MROPE,
     "layoutlmv3": {"input_size": 32, "patch_size": 8, "coordinate_size": 6, "shape_size": 4},
     "lilt": {"hidden_size": 24, "channel_shrink_ratio": 2},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "paddleocr_vl": _MROPE,
     "qwen2_5_omni_thinker": _MROPE,
     "qwen2_5_vl": _MROPE,
     "qwen2_vl": _MROPE,
     "qwen3_vl": _MROPE,
     "qwen3_vl_moe": _MROPE,
-    "video_llama_3": _MROPE,
+    "step3p7": {"text_config": {"sliding_window": 8}},
 }
 
 # model type: what its config needs
