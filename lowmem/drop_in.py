@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from .checkpoint.file_names import canonical_index, canonical_name
 from .errors import OptionError, SourceError, UnsupportedError
 from .loader import LoadResult, load
 from .modeling.request import ModelRequest, make_model_request
@@ -25,9 +27,8 @@ from .sizes import shown
 _RETIRED = ("mirror", "_fast_init", "low_cpu_mem_usage", "from_tf", "from_flax", "offload_state_dict", "_commit_hash")
 # For telemetry and bars there.
 _NOT_ABOUT_THE_MODEL = ("_from_auto", "_from_pipeline", "tqdm_class")
-# How the same bytes are opened there: as a mapping or not, with pickle or not. Here `io` and `residency` say the one,
-# and nothing is unpickled.
-_HOW_FILES_ARE_OPENED = ("disable_mmap", "weights_only")
+# Whether pickles may hold more than tensors; here nothing is unpickled.
+_HOW_PICKLES_ARE_READ = ("weights_only",)
 # Argument → what it is when it asks for nothing, and why it is refused when it asks for something.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "state_dict": ((None,), "lowmem loads from files; give the model its tensors with load_state_dict(assign=True)"),
@@ -74,9 +75,8 @@ _OWN = (
     "reshape",
     "progress",
 )
-# What save_pretrained calls weights, in the order in which they are looked for (`_get_resolved_checkpoint_files`).
-_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# How the plan says of keys what transformers' report says too.
+_OF_KEYS = ("are not in the model and are not read", "are initialised by the model's own rule")
 
 
 def from_pretrained(
@@ -88,7 +88,11 @@ def from_pretrained(
     unless they ask for nothing, and those that transformers ignores are ignored. Arguments of neither become attributes
     of the config, or go to the model's `__init__`, as there. As there, missing tensors are initialised by the model's
     own rule and reported by transformers' logger, and tensors of another shape are refused unless
-    `ignore_mismatched_sizes`. Nothing is fetched without `download=True`.
+    `ignore_mismatched_sizes`. Nothing is fetched without `download=True`. What else the plan warns of, such as an
+    adapter that was not applied, goes to the logger `lowmem`.
+
+    Keys under a prefix that transformers does not know are found as `load` finds them, where it would leave the model
+    untrained.
 
     Args:
         cls: a class of transformers: an auto class such as `AutoModelForCausalLM`, or a model class.
@@ -117,6 +121,8 @@ def from_pretrained(
     with_info = flag(given.pop("output_loading_info", False), "output_loading_info")
     options = _placement(given)
     options.update({option: given.pop(option) for option in _OWN if option in given})
+    if given.pop("disable_mmap", None):
+        options = {"residency": "copy", "io": "buffered", **options}
     options["dtype"] = _dtype(given)
     options["ignore_mismatched_sizes"] = given.pop("ignore_mismatched_sizes", False)
     source = _source(pretrained_model_name_or_path, given, options)
@@ -128,6 +134,7 @@ def from_pretrained(
     _remember(model, mapped)
     info = _loading_info(result)
     _report(model, name, info, options["ignore_mismatched_sizes"])
+    _say(result)
     return (model, info) if with_info else model
 
 
@@ -174,35 +181,35 @@ def _source(path: str | os.PathLike[str], given: dict[str, Any], options: dict[s
         value = given.pop(name, None)
         if not local and value not in idle:
             raise UnsupportedError(f"{name}: lowmem does not take {shown(value)} for a model of the hub; {remedy}")
-    token, revision = given.pop("token", None), given.pop("revision", None)
-    if token is not None and options.get("download"):
+    if given.pop("token", None) is not None and options.get("download"):
         raise UnsupportedError("token: lowmem fetches with the token of `hf auth login` or HF_TOKEN; set it there")
-    subfolder, variant = given.pop("subfolder", None) or "", given.pop("variant", None)
-    safetensors = given.pop("use_safetensors", None)
-    if local:
-        return _files_in(Path(path) / subfolder, variant, safetensors)
-    for name, value in (("subfolder", subfolder), ("variant", variant), ("use_safetensors", safetensors)):
-        if value not in ("", None, True):
-            raise UnsupportedError(f"{name}: lowmem does not take {shown(value)} for a model of the hub; give its path")
-    return path if revision in (None, "main") else f"{os.fspath(path)}@{revision}"
+    revision, safetensors = given.pop("revision", None), given.pop("use_safetensors", None)
+    chosen = {"variant": given.pop("variant", None), "subfolder": given.pop("subfolder", None) or None}
+    if safetensors is not None:
+        if not local:
+            raise UnsupportedError(
+                f"use_safetensors: lowmem does not take {shown(safetensors)} for a model of the hub; leave it out, "
+                "safetensors go first, or give the path of the file"
+            )
+        return _file_in(Path(path) / (chosen["subfolder"] or ""), chosen["variant"], safetensors)
+    options.update(chosen)
+    if not local and revision != "main":
+        options["revision"] = revision
+    return path
 
 
-def _files_in(folder: Path, variant: str | None, safetensors: bool | None) -> Path:
-    """The file of weights or the index that transformers takes in a folder; the folder, where lowmem is to find it.
+def _file_in(folder: Path, variant: str | None, safetensors: bool) -> Path:
+    """The file of weights or the index of the kind that was asked for.
 
     Raises:
-        SourceError: there is none of the kind that was asked for.
+        SourceError: there is none.
     """
-    names = (*(_SAFETENSORS if safetensors is not False else ()), *(_PICKLED if not safetensors else ()))
-    if variant is not None:
-        # As `_add_variant` has it: behind the name, before the format.
-        names = tuple(".".join([*name.split(".")[:-1], variant, name.split(".")[-1]]) for name in names)
+    pickled = not flag(safetensors, "use_safetensors")
+    names = [canonical_name(pickled, variant), canonical_index(pickled, variant)]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None and (variant is not None or safetensors is not None):
-        raise SourceError(
-            f"{folder}: expected {', '.join(names)}, found none of these; leave variant= or use_safetensors= out"
-        )
-    return folder if found is None else found
+    if found is None:
+        raise SourceError(f"{folder}: expected {' or '.join(names)}, found neither; leave use_safetensors= out")
+    return found
 
 
 def _key_mapping(mapping: Mapping[str, str] | None, options: dict[str, Any]) -> list[Any]:
@@ -232,7 +239,7 @@ def _refuse(given: dict[str, Any]) -> None:
     Raises:
         UnsupportedError: what is left asks for what lowmem does not do.
     """
-    for name in (*_RETIRED, *_NOT_ABOUT_THE_MODEL, *_HOW_FILES_ARE_OPENED):
+    for name in (*_RETIRED, *_NOT_ABOUT_THE_MODEL, *_HOW_PICKLES_ARE_READ):
         given.pop(name, None)
     for name, (idle, remedy) in _REFUSED.items():
         value = given.pop(name, None)
@@ -269,24 +276,28 @@ def _loading_info(result: LoadResult) -> dict[str, Any]:
     mapping = result.plan.mapping
     return {
         "missing_keys": set(mapping.missing),
-        "unexpected_keys": {_as_renamed(result.model, key) for key in mapping.unexpected},
-        "mismatched_keys": {
-            (m.target, torch.Size(m.found), torch.Size(m.expected)) for m in result.plan.mapping.mismatched
-        },
+        "unexpected_keys": _as_renamed(result.model, mapping.unexpected) if mapping.unexpected else set(),
+        "mismatched_keys": {(m.target, torch.Size(m.found), torch.Size(m.expected)) for m in mapping.mismatched},
         "error_msgs": [],
     }
 
 
-def _as_renamed(model: nn.Module, key: str) -> str:
-    """An unexpected key is reported under the name that it has after transformers' renames."""
+def _as_renamed(model: nn.Module, keys: Iterable[str]) -> set[str]:
+    """Unexpected keys under the names that they have after transformers' renames, as it reports them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
+    from transformers.core_model_loading import WeightConverter, rename_source_key
 
     hf: Any = model
-    for conversion in get_model_conversion_mapping(hf):
-        if not isinstance(conversion, WeightConverter):
-            key = conversion.rename_source_key(key)[0]
-    return key
+    conversions = list(get_model_conversion_mapping(hf))
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    others: list[Any] = [c for c in conversions if not isinstance(c, WeightConverter)]
+    state = dict.fromkeys(hf.state_dict(), True)
+    names: set[str] = set()
+    for key in sorted(keys):
+        name, pattern = rename_source_key(key, others, converters, hf.base_model_prefix, state)
+        targets = next((c.target_patterns for c in converters if pattern in c.source_patterns), None)
+        names |= {name} if targets is None else {name.replace(targets[0], target) for target in targets}
+    return names
 
 
 def _report(model: nn.Module, name: str, info: Mapping[str, Any], ignore_mismatched_sizes: bool) -> None:
@@ -301,6 +312,15 @@ def _report(model: nn.Module, name: str, info: Mapping[str, Any], ignore_mismatc
     values = {field: value for field, value in {**empty, **info}.items() if field in fields}
     report: Any = log_state_dict_report
     report(model, name, ignore_mismatched_sizes, LoadStateDictInfo(**values), logger)
+
+
+def _say(result: LoadResult) -> None:
+    """The plan's warnings, but for those of keys, which transformers' report has."""
+    logger = logging.getLogger("lowmem")
+    told = set(result.plan.mapping.suggestions)
+    for warning in result.plan.warnings:
+        if warning not in told and not any(phrase in warning for phrase in _OF_KEYS):
+            logger.warning(warning)
 
 
 __all__ = ["from_pretrained"]

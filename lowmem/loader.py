@@ -102,7 +102,8 @@ def load(
         max_memory: device → bytes that its weights may take.
         ram: bound on the anonymous host memory that the load adds, such as `"8GiB"`. Default: what the machine, its
             cgroups and rlimits leave.
-        offload_folder: where weights on disk go that must be cast. Without it they are cast whenever they are used.
+        offload_folder: where weights on disk go that must be cast or put together. Without it that is done whenever
+            they are used.
         keep_fp32: module or parameter names, or patterns with `*`, that stay in fp32 where the rest is fp16 or bf16.
         residency: `"map"` (same dtype on the CPU is file pages) or `"copy"` (the files can go after the load).
         strict: refuse missing and mismatched tensors; `"shapes"`: mismatched ones only, as `from_pretrained` does. What

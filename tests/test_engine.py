@@ -552,9 +552,9 @@ def test_readers_report_several_reads_together(
     together: list[int] = []
     take = engine_run._Run._take
 
-    def watched(self: Any, feed: Any, finished: list[Any]) -> None:
+    def watched(self: Any, feed: Any, finished: list[Any], keep: Any) -> None:
         together.append(len(finished))
-        take(self, feed, finished)
+        take(self, feed, finished, keep)
 
     monkeypatch.setattr(engine_run._Run, "_take", watched)
     result = lowmem.load(net_folder, model=Net, residency="copy")

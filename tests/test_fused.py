@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from test_budget import check_prediction
 from test_engine import Bag, some
 from tiny_models import same
 from torch import nn
@@ -372,6 +373,57 @@ def test_parts_of_several_dtypes_are_cast_each_for_itself(tmp_path: Path) -> Non
         model, plan = load(checkpoint, lambda e=empty: Bag(e), mapping_of(links), dtype="bfloat16", staging=staging)
         assert same(model.t, torch.stack([t.bfloat16() for t in tensors.values()]))
         assert {bool(m.scratch) for m in plan.moves() if m.dtype == "bfloat16"} == {False}
+
+
+_MEASURE = """
+from pathlib import Path
+import test_fused as fused
+import torch
+from lowmem.checkpoint import inspect
+from lowmem.memory import measure
+count, inner, hidden = args["shape"]
+with measure() as memory:
+    checkpoint = inspect(Path(args["source"]))
+    mapping = fused.mapping_of(fused.fused_links(checkpoint, count, inner, hidden))
+    model, plan = fused.load(checkpoint, lambda: fused.Experts(count, inner, hidden), mapping, **args["options"])
+result = {"measured": memory.peak, "predicted": plan.host.peak}
+"""
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_the_predicted_peak_of_fused_tensors_is_the_measured_one(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No list of experts beside the fused tensor."""
+    count, inner, hidden = 16, 512, 1024
+    save_file(experts(count, inner, hidden), tmp_path / "a.safetensors")
+    monkeypatch.setattr("test_budget._MEASURE", _MEASURE)
+    check_prediction({"dtype": dtype, "staging": MIB}, source=str(tmp_path), shape=[count, inner, hidden])
+
+
+def test_each_part_is_looked_at_a_few_times_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = [0]
+
+    def dense(self: Region) -> bool:
+        looked[0] += 1
+        return True
+
+    monkeypatch.setattr(Region, "dense", property(dense))
+    counts = []
+    for count in (20, 200):
+        tensors = {f"{n}": torch.full((4,), n, dtype=torch.bfloat16) for n in range(count)}
+        save_file(tensors, tmp_path / "a.safetensors")
+        checkpoint = inspect(tmp_path / "a.safetensors")
+        links = [Link(checkpoint[f"{n}"], "t", Region(4 * n, (4,), (1,))) for n in range(count)]
+        looked[0] = 0
+        empty = torch.empty(count, 4, dtype=torch.bfloat16, device="meta")
+        model, plan = load(checkpoint, lambda e=empty: Bag({"t": e}), mapping_of(links))
+        assert len(list(plan.reads())) == 1
+        assert same(model.t, torch.stack([tensors[f"{n}"] for n in range(count)]))
+        counts.append(looked[0])
+    assert counts[1] <= 11 * counts[0]
 
 
 # -- one tensor for several targets

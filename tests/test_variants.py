@@ -302,6 +302,8 @@ def test_folders_below_a_subfolder_are_named_from_the_source(tmp_path: Path) -> 
         resolve(tmp_path, make_selection(subfolder="a"))
     with pytest.raises(SourceError, match=r"subfolder c: no such folder in .* \(folders there: a\)"):
         resolve(tmp_path, make_selection(subfolder="c"))
+    with pytest.raises(SourceError, match=r"subfolder xxx.*: no such folder"):
+        resolve(tmp_path, make_selection(subfolder="x" * 5000))
     put(tmp_path, "config.json")
     with pytest.raises(SourceError, match=r"subfolder config.json: no such folder"):
         resolve(tmp_path, make_selection(subfolder="config.json"))
@@ -534,7 +536,7 @@ def test_a_bad_name_in_the_config_is_refused_as_from_pretrained_refuses_it(name:
 def test_a_name_in_the_config_of_a_file_that_is_gone(tmp_path: Path) -> None:
     put(tmp_path, "model.safetensors")
     (tmp_path / "config.json").write_text('{"transformers_weights": "gone.safetensors"}')
-    with pytest.raises(SourceError, match=r"transformers_weights names gone.safetensors, which is not there"):
+    with pytest.raises(SourceError, match=r"transformers_weights names 'gone.safetensors', which is not there"):
         lowmem.inspect(tmp_path)
     (tmp_path / "config.json").write_text('{"transformers_weights": null, "a": NaN}')
     assert chosen(resolve(tmp_path)) == ["model.safetensors"]

@@ -79,18 +79,17 @@ def is_of_variant(name: str, variant: str) -> bool:
     return stem(name).endswith(f".{variant}") and len(stem(name)) > len(variant) + 1
 
 
-def without_variants(names: Iterable[str], beside: Iterable[str] = ()) -> list[str]:
-    """The names less those that are a variant of another one, as `model.fp16` is of `model`.
+def without_variants(names: Iterable[str]) -> list[str]:
+    """The names of weights and indexes less those that are a variant of another one, as `model.fp16` is of `model`.
 
-    Args:
-        names: of weights, or of indexes.
-        beside: others of which they may be variants. `pytorch_model.bin` and `model.safetensors` are one model.
+    `pytorch_model.bin` and `model.safetensors` are one model.
     """
     every = list(names)
-    stems = {_common(name) for name in (*every, *beside)}
+    stems = {_common(name) for name in every}
 
     def is_variant(own: str) -> bool:
-        return any(own.startswith(plain) and _VARIANT.fullmatch(own[len(plain) :]) for plain in stems)
+        plain, dot, last = own.rpartition(".")
+        return plain in stems and _VARIANT.fullmatch(dot + last) is not None
 
     return [name for name in every if not is_variant(_common(name))]
 

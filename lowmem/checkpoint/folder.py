@@ -101,7 +101,7 @@ def _named(place: Place, name: object, variant: str | None) -> Choice:
     if path.is_absolute() or ".." in path.parts:
         raise SourceError(f"{field}: expected a file inside the folder, found {shown(name)}; correct it")
     if not place.has(name):
-        raise SourceError(f"{field} names {name}, which is not there; {place.incomplete}, or correct it")
+        raise SourceError(f"{field} names {shown(name)}, which is not there; {place.incomplete}, or correct it")
     said = [f"{name} was believed, which config.json names in transformers_weights, whatever the variant"]
     said = [*(said if variant is not None else ()), *left_adapters(place, name)]
     index, files = (name, ()) if is_index(name) else (None, (name,))

@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import LowmemError, OptionError, SourceError
 from .file_names import PICKLES, SAFETENSORS, is_index, listed
 from .folder import Choice, choose
-from .location import Place, local_place, shards_named, table_in, within
+from .location import Place, is_folder, local_place, shards_named, table_in, within
 from .selection import Selection, is_revision
 
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
@@ -180,7 +180,7 @@ def _held(repository: Path) -> str:
 def _check(wanted: _Wanted, folder: Path) -> None:
     """A snapshot holds what was fetched, which may be a part: its weights must be there, and all of them."""
     inside, selection = folder / wanted.selection.subfolder, wanted.selection
-    if not inside.is_dir():
+    if not is_folder(inside):
         raise SourceError(
             f"{wanted.name}: no folder {selection.subfolder} in what is cached of it ({folder}); {wanted.remedy}, if "
             "the repository has it"

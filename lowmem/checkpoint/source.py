@@ -21,7 +21,7 @@ from .file_names import (
 )
 from .folder import choose, instead_of_index
 from .instead import of_ranks, unsupported
-from .location import local_place
+from .location import is_folder, local_place
 from .schemes import follow
 from .selection import Selection
 
@@ -100,7 +100,7 @@ def _existing(text: str, path: str) -> Path | None:
 
 def _in_folder(text: str, outer: Path, selection: Selection) -> Source:
     path = outer / selection.subfolder
-    if not path.is_dir():
+    if not is_folder(path):
         there = listed(local_place(text, outer).below()) or "none"
         raise SourceError(
             f"{text}: subfolder {selection.subfolder}: no such folder in {outer} (folders there: {there}); "

@@ -1,8 +1,10 @@
-"""Undo that Ctrl-C does not cut short, and errors that keep no memory."""
+"""Undo that Ctrl-C does not cut short, and memory that nobody keeps."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -38,3 +40,10 @@ def let_go(error: BaseException | None) -> None:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def trim_heap() -> None:
+    """Give the kernel what foreign code has freed and the C library's heap would keep, where it can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

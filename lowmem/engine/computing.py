@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from ..errors import ModelError
-from ..modeling.empty import real_tensors
 from ..modeling.failures import refusing
 from ..planner import Placement
 from ..planner.records import Group
@@ -39,27 +38,35 @@ def compute(group: Group, sources: list[torch.Tensor], origin: str) -> Iterator[
 
 def _run(group: Group, sources: list[torch.Tensor], what: str) -> list[torch.Tensor]:
     try:
-        with torch.no_grad(), real_tensors(), refusing(f"{what}, failed"):
+        # Wherever the caller has its tensors made.
+        with torch.no_grad(), torch.device("cpu"), refusing(f"{what}, failed"):
             made = list(group.operation(sources))
     except ModelError as error:
         let_go(error)
         raise
     finally:
         sources.clear()
-    if len(made) != len(group.results):
-        raise ModelError(f"{what}: expected {len(group.results)} tensors, found {len(made)}")
-    for places, result in zip(group.results, made, strict=True):
-        _check(places[0], result, what)
+    problem = _problem(group, made)
+    if problem:
+        # Whoever keeps the error keeps what is here.
+        made.clear()
+        raise ModelError(f"{what}: {problem}")
     return [result.detach() for result in made]
 
 
-def _check(placement: Placement, result: object, what: str) -> None:
-    expected = f"{what}: expected {placement.target!r} as {placement.dtype} of shape {placement.shape} on the CPU"
-    if not isinstance(result, torch.Tensor):
-        raise ModelError(f"{expected}, found {type(result).__name__}")
-    dtype = str(result.dtype).removeprefix("torch.")
-    if (tuple(result.shape), dtype, result.device.type) != (placement.shape, placement.dtype, "cpu"):
-        raise ModelError(f"{expected}, found {dtype} of shape {tuple(result.shape)} on {result.device}")
+def _problem(group: Group, made: Sequence[object]) -> str:
+    """What differs from what was planned; empty when nothing does."""
+    if len(made) != len(group.results):
+        return f"expected {len(group.results)} tensors, found {len(made)}"
+    for places, result in zip(group.results, made, strict=True):
+        planned = places[0]
+        expected = f"expected {planned.target!r} as {planned.dtype} of shape {planned.shape} on the CPU"
+        if not isinstance(result, torch.Tensor):
+            return f"{expected}, found {type(result).__name__}"
+        dtype = str(result.dtype).removeprefix("torch.")
+        if (tuple(result.shape), dtype, result.device.type) != (planned.shape, planned.dtype, "cpu"):
+            return f"{expected}, found {dtype} of shape {tuple(result.shape)} on {result.device}"
+    return ""
 
 
 def _own(result: torch.Tensor, placement: Placement, taken: set[int]) -> torch.Tensor:

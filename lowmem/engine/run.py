@@ -16,7 +16,7 @@ from .._page_cache import ask_for
 from ..errors import LowmemError
 from ..planner import LoadPlan, Placement, Progress, ProgressCallback
 from ..planner.records import Group
-from .cleanup import undisturbed
+from .cleanup import trim_heap, undisturbed
 from .computing import compute
 from .crew import Crew, Done
 from .destinations import MemoryDestination, allocate
@@ -148,6 +148,8 @@ class _Run:
         self._move(self._plan, writer, self._installer.install, self._settle_unmoved)
         for group in self._plan.groups:
             self._compute(group, writer)
+            # What an operation frees between its results stays in the heap otherwise, group after group.
+            trim_heap()
         if self._progress is not None and (self._done < self._total or not self._total):
             # Whoever draws a bar still learns that it is done.
             self._progress(Progress(self._total, self._total, 0.0, 0.0, ""))

@@ -72,7 +72,9 @@ def read_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> Blueprint:
         OptionError: what was asked is nothing of transformers.
         UnsupportedError: quantised weights, or code that the user did not allow.
     """
-    where = "config=" if request.config is not None else str(checkpoint.config)
+    where = str(checkpoint.config)
+    if request.config is not None:
+        where = f"config={request.config!r}" if isinstance(request.config, str) else "config="
     if request.config is None:
         assert checkpoint.config is not None
         with refusing(f"{where}: cannot be read"):
@@ -86,17 +88,23 @@ def read_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> Blueprint:
         with refusing(f"{where}: transformers cannot write it down"):
             table = chosen.config.to_dict()
         refuse_quantised(checkpoint, where, table)
-    chosen.config.name_or_path = str(checkpoint.folder) if request.name is None else request.name
+    chosen.config.name_or_path = _name_of(checkpoint) if request.name is None else request.name
     return Blueprint(chosen, request, where, tuple(_left_alone(checkpoint.folder, request)))
 
 
+def _name_of(checkpoint: Checkpoint) -> str:
+    """What `from_pretrained` would have been given: `org/name` of a model in the hub's cache, else the folder.
+
+    The cache's folders are named as huggingface_hub/file_download.py does (`repo_folder_name`).
+    """
+    if not Path(checkpoint.source).expanduser().exists():
+        for part in checkpoint.folder.parts:
+            if part.startswith("models--"):
+                return part.removeprefix("models--").replace("--", "/")
+    return str(checkpoint.folder)
+
+
 def _left_alone(folder: Path, request: ModelRequest) -> Iterator[str]:
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        yield (
-            f"{adapter}: an adapter lies beside the weights and was not applied; the model is the base model, and "
-            "peft.PeftModel.from_pretrained(model, folder) puts the adapter onto it"
-        )
     code = folder / "custom_generate" / "generate.py"
     if code.is_file() and not request.trust_remote_code:
         yield f"{code}: code for generate(), which did not run; trust_remote_code=True lets it"

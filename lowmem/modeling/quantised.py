@@ -48,11 +48,14 @@ def refuse_quantised(checkpoint: Checkpoint, where: str, table: Mapping[str, Any
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
         place = f" in {path}" if path else ""
         raise UnsupportedError(f"{where}: the weights are quantised ({method!r}{place}), {_REMEDY}")
-    packed = next((entry for entry in checkpoint.values() if _is_packed(entry)), None)
-    if packed is None:
+    every = [entry for entry in checkpoint.values() if _is_packed(entry)]
+    if not every:
         return
+    # Masks of old checkpoints are small integers too.
+    weights = [entry for entry in every if "weight" in entry.key]
+    packed = (weights or every)[0]
     for name, method in _FILES.items():
-        if (checkpoint.folder / name).is_file():
+        if weights and (checkpoint.folder / name).is_file():
             raise UnsupportedError(
                 f"{checkpoint.folder / name}: the weights are quantised ({method!r}; {packed.key!r} is "
                 f"{packed.dtype}), {_REMEDY}"

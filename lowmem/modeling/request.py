@@ -100,8 +100,6 @@ def make_model_request(
     Raises:
         OptionError: a value that means nothing, or one about a model that the caller makes.
     """
-    if isinstance(model, ModelRequest):
-        return model
     for name, value in (
         ("auto_class", auto_class),
         ("config", config),
@@ -113,6 +111,8 @@ def make_model_request(
             raise OptionError(
                 f"{name}: it is about a model that lowmem makes, and model= is given; leave one of them out"
             )
+    if isinstance(model, ModelRequest):
+        return model
     if auto_class is not None and not isinstance(auto_class, (str, type)):
         raise OptionError(
             f"auto_class: expected a class of transformers or its name, such as 'AutoModel', found {shown(auto_class)}"

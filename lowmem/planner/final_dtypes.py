@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Collection
 
 import torch
 
@@ -45,7 +46,9 @@ def final_dtypes(
             settled = owned or not target.persistent or (entry is None and target.real)
             own = own if settled else dtype
         final[name] = own
-    warnings = _keep(skeleton, final, dtype, keep_fp32)
+    filled = {*entries, *(target for computation in mapping.computed for target in computation.targets)}
+    fed = {name for name in final if tied.get(name, name) in filled}
+    warnings = _keep(skeleton, final, dtype, keep_fp32, fed)
     checked: set[tuple[str, str]] = set()
     for link in mapping.links:
         cast = link.entry.dtype, final[link.target]
@@ -76,15 +79,21 @@ def _made_of(mapping: KeyMapping) -> dict[str, TensorEntry]:
     return made
 
 
-def _keep(skeleton: Skeleton, final: dict[str, str], dtype: str, keep_fp32: tuple[str, ...]) -> list[str]:
-    """Turn what the keep-lists name into fp32, in place; returns warnings."""
+def _keep(
+    skeleton: Skeleton, final: dict[str, str], dtype: str, keep_fp32: tuple[str, ...], fed: Collection[str]
+) -> list[str]:
+    """Turn what the keep-lists name into fp32, in place; returns warnings.
+
+    The model's own list is about what the checkpoint has: `from_pretrained` initialises the rest at the dtype that it
+    was built with.
+    """
     warnings = []
     halves = [name for name, d in final.items() if d in _HALVES and skeleton.targets[name].persistent]
     kept: set[str] = set()
     # The model's list depends on the dtype that the model as a whole has.
     for half in _HALVES:
         if half == dtype or dtype == "auto":
-            kept |= skeleton.rules.keep_fp32(half, [name for name in halves if final[name] == half])
+            kept |= skeleton.rules.keep_fp32(half, [name for name in halves if final[name] == half and name in fed])
     for pattern in keep_fp32:
         named = [name for name in skeleton.targets if name_matches(name, pattern)]
         if not named:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .._mounts import memory_file_system
 from ..checkpoint import Checkpoint
+from ..dtypes import itemsize
 from ..errors import BudgetError, PlacementError
 from ..limits import host_memory
 from ..mapping import KeyMapping
@@ -19,7 +20,7 @@ from . import budget
 from .computed import about, maker_of, price
 from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, disjoint, infer, pinned
 from .final_dtypes import final_dtypes, nbytes_of
-from .moves import Placement
+from .moves import Placement, is_one
 from .offload import plan_offload
 from .placing import Draft, check_reachable, kept_as_built, made_at_use, place, to_initialise
 from .records import DevicePlan, Group, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
@@ -322,16 +323,24 @@ def _check_devices(draft: Draft, plan: LoadPlan) -> None:
             )
 
 
+def _saved_without_cast(placement: Placement) -> int:
+    """Bytes of memory less in the checkpoint's own dtype: what lies there in one piece is mapped then."""
+    links = placement.links
+    if is_one(links, placement.shape):
+        return 0 if links[0].entry.dtype == placement.dtype else placement.nbytes
+    return max(0, placement.nbytes - sum(link.region.count * itemsize(link.entry.dtype) for link in links))
+
+
 def _remedies(draft: Draft, placements: Sequence[Placement], bound: _Bound) -> list[str]:
     """What would lower the peak of this plan, the largest gain first."""
     # What a limit counts besides includes mapped weights.
     counted = ("copy", "map") if bound.extra else ("copy",)
     on_cpu = [p for p in placements if p.device == "cpu" and p.residency in counted and p.links]
-    cast = sum(p.nbytes for p in on_cpu if any(link.entry.dtype != p.dtype for link in p.links))
-    plain = sum(p.nbytes for p in on_cpu if p.residency == "copy") - cast
+    cast = sum(_saved_without_cast(p) for p in on_cpu)
+    plain = sum(p.nbytes for p in on_cpu if p.residency == "copy" and is_one(p.links, p.shape, p.dtype))
     remedies = []
     if cast:
-        remedies.append(f"map the checkpoint in its own dtype (dtype='auto', --dtype auto: {format_size(cast)} less)")
+        remedies.append(f"keep the checkpoint's own dtype (dtype='auto', --dtype auto: {format_size(cast)} less)")
     if plain and draft.request.residency == "copy":
         remedies.append(f"map instead of copying (residency='map', --residency map: {format_size(plain)} less)")
     if on_cpu and draft.request.device_map not in STRATEGIES:
