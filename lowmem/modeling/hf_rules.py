@@ -150,8 +150,6 @@ class TransformersRules(Rules):
         with real_tensors():
             self._fill_meta_buffers()
             self._tie(missing)
-        if self.owns_dtypes:
-            self._free_parameters()
         self._hf._weight_conversions = self._conversions.used
         if self._generation.config is not None:
             self._hf.generation_config = self._generation.config
@@ -161,13 +159,16 @@ class TransformersRules(Rules):
             self._generation.epilogue(self._hf)
         super().finish(missing)
 
-    def _free_parameters(self) -> None:
-        """Parameters that the class froze (sinusoidal positions, backbones): `from_pretrained` makes each anew.
+    def settle(self, module: nn.Module) -> None:
+        """Free the parameters that the class froze (sinusoidal positions, backbones), where lowmem built the model.
 
-        As there (`set_param_for_module`), every float takes a gradient and nothing else does.
+        `from_pretrained` makes each anew: every float takes a gradient and nothing else does (`set_param_for_module`).
         """
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+        if not self.owns_dtypes:
+            return
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad != parameter.is_floating_point():
+                parameter.requires_grad_(not parameter.requires_grad)
 
     def _tie(self, missing: Collection[str]) -> None:
         """`tie_weights`, but for tensors that lie on different devices: each keeps its copy."""
