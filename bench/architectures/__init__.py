@@ -16,7 +16,7 @@ from .shrink import tiny_values
 # tests.
 KNOWN_FAILURES: dict[str, str] = {
     "hrm_text": "_init_weights, which from_pretrained runs on each load, freezes z_L_init again",
-    "zaya": "_init_weights, which from_pretrained runs on each load, overwrites the last of the loaded balancing_biases",
+    "zaya": "_init_weights, which from_pretrained runs on each load, overwrites a loaded value of balancing_biases",
 }
 
 
