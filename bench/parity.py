@@ -54,12 +54,14 @@ def check(architecture: Architecture, folder: Path) -> Row:
 
     Returns:
         A row of the table: `problems` has the first difference or error of each dtype, and is empty when there is
-        none; `inputs` names what the model computed with, and is empty where it was not run, for `no_inputs`' reason.
+        none; `inputs` names what the model computed with, and is empty where it was not run; `no_inputs` is why not,
+        at one dtype or at all.
     """
     row: Row = {"model_type": architecture.model_type, "class": architecture.cls, "family": architecture.family}
     save(architecture, folder)
     row["dtype"] = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
     row["problems"] = {}
+    batch = None
     for dtype in DTYPES:
         torch.manual_seed(3)
         theirs = architecture.model_class().from_pretrained(folder, dtype=dtype)
@@ -72,14 +74,17 @@ def check(architecture: Architecture, folder: Path) -> Row:
             row["problems"][dtype] = f"{type(error).__name__}: {error}".replace(str(folder), "")
             continue
         found = next(differences_of(ours, theirs), None)
-        batch, reason = find_batch(theirs)
-        if batch is not None and found is None and not same_outputs(run(ours, batch), run(theirs, batch)):
+        taken, outputs = find_batch(theirs, batch)
+        if taken is None:
+            row["no_inputs"] = outputs
+        elif found is None and not same_outputs(run(ours, taken), outputs):
             found = "outputs differ"
+        batch = taken or batch
         if found is not None:
             row["problems"][dtype] = found
-        row["inputs"], row["no_inputs"] = sorted(batch or ()), reason
         if dtype == DTYPES[0] and found is None and (lost := _lost_by_saving(ours, theirs, folder)):
             row["problems"][dtype] = f"save_pretrained writes other tensors: {lost}"
+    row["inputs"] = sorted(batch or ())
     return row
 
 
@@ -172,7 +177,10 @@ def as_markdown(results: dict[str, Any]) -> str:
 
 def _line(row: Row) -> str:
     outcomes = [_cell(row["problems"].get(dtype, "ok")) for dtype in DTYPES]
-    inputs = ", ".join(row["inputs"]) or f"not run: {_cell(row['no_inputs'])}"
+    inputs = ", ".join(row["inputs"])
+    if row["no_inputs"]:
+        inputs = f"{inputs}; not at each dtype: " if inputs else "not run: "
+        inputs += _cell(row["no_inputs"])
     conversions = ", ".join(row["conversions"]) or "-"
     cells = [row["model_type"], row["class"], row["family"], row["dtype"], str(row["tensors"]), conversions]
     return "| " + " | ".join([*cells, *outcomes, inputs]) + " |"

@@ -19,6 +19,7 @@ import transformers
 import lowmem
 from bench import parity
 from bench.architectures import ARCHITECTURES, KNOWN_FAILURES, Architecture, find_architectures, known_failure
+from bench.architectures import CHANGES as CONFIG_CHANGES
 from bench.comparison import differences_of, same_outputs, shared_memory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,6 +67,12 @@ def test_the_committed_results_are_of_these_architectures() -> None:
         (one.model_type, one.cls, one.family) for one in ARCHITECTURES
     ]
     assert {name for name, row in rows.items() if row["problems"]} == set(KNOWN_FAILURES)
+
+
+def test_each_change_and_each_known_failure_is_of_an_architecture() -> None:
+    names = {one.model_type for one in ARCHITECTURES}
+    assert len(names) == len(ARCHITECTURES)
+    assert {*CONFIG_CHANGES, *KNOWN_FAILURES} <= names
 
 
 def test_the_matrix_is_wide() -> None:
@@ -138,7 +145,7 @@ def swap(model: Any) -> None:
     layers[0].input_layernorm, layers[1].input_layernorm = layers[1].input_layernorm, layers[0].input_layernorm
 
 
-CHANGES: dict[str, Callable[[Any], Any]] = {
+DAMAGE: dict[str, Callable[[Any], Any]] = {
     "model.layers.1.mlp.up_proj.weight: expected": flip_a_bit,
     "model.layers.0.input_layernorm.weight: expected": swap,
     "lm_head.weight: expected float32 [96, 32] on cpu": retype,
@@ -154,18 +161,18 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("expected", CHANGES)
+@pytest.mark.parametrize("expected", DAMAGE)
 def test_a_difference_is_found_and_named(expected: str) -> None:
-    (gemma,) = find_architectures(["llama"])
-    config = copy.deepcopy(gemma.build().config)
+    (llama,) = find_architectures(["llama"])
+    config = copy.deepcopy(llama.build().config)
     config.tie_word_embeddings = True
-    theirs = gemma.model_class()(config).eval()
+    theirs = llama.model_class()(config).eval()
     ours = copy.deepcopy(theirs)
     for index, layer in enumerate(theirs.model.layers):
         layer.input_layernorm.weight.data.add_(index)
         ours.model.layers[index].input_layernorm.weight.data.add_(index)
     assert not list(differences_of(ours, theirs))
-    CHANGES[expected](ours)
+    DAMAGE[expected](ours)
     if "extra" in expected:
         theirs.register_buffer("extra", torch.ones(2))
     found = list(differences_of(ours, theirs))

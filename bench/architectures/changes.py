@@ -73,6 +73,7 @@ _ENCODEC: Changes = {
     "hidden_size": 32,
     "codebook_dim": 32,
     "num_lstm_layers": 1,
+    "upsampling_ratios": [4, 2],
 }
 _ENCODEC_PART: Changes = {"model_type": "encodec", **_ENCODEC}
 _MIMI: Changes = {
@@ -236,7 +237,6 @@ _VISION: dict[str, Changes] = {
         "encoder_feedforward_dim": 48,
         "decoder_layers": 2,
     },
-    "pvt": {"image_size": 64},
     "regnet": {"embedding_size": 16, "groups_width": 8},
     "resnet": {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40]},
     "rt_detr": _RT_DETR,
@@ -305,7 +305,6 @@ _AUDIO: dict[str, Changes] = {
     "mimi": _MIMI,
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "musicgen": {"audio_encoder": _ENCODEC_PART},
-    "sew": _CONVOLUTIONS,
     "sew-d": _CONVOLUTIONS,
     "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2", **_WAV2VEC2}},
     "speecht5": _WAV2VEC2,
@@ -361,7 +360,6 @@ _COMPOSITE: dict[str, Changes] = {
     "glm46v": _MROPE,
     "glm4v": _MROPE_HALF,
     "glm4v_moe": _MROPE_HALF,
-    "glm_ocr": _MROPE,
     "layoutlmv3": {"input_size": 32, "patch_size": 8, "coordinate_size": 6, "shape_size": 4},
     "lilt": {"hidden_size": 24, "channel_shrink_ratio": 2},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},

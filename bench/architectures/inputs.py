@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,15 +22,16 @@ def run(model: Any, batch: Batch) -> Any:
         return model(**batch)
 
 
-def find_batch(model: Any) -> tuple[Batch | None, str]:
-    """The first batch that the model takes, and the first error where it takes none.
+def find_batch(model: Any, known: Batch | None = None) -> tuple[Batch | None, Any]:
+    """The first batch that the model takes, and what it returns; None and the first error where it takes none.
 
     Args:
         model: any transformers model, of tiny sizes.
+        known: a batch that it took at another dtype, tried first.
     """
     reasons: list[str] = []
     tried: set[str] = set()
-    for batch in batches(model):
+    for batch in itertools.chain([] if known is None else [_cast(known, model.dtype)], batches(model)):
         key = repr(
             [(name, getattr(value, "shape", value), getattr(value, "dtype", "")) for name, value in batch.items()]
         )
@@ -37,12 +39,19 @@ def find_batch(model: Any) -> tuple[Batch | None, str]:
             continue
         tried.add(key)
         try:
-            if tensors_in(run(model, batch)):
-                return batch, ""
-            reasons.append("it returns no tensors")
+            outputs = run(model, batch)
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {error}")
+            continue
+        if tensors_in(outputs):
+            return batch, outputs
+        reasons.append("it returns no tensors")
     return None, reasons[0]
+
+
+def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    floats = {name for name, value in batch.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    return {name: value.to(dtype) if name in floats else value for name, value in batch.items()}
 
 
 def batches(model: Any) -> Iterator[Batch]:

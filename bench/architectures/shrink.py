@@ -8,32 +8,25 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-# The first pattern that matches a whole attribute name gives its value, where the default is a whole number.
-# No two unlike sizes are equal where a model allows it, so that a transposed tensor cannot pass.
+# The first pattern that matches a whole attribute name gives its value, where the default is a greater whole number.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"rotary_dim", 4),
     (r"num_encoder_blocks", 4),
-    (r"(vocab_size_or_config_json_file|(\w+_)?vocab_size|vocab_size_\w+)", 96),
+    (r"(\w+_)?vocab_size", 96),
     (r"(max_position_embeddings|n_positions|max_(source|target)_positions|max_\w*seq\w*_len(gth)?|n_ctx)", 64),
-    (r"(num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|num_experts_per_token|moe_top_k)", 2),
-    (r"(n_group|topk_group|num_shared_experts?|n_shared_experts|moe_num_shared_experts|first_k_dense_replace)", 1),
-    (r"(num_local_experts|(moe_)?num_experts|n_routed_experts|(\w+_)?num_experts|num_routed_experts)", 4),
-    (r"(num_key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|\w+_num_key_value_heads|num_\w+_key_value_heads)", 2),
-    (r"(num_(\w+_)?heads|n_heads?|(\w+_)?num_(\w+_)?heads|(\w+_)?attention_heads|attention_head_num|\w+_n_heads?)", 4),
-    (r"(\w+_)?(num_(\w+_)?layers|n_layers?|layers|num_(\w+_)?blocks|depth|num_stages_layers)", 2),
+    (r"(num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts)", 2),
+    (r"(n_group|num_expert_group|topk_group|first_k_dense_replace)", 1),
+    (r"(n_shared_experts|(moe_)?num_shared_experts?)", 1),
+    (r"(n_routed_experts|(\w+_)?num_(\w+_)?experts)", 4),
+    (r"(num_kv_heads|n_head_kv|kv_n_heads|(\w+_)?num_(\w+_)?key_value_heads)", 2),
+    (r"((\w+_)?num_(\w+_)?heads|(\w+_)?n_heads?|(\w+_)?attention_heads|attention_head_num)", 4),
+    (r"(\w+_)?(layers|n_layers?|num_(\w+_)?blocks|depth)", 2),
+    (r"((\w+_)?(moe|expert)_intermediate_size|expert_ffn_hidden_size)", 24),
     (r"(\w+_)?(intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|ff_dim|feed_forward_size|mlp_dim)", 48),
-    (
-        r"(shared_expert_intermediate_size|moe_intermediate_size|\w*expert_\w*intermediate_size|expert_ffn_hidden_size)",
-        24,
-    ),
-    (r"(head_dim|d_kv|attention_head_dim|head_size|kv_channels|attention_head_size)", 8),
     (r"qk_head_dim", 16),
-    (r"\w+_head_dim", 8),
-    (r"(q_lora_rank|kv_lora_rank|\w+_lora_rank)", 16),
-    (
-        r"(\w+_)?(hidden_size|d_model|n_embd|embed_dim|embedding_size|hidden_dim|projection_dim|dim|hidden_channels|dim_model)",
-        32,
-    ),
+    (r"((\w+_)?head_dim|d_kv|head_size|kv_channels|attention_head_size)", 8),
+    (r"\w+_lora_rank", 16),
+    (r"(\w+_)?(hidden_size|d_model|n_embd|embedding_size|hidden_channels|dim_model|dim)", 32),
     (r"(\w+_)?(image_size|img_size)", 32),
     (r"(\w+_)?patch_size", 8),
     (r"(ssm_state_size|state_size|mamba_d_state)", 8),
@@ -43,7 +36,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(num_conv_pos_embeddings|\w+_block_size)", 16),
     (r"num_conv_pos_embedding_groups", 4),
 )
-# Lists keep their length, one value for each stage; each value is multiplied by the number of its stage.
+# Lists have a value for each stage, and keep their length: that of the first stage, and how much more each next has.
 _LISTS: tuple[tuple[str, int, int], ...] = (
     (r"(depths|num_(encoder_)?blocks|block_sizes|block_repeats|num_block_repeats|blocks_per_stage)", 1, 0),
     (r"(hidden_sizes|embed_dims?|neck_hidden_sizes|embed_dim_per_stage)", 16, 8),
