@@ -7,6 +7,7 @@ The arguments are those of transformers 5.23 (`PreTrainedModel.from_pretrained` 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import logging
 import os
@@ -17,12 +18,13 @@ from typing import Any
 from torch import nn
 
 from .checkpoint.file_names import canonical_index, canonical_name
-from .errors import OptionError, SourceError, UnsupportedError
+from .errors import ModelError, OptionError, SourceError, UnsupportedError
 from .loader import LoadResult, load
 from .modeling.request import ModelRequest, make_model_request
 from .planner.request import flag
 from .sizes import shown
 
+_LOGGER = logging.getLogger("lowmem")
 # Taken and ignored there, so here too; the last is what that version still takes from callers of old ones.
 _RETIRED = ("mirror", "_fast_init", "low_cpu_mem_usage", "from_tf", "from_flax", "offload_state_dict", "_commit_hash")
 # For telemetry and bars there.
@@ -129,7 +131,10 @@ def from_pretrained(
     mapped = _key_mapping(given.pop("key_mapping", None), options)
     _refuse(given)
     asked = _model(cls, name, model_args, given)
-    result = load(source, model=asked, strict="shapes", **options)
+    try:
+        result = load(source, model=asked, strict="shapes", **options)
+    except ModelError as error:
+        raise _hinted(error, asked) from error.__cause__
     model = result.model
     _remember(model, mapped)
     info = _loading_info(result)
@@ -164,6 +169,8 @@ def _placement(given: dict[str, Any]) -> dict[str, Any]:
 def _dtype(given: dict[str, Any]) -> Any:
     dtype, old = given.pop("dtype", None), given.pop("torch_dtype", None)
     asked = old if dtype is None else dtype
+    if isinstance(asked, Mapping):
+        _LOGGER.warning("dtype: one for each sub-config counts by that of the whole, '', as in transformers")
     return "auto" if asked is None else asked
 
 
@@ -261,6 +268,15 @@ def _model(cls: Any, name: str, model_args: tuple[Any, ...], given: dict[str, An
     return dataclasses.replace(asked, model_args=model_args, generation_config=generation_config, name=name)
 
 
+def _hinted(error: ModelError, asked: ModelRequest) -> ModelError:
+    """With the option that was probably meant by an argument that neither the config nor the class knows."""
+    for name in asked.model_kwargs:
+        near = difflib.get_close_matches(name, [*_OWN, *_REFUSED, "dtype", "device_map", "variant"], n=1)
+        if near and isinstance(error.__cause__, TypeError) and repr(name) in str(error):
+            return type(error)(f"{error}. Did you mean {near[0]!r}?")
+    return error
+
+
 def _remember(model: nn.Module, mapped: Iterable[Any]) -> None:
     """`save_pretrained` undoes what a table did to keys, as it does there."""
     used = [renaming for renaming in mapped if renaming.was_used()]
@@ -316,11 +332,10 @@ def _report(model: nn.Module, name: str, info: Mapping[str, Any], ignore_mismatc
 
 def _say(result: LoadResult) -> None:
     """The plan's warnings, but for those of keys, which transformers' report has."""
-    logger = logging.getLogger("lowmem")
     told = set(result.plan.mapping.suggestions)
     for warning in result.plan.warnings:
         if warning not in told and not any(phrase in warning for phrase in _OF_KEYS):
-            logger.warning(warning)
+            _LOGGER.warning(warning)
 
 
 __all__ = ["from_pretrained"]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers")
 
 import transformers
-from tiny_models import assert_same_model, change_config, every_tensor, new_model, same, ties_of
+from tiny_models import assert_same_model, change_config, every_tensor, model_class, new_model, same, ties_of
 
 import lowmem
 from lowmem.drop_in import _OF_THE_HUB, _OWN, _REFUSED, _RETIRED
@@ -134,11 +134,10 @@ def test_the_class_asked_for_is_what_from_pretrained_gives(
     folder, cls = saved(kind), auto(name)
     torch.manual_seed(11)
     theirs, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **changes)
-    for asked in (name, cls):
-        torch.manual_seed(11)
-        result = lowmem.load(folder, auto_class=asked, dtype=dtype, model_kwargs=changes, strict=False)
-        assert_same(result.model, theirs)
-        assert set(result.plan.mapping.missing) == info["missing_keys"]
+    torch.manual_seed(11)
+    result = lowmem.load(folder, auto_class=name, dtype=dtype, model_kwargs=changes, strict=False)
+    assert_same(result.model, theirs)
+    assert set(result.plan.mapping.missing) == info["missing_keys"]
     torch.manual_seed(11)
     ours, ours_info = lowmem.from_pretrained(cls, folder, dtype=dtype, output_loading_info=True, **changes)
     assert_same(ours, theirs)
@@ -151,6 +150,23 @@ def test_a_missing_head_is_refused_where_load_is_strict(saved: Folder) -> None:
     difference = lowmem.diff(saved("llama"), auto_class="AutoModelForSequenceClassification")
     assert difference.missing == ("score.weight",)
     assert lowmem.plan(saved("llama"), auto_class="AutoModel").mapping.unexpected == ("lm_head.weight",)
+
+
+def test_shapes_alone_may_be_refused(own: Folder) -> None:
+    """As `from_pretrained` has it: what is missing is initialised, what has another shape is an error."""
+    folder = own("vit", "float32", ONE_FILE)
+    rewrite(folder, lambda t: t.pop("vit.embeddings.cls_token"))
+    torch.manual_seed(11)
+    ours = lowmem.load(folder, strict="shapes").model
+    torch.manual_seed(11)
+    assert_same_model(ours, transformers.ViTForImageClassification.from_pretrained(folder))
+    with pytest.raises(KeysError, match=r"ignore_mismatched_sizes=True these are initialised"):
+        lowmem.load(folder, strict="shapes", model_kwargs={"num_labels": 3})
+    assert lowmem.plan(
+        folder, strict="shapes", model_kwargs={"num_labels": 3}, ignore_mismatched_sizes=True
+    ).mapping.mismatched
+    with pytest.raises(OptionError, match=r"^strict: expected True or False, or 'shapes', found 'yes'"):
+        lowmem.load(folder, strict="yes")
 
 
 @pytest.mark.parametrize(
@@ -246,6 +262,8 @@ def test_what_neither_the_config_nor_the_model_knows_is_refused(saved: Folder) -
         transformers.LlamaForCausalLM.from_pretrained(saved("llama"), telepathy=True)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot be built.*telepathy"):
         lowmem.from_pretrained(transformers.LlamaForCausalLM, saved("llama"), telepathy=True)
+    with pytest.raises(ModelError, match=r"'stagin'.*\. Did you mean 'staging'\?"):
+        lowmem.from_pretrained(transformers.LlamaForCausalLM, saved("llama"), stagin="1MiB")
     with pytest.raises(ModelError, match="telepathy"):
         lowmem.load(saved("llama"), model_kwargs={"telepathy": True})
 
@@ -301,6 +319,41 @@ def test_the_first_shard_decides_and_what_the_index_says_goes_before(own: Folder
     ours, theirs = both(transformers.LlamaForCausalLM, folder)
     assert ours.dtype == torch.float32
     assert_same_model(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gpt2", "t5", "bert-mlm"])
+def test_pickled_weights_without_a_dtype_in_the_config(kind: str, own: Folder) -> None:
+    """Tied tensors are in it twice, and the first of the pickle decides."""
+    folder, model = own(kind, "float32", ONE_FILE), new_model(kind)
+    (folder / "model.safetensors").unlink()
+    state = model.state_dict()
+    torch.save(
+        {k: v.half() if k == next(iter(state)) else v.bfloat16() for k, v in state.items()},
+        folder / "pytorch_model.bin",
+    )
+    change_config(folder, dtype=None)
+    for cls in (type(model), transformers.AutoModel):
+        ours, theirs = both(cls, folder)
+        assert ours.dtype == torch.float16
+        assert_same(ours, theirs)
+
+
+def test_keys_of_old_checkpoints(own: Folder) -> None:
+    """`gamma` and `beta`, heads of another class, and buffers that were persistent: told as transformers tells them."""
+    folder = own("bert-mlm", "float32", ONE_FILE)
+
+    def age(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [k for k in tensors if "LayerNorm" in k]:
+            tensors[key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")] = tensors.pop(key)
+        tensors["cls.seq_relationship.weight"] = torch.ones(2, 32)
+        tensors["bert.embeddings.position_ids"] = torch.arange(40)[None]
+        tensors["elsewhere.LayerNorm.gamma"] = torch.ones(3)
+
+    rewrite(folder, age)
+    for name in ("BertForMaskedLM", "BertModel", "BertForPreTraining", "AutoModelForTokenClassification"):
+        (ours, info), (theirs, expected) = both(auto(name), folder, output_loading_info=True)
+        assert_same(ours, theirs)
+        assert info == expected
 
 
 @pytest.mark.parametrize("given", [{"": "bfloat16"}, {"text_config": "float16"}, {"": torch.float16, "x": "bfloat16"}])
@@ -461,7 +514,8 @@ def test_quantised_weights_that_only_their_keys_tell_of_are_refused(
 def test_quantised_weights_that_only_a_file_tells_of_are_refused(name: str, own: Folder) -> None:
     folder = own("llama", "float32", ONE_FILE)
     (folder / name).write_text("{}")
-    # The file alone may be left from elsewhere: these weights are floats.
+    # The file alone may be left from elsewhere: these weights are floats, and masks of old are no weights.
+    rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.mask": torch.ones(4, 4, dtype=torch.uint8)}))
     lowmem.plan(folder)
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}))
     with pytest.raises(UnsupportedError, match=rf"{name}: the weights are quantised"):
@@ -614,6 +668,34 @@ def test_a_part_of_a_model_of_several_models(composite: Callable[[Callable[[], A
     assert dtypes_of(part.config) == dtypes_of(theirs.config)  # type: ignore[arg-type]
     held = [tensor for name, tensor in every_tensor(whole).items() if "vision_tower." in name]
     assert all(same(a, b.to(a.dtype)) for a, b in zip(every_tensor(part).values(), held, strict=True))
+
+
+def test_the_part_of_a_composite_model_that_an_auto_class_means(tmp_path: Path) -> None:
+    """AutoModelForCausalLM takes the text model of some, with the config of that part."""
+    config = transformers.MllamaConfig(
+        text_config=tiny(
+            "MllamaTextConfig", num_hidden_layers=3, num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0
+        ).to_dict(),
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "intermediate_size": 48,
+            "image_size": 16,
+            "patch_size": 4,
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [0],
+            "max_num_tiles": 2,
+            "supported_aspect_ratios": [[1, 1], [1, 2]],
+        },
+    )
+    torch.manual_seed(3)
+    transformers.MllamaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    for options in ({}, {"dtype": "float32"}, {"attn_implementation": "eager"}):
+        ours, theirs = both(transformers.AutoModelForCausalLM, tmp_path, **options)
+        assert type(ours).__name__ == "MllamaForCausalLM"
+        assert_same(ours, theirs)
 
 
 def test_sub_configs_with_a_dtype_of_their_own(tmp_path: Path, composite: Callable[[Callable[[], Any]], Path]) -> None:
@@ -874,6 +956,50 @@ def test_without_a_path_there_are_no_weights() -> None:
         lowmem.from_pretrained(transformers.LlamaForCausalLM, None)  # type: ignore[arg-type]
     with pytest.raises(LowmemError):
         lowmem.from_pretrained(transformers.LlamaForCausalLM, "no/such/model/here")
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_a_larger_model_around_a_loaded_one_leaves_it_alone(kind: str, saved: Folder) -> None:
+    """Its own `post_init` initialises what is not marked as loaded."""
+    expected = every_tensor(model_class(saved(kind)).from_pretrained(saved(kind)))
+
+    class Larger(transformers.PreTrainedModel):
+        config_class = transformers.AutoConfig.from_pretrained(saved(kind)).__class__
+        inner: Any
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.inner = lowmem.load(saved(kind)).model
+            self.head = torch.nn.Linear(4, 4)
+            self.post_init()
+
+    found = every_tensor(Larger(transformers.AutoConfig.from_pretrained(saved(kind))).inner)
+    assert all(same(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_buffers_of_every_kind(tmp_path: Path) -> None:
+    """Integers stay, averages are cast with the rest."""
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    torch.manual_seed(3)
+    model = transformers.ResNetForImageClassification(config)
+    model(torch.randn(4, 3, 32, 32))
+    model.save_pretrained(tmp_path)
+    for dtype in ("auto", "bfloat16", "float16", "float64"):
+        assert_same(*both(transformers.ResNetForImageClassification, tmp_path, dtype=dtype))
+
+
+def test_fused_experts_computed_as_asked_for(tmp_path: Path) -> None:
+    config = tiny("Qwen3MoeConfig", moe_intermediate_size=16, num_key_value_heads=2, head_dim=8, num_experts=4)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
+    for way in ("eager", "batched_mm"):
+        for name in ("Qwen3MoeForCausalLM", "AutoModel", "AutoModelForSequenceClassification"):
+            options = {"experts_implementation": way, "output_loading_info": True}
+            (ours, info), (theirs, expected) = both(auto(name), tmp_path, **options)
+            assert_same(ours, theirs)
+            assert info == expected
+            assert ours.config._experts_implementation == theirs.config._experts_implementation == way
 
 
 def test_what_a_class_does_in_a_from_pretrained_of_its_own(own: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

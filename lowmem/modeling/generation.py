@@ -89,12 +89,16 @@ def _function(model: nn.Module, folder: Path | None, blueprint: Blueprint | None
 
 
 def _epilogue(model: nn.Module, folder: Path | None, blueprint: Blueprint | None) -> Callable[[nn.Module], None] | None:
-    """What the `from_pretrained` of the model's own class does with the model that that of all models gives it."""
+    """What the `from_pretrained` of the model's own class does with the model that that of all models gives it.
+
+    TimmBackbone's makes a model by itself and asks nobody for one: it has nothing to do with a checkpoint.
+    """
     from transformers import PreTrainedModel
 
     cls: Any = type(model)
-    every: Any = PreTrainedModel.from_pretrained
-    if folder is None or blueprint is None or cls.from_pretrained.__func__ is every.__func__:
+    own, every = (getattr(c.from_pretrained, "__func__", None) for c in (cls, PreTrainedModel))
+    asks = {"super", "from_pretrained"} <= set(getattr(getattr(own, "__code__", None), "co_names", ()))
+    if folder is None or blueprint is None or own is every or not asks:
         return None
 
     def run(loaded: nn.Module) -> None:
@@ -102,6 +106,6 @@ def _epilogue(model: nn.Module, folder: Path | None, blueprint: Blueprint | None
         given = type("Given", (PreTrainedModel,), {"from_pretrained": classmethod(lambda *_, **__: loaded)})
         bridge: Any = type(cls.__name__, (cls, given), {})
         with refusing(f"{folder}: {cls.__name__}.from_pretrained cannot finish the model"):
-            bridge.from_pretrained(str(folder), local_files_only=True)
+            bridge.from_pretrained(str(folder), config=loaded.config, local_files_only=True)
 
     return run

@@ -20,7 +20,7 @@ from .conversions import Conversion, Renaming
 from .empty import real_tensors
 from .hf_conversions import HFConversions
 from .rules import Rules
-from .targets import Target, dtype_name, owner_of, tensor_of
+from .targets import Target, dtype_name, owner_of, tensor_of, walk
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,6 +150,9 @@ class TransformersRules(Rules):
         with real_tensors():
             self._fill_meta_buffers()
             self._tie(missing)
+        self._mark_loaded(missing)
+        if not hasattr(self._hf, "_use_kernels"):
+            self._hf._use_kernels = False
         self._hf._weight_conversions = self._conversions.used
         if self._generation.config is not None:
             self._hf.generation_config = self._generation.config
@@ -181,6 +184,20 @@ class TransformersRules(Rules):
             del ties[name]
         self._hf.tie_weights(missing_keys=set(missing), recompute_mapping=False)
         ties.update(apart)
+
+    def _mark_loaded(self, missing: Collection[str]) -> None:
+        """As `from_pretrained` leaves them, so that a larger model around this one initialises itself and not this.
+
+        `post_init` of such a model runs `initialize_weights` over all that is not marked.
+        """
+        for prefix, module in walk(self.model):
+            # nn.Module's own way to set an attribute looks through all of its tables.
+            module.__dict__["_is_hf_initialized"] = True
+            transient = module._non_persistent_buffers_set
+            held: list[tuple[str, Any]] = [*module._parameters.items(), *module._buffers.items()]
+            for leaf, tensor in held:
+                if tensor is not None and leaf not in transient and prefix + leaf not in missing:
+                    tensor._is_hf_initialized = True
 
     def _fill_meta_buffers(self) -> None:
         """Buffers that no checkpoint holds are filled by `_init_weights`, as `from_pretrained` does."""
