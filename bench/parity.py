@@ -26,6 +26,7 @@ import lowmem
 from bench.architectures import ARCHITECTURES, Architecture, find_architectures, known_failure
 from bench.architectures.inputs import find_batch, run
 from bench.comparison import differences_of, every_tensor, same, same_outputs
+from bench.results import write
 
 HERE = Path(__file__).parent
 DTYPES = ("auto", "bfloat16", "float32")
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{architecture.model_type:30} {architecture.cls:45} {problems or 'ok'}", flush=True)
     if not options.only:
         results = make_results(rows)
-        (HERE / "parity.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write(results, HERE / "parity.json")
         (HERE / "parity.md").write_text(as_markdown(results), encoding="utf-8")
     unexpected = [row for row in rows if bool(row["problems"]) != bool(known_failure(row["model_type"]))]
     return 1 if unexpected else 0
