@@ -1070,3 +1070,17 @@ def test_a_new_model_is_made_for_every_call(saved: Folder) -> None:
     assert one is not other
     assert one.config is not other.config
     assert new_model("llama").config is not one.config
+
+
+def test_what_is_tied_to_a_tensor_of_another_shape_is_not_missing(saved: Folder) -> None:
+    options: dict[str, Any] = {"vocab_size": 64, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    expected = transformers.T5ForConditionalGeneration.from_pretrained(saved("t5"), **options)[1]
+    found = lowmem.from_pretrained(transformers.T5ForConditionalGeneration, saved("t5"), **options)[1]
+    assert expected["mismatched_keys"]
+    assert not expected["missing_keys"]
+    assert found == expected
+
+
+def test_dtypes_of_parts_that_do_nothing_are_told(saved: Folder) -> None:
+    plan = lowmem.plan(saved("llama"), dtype={"": "bfloat16", "vision_config": "float16"})
+    assert any("'vision_config' do nothing" in warning for warning in plan.warnings)

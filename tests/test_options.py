@@ -53,11 +53,9 @@ def linear() -> nn.Module:
     [
         ("plan", "devicemap", "device_map"),
         ("plan", "trust_remote", "trust_remote_code"),
-        ("plan", "zzz", None),
         ("plan", "progress", None),
         ("load", "devicemap", "device_map"),
         ("load", "Progress", "progress"),
-        ("load", "zzz", None),
         ("stream", "devise", "device"),
         ("stream", "device_map", "device"),
         ("stream", "ram", "rename"),
@@ -69,8 +67,17 @@ def test_an_unknown_option_names_the_verb_and_the_nearest_option(
 ) -> None:
     with pytest.raises(TypeError) as refused:
         getattr(lowmem, verb)(file, **{option: 1})
-    hint = f". Did you mean {nearest!r}?" if nearest else ""
+    elsewhere = "; what is an attribute of the model's config goes into model_kwargs=" if verb != "stream" else ""
+    hint = f". Did you mean {nearest!r}?" if nearest else elsewhere
     assert str(refused.value) == f"{verb}() got an unexpected keyword argument {option!r}{hint}"
+
+
+@pytest.mark.parametrize("verb", ["plan", "load", "diff"])
+def test_an_attribute_of_a_config_is_told_where_it_goes(verb: str, file: Path) -> None:
+    with pytest.raises(
+        TypeError, match=r"'num_labels'; what is an attribute of the model's config goes into model_kwargs="
+    ):
+        getattr(lowmem, verb)(file, num_labels=3)
 
 
 @pytest.mark.parametrize("verb", ["plan", "load", "stream"])

@@ -8,7 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+
+from bench.comparison import differences_of, every_tensor, same, ties_of
+
+__all__ = [
+    "KINDS",
+    "assert_same_model",
+    "change_config",
+    "every_tensor",
+    "inputs_of",
+    "model_class",
+    "new_model",
+    "outputs_of",
+    "same",
+    "ties_of",
+]
 
 # kind: (class, config class, changes to the config). Sizes are small and no two of them equal.
 _TEXT = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -141,55 +155,10 @@ def outputs_of(model: Any) -> torch.Tensor:
     return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
 
-def every_tensor(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers under each of their names, non-persistent buffers too."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit: dtype, shape, and every bit, NaNs included."""
-    if (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
-        return False
-    return torch.equal(
-        a.detach().contiguous().reshape(-1).view(torch.uint8), b.detach().contiguous().reshape(-1).view(torch.uint8)
-    )
-
-
-def ties_of(model: nn.Module) -> set[frozenset[str]]:
-    """Groups of names that are one object."""
-    groups: dict[int, set[str]] = {}
-    for name, tensor in every_tensor(model).items():
-        groups.setdefault(id(tensor), set()).add(name)
-    return {frozenset(names) for names in groups.values() if len(names) > 1}
-
-
 def assert_same_model(ours: Any, theirs: Any) -> None:
     """Everything that a user of a transformers model can see is the same, bit for bit."""
-    assert type(ours) is type(theirs)
-    found, expected = every_tensor(ours), every_tensor(theirs)
-    assert list(found) == list(expected)
-    for name, tensor in expected.items():
-        assert same(found[name], tensor), f"{name}: expected {tensor}, found {found[name]}"
-        assert type(found[name]) is type(tensor), name
-        assert found[name].requires_grad == tensor.requires_grad, name
-        assert found[name].stride() == tensor.stride(), name
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert ties_of(ours) == ties_of(theirs)
-    for (path, module), other in zip(ours.named_modules(), theirs.modules(), strict=True):
-        assert type(module) is type(other), path
-        assert module.training is other.training, path
-        assert module.extra_repr() == other.extra_repr(), path
-    assert ours.dtype == theirs.dtype
-    assert ours.config.to_dict() == theirs.config.to_dict()
-    assert ours.config.dtype == theirs.config.dtype
-    assert ours.config._attn_implementation == theirs.config._attn_implementation
-    assert ours.all_tied_weights_keys == theirs.all_tied_weights_keys
-    assert ours.name_or_path == theirs.name_or_path
-    if theirs.can_generate():
-        assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    differences = list(differences_of(ours, theirs))
+    assert not differences, "\n".join(differences[:10])
     assert same(outputs_of(ours), outputs_of(theirs))
 
 

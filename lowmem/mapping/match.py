@@ -46,6 +46,10 @@ def match(
     links, tied, doubled = _resolve_ties(found, state, untied, set(skeleton.rules.declared_ties().values()))
     missing = [name for name in state if name not in found.sources and name not in tied]
     excused = skeleton.rules.may_miss(missing)
+    if found.mismatched:
+        # What is tied to a tensor of another shape shares its fate and is not missing.
+        odd = {state[m.target].tie for m in found.mismatched}
+        excused = {*excused, *(name for name in missing if state[name].tie in odd)}
     if named.left_out:
         # What is tied to a tensor that was left out is left out with it.
         ties = {state[name].tie for name in named.left_out if name in state}

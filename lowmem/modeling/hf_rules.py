@@ -175,6 +175,17 @@ class TransformersRules(Rules):
             self._generation.epilogue(self._hf)
         super().finish(missing)
 
+    def settle(self, module: nn.Module) -> None:
+        """Free the parameters that the class froze (sinusoidal positions, backbones), where lowmem built the model.
+
+        `from_pretrained` makes each anew: every float takes a gradient and nothing else does (`set_param_for_module`).
+        """
+        if not self.owns_dtypes:
+            return
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad != parameter.is_floating_point():
+                parameter.requires_grad_(not parameter.requires_grad)
+
     def _tie(self, missing: Collection[str]) -> None:
         """`tie_weights`, but for tensors that lie on different devices: each keeps its copy."""
         ties: dict[str, str] | None = getattr(self._hf, "all_tied_weights_keys", None)

@@ -102,10 +102,14 @@ class Rules:
             leaves = {name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == path}
             _reset_only(module, leaves)
 
+    def settle(self, module: nn.Module) -> None:
+        """What is done to each module when its tensors are in their place; by `finish`, which visits them all."""
+
     def finish(self, missing: Collection[str]) -> None:
         """After every tensor is in its place. `missing`: state-dict names that no key of the checkpoint fed."""
         lost: dict[int, str] = {}
         for prefix, module in walk(self.model):
+            self.settle(module)
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     lost.setdefault(id(buffer), prefix + leaf)

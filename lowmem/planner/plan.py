@@ -63,6 +63,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, r
             *warnings,
             *_mapping_warnings(checkpoint, mapping, absent, kept_as_built(skeleton, mapping)),
             *_unknown_classes(skeleton, request),
+            *_about_dtypes(request),
         ),
         host_memory(),
         tuple(skeleton.rules.no_split) if request.no_split is None else request.no_split,
@@ -105,6 +106,15 @@ def _unknown_classes(skeleton: Skeleton, request: LoadRequest) -> list[str]:
     known = {type(module).__name__ for module in skeleton.model.modules()}
     return [
         f"no_split: {name!r} is the class of no module of this model" for name in request.no_split if name not in known
+    ]
+
+
+def _about_dtypes(request: LoadRequest) -> list[str]:
+    if not request.unused_dtypes:
+        return []
+    return [
+        f"dtype: as in transformers, that of the whole ('') counts for every part: {request.dtype}; those given for "
+        f"{', '.join(map(repr, request.unused_dtypes))} do nothing (keep_fp32= keeps parts in fp32)"
     ]
 
 

@@ -23,9 +23,13 @@ IO = Literal["auto", "buffered", "direct", "mmap"]
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """What the user asked for, parsed. Sizes in bytes; `None` means that lowmem decides."""
+    """What the user asked for, parsed. Sizes in bytes; `None` means that lowmem decides.
+
+    `unused_dtypes` are the parts of the model for which a dtype of their own was given, which counts for nothing.
+    """
 
     dtype: str = "auto"
+    unused_dtypes: tuple[str, ...] = ()
     device_map: str | Mapping[str, str] | None = None
     max_memory: Mapping[str, int] | None = None
     ram: int | None = None

@@ -49,6 +49,8 @@ def checks_names(verb: Callable[P, R]) -> Callable[P, R]:
         if unknown is not None:
             near = difflib.get_close_matches(unknown, known, n=1)
             hint = f". Did you mean {near[0]!r}?" if near else ""
+            if not near and "model_kwargs" in known:
+                hint = "; what is an attribute of the model's config goes into model_kwargs="
             raise TypeError(f"{verb.__name__}() got an unexpected keyword argument {shown(unknown)}{hint}")
         return verb(*args, **options)
 
@@ -86,6 +88,7 @@ def make_request(
         raise OptionError(f"residency: expected 'map' or 'copy', found {shown(residency)}")
     return LoadRequest(
         dtype=whole_dtype(dtype),
+        unused_dtypes=tuple(part for part in dtype if part) if isinstance(dtype, Mapping) else (),
         device_map=parse_device_map(device_map),
         max_memory=parse_max_memory(max_memory),
         ram=None if ram is None else parse_size(ram, "ram"),
