@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from .checkpoint.file_names import canonical_index, canonical_name
-from .errors import ModelError, OptionError, SourceError, UnsupportedError
+from .errors import KeysError, LowmemError, ModelError, OptionError, SourceError, UnsupportedError
 from .loader import LoadResult, load
 from .modeling.hf_conversions import reported
 from .modeling.request import ModelRequest, make_model_request
@@ -83,6 +83,29 @@ _OWN = (
 _OF_KEYS = ("are not in the model and are not read", "are initialised by the model's own rule")
 
 
+# Arguments of `from_pretrained` that do something here.
+_SERVED = (
+    "attn_implementation",
+    "config",
+    "device_map",
+    "dtype",
+    "experts_implementation",
+    "generation_config",
+    "ignore_mismatched_sizes",
+    "key_mapping",
+    "local_files_only",
+    "max_memory",
+    "offload_folder",
+    "output_loading_info",
+    "revision",
+    "subfolder",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_safetensors",
+    "variant",
+)
+
+
 def from_pretrained(
     cls: Any, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
 ) -> Any:
@@ -112,10 +135,13 @@ def from_pretrained(
 
     Raises:
         UnsupportedError: an argument, or a checkpoint, that only transformers itself serves.
-        LowmemError: as `load`.
+        LowmemError: as `load`. Where `from_pretrained` raises `OSError` (nothing to load from), `RuntimeError` (tensors
+            of another shape) or `TypeError` (an argument that nobody knows), the error is one of these too.
     """
-    if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
-        raise OptionError(f"cls: expected a class of transformers such as AutoModelForCausalLM, found {shown(cls)}")
+    if not isinstance(cls, type) or not (hasattr(cls, "_from_config") or hasattr(cls, "_model_mapping")):
+        raise OptionError(
+            f"cls: expected a class of transformers that makes models, such as AutoModelForCausalLM, found {shown(cls)}"
+        )
     if pretrained_model_name_or_path is None:
         raise UnsupportedError(
             "pretrained_model_name_or_path: expected a path or a name, found None; there are no weights"
@@ -129,13 +155,17 @@ def from_pretrained(
         options = {"residency": "copy", "io": "buffered", **options}
     options["dtype"] = _dtype(given)
     options["ignore_mismatched_sizes"] = given.pop("ignore_mismatched_sizes", False)
-    source = _source(pretrained_model_name_or_path, given, options)
-    _refuse(given)
-    asked = _model(cls, name, model_args, given)
+    asked = None
     try:
+        source = _source(pretrained_model_name_or_path, given, options)
+        _refuse(given)
+        asked = _model(cls, name, model_args, given)
         result = load(source, model=asked, strict="shapes", **options)
-    except ModelError as error:
-        raise _hinted(error, asked) from error.__cause__
+    except LowmemError as error:
+        known = _as_there(error, cls, asked)
+        if known is error:
+            raise
+        raise known from error.__cause__
     model = result.model
     info = _loading_info(result, asked)
     _report(model, name, info, options["ignore_mismatched_sizes"])
@@ -283,12 +313,34 @@ def _model(cls: Any, name: str, model_args: tuple[Any, ...], given: dict[str, An
     return dataclasses.replace(asked, **beside)
 
 
-def _hinted(error: ModelError, asked: ModelRequest) -> ModelError:
-    """With the option that was probably meant by an argument that neither the config nor the class knows."""
+class MissingSourceError(SourceError, OSError):
+    """A `SourceError` for whoever falls back on `OSError`, as `from_pretrained` has it."""
+
+
+class DifferentKeysError(KeysError, RuntimeError):
+    """A `KeysError` for whoever catches `RuntimeError`, as `from_pretrained` has it."""
+
+
+class UnknownArgumentError(ModelError, TypeError):
+    """An argument that neither `from_pretrained`, the config nor the class knows: a `TypeError`, as there."""
+
+
+def _as_there(error: LowmemError, cls: type, asked: ModelRequest | None) -> LowmemError:
+    """The error of a kind that callers of `from_pretrained` know too, with the option that was probably meant."""
+    if type(error) is SourceError:
+        return MissingSourceError(str(error))
+    if type(error) is KeysError:
+        return DifferentKeysError(str(error))
+    if asked is None or not isinstance(error.__cause__, TypeError):
+        return error
     for name in asked.model_kwargs:
-        near = difflib.get_close_matches(name, [*_OWN, *_REFUSED, "dtype", "device_map", "variant"], n=1)
-        if near and isinstance(error.__cause__, TypeError) and repr(name) in str(error):
-            return type(error)(f"{error}. Did you mean {near[0]!r}?")
+        if f"unexpected keyword argument {name!r}" in str(error):
+            near = difflib.get_close_matches(name, [*_SERVED, *(own for own in _OWN if own != "download")], n=1)
+            hint = f". Did you mean {near[0]!r}?" if near else ""
+            return UnknownArgumentError(
+                f"from_pretrained() got an unexpected keyword argument {name!r}: it is no attribute of the config and "
+                f"no argument of {cls.__name__} either{hint}"
+            )
     return error
 
 

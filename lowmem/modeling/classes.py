@@ -173,8 +173,8 @@ def _native_class(place: _Place, auto: Any, config: Any) -> tuple[Any, Any]:
     """The model class of transformers for the config, and the config that is that class's."""
     if type(config) not in auto._model_mapping:
         raise ModelError(
-            f"{place.where}: {auto.__name__} has no model for {type(config).__name__}; give auto_class= a class that "
-            "has, or the model class by its name"
+            f"{place.where}: {auto.__name__} has no model for {type(config).__name__}; ask for a class that has "
+            "(auto_class=, or the first argument of from_pretrained), or for the model class itself"
         )
     with refusing(f"{place.where}: the class that {auto.__name__} has for it cannot be imported"):
         cls = _mapped_class(auto._model_mapping, config)
