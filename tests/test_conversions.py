@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers")
 
 import transformers
-from tiny_models import assert_same_model
+from tiny_models import assert_same_model, every_tensor, same
 from transformers import conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -264,6 +264,112 @@ class Broken(Doubled):
 
     def convert(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("out of sorts")
+
+
+def catches(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+    try:
+        return tensor * 2
+    except Exception:
+        return tensor
+
+
+def put_into_another(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+    made = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    made[:3], made[3:] = tensor[-3:], tensor[:-3]
+    return made
+
+
+def given_a_place(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.cat([tensor[3:], tensor[:3]], out=torch.empty(tensor.shape, dtype=tensor.dtype))
+
+
+def asks_how_it_lies(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+    turned = tensor.t()
+    return tensor if turned.is_contiguous() or turned.stride(0) != 1 else tensor.roll(1, 0)
+
+
+def brings_what_is_missing(tensor: torch.Tensor, missing_keys: set[str], **_: Any) -> torch.Tensor:
+    missing_keys.discard("what.nobody.has")
+    return tensor
+
+
+def moved_to_the_cpu(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+    return tensor.to(device="cpu", dtype=torch.float64).to(tensor.dtype)
+
+
+ODD = [
+    catches, put_into_another, given_a_place, asks_how_it_lies, brings_what_is_missing, moved_to_the_cpu,
+]  # fmt: skip
+
+
+def operating(function: Callable[..., Any]) -> WeightConverter:
+    """The up projection through a function."""
+
+    class Odd(Doubled):
+        def convert(self, input_dict: Any, target_patterns: list[str], **more: Any) -> Any:
+            ((tensor,),) = input_dict.values()
+            return {target_patterns[0]: function(tensor, **more)}
+
+    return WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Odd()])
+
+
+@pytest.mark.parametrize("function", ODD)
+def test_whatever_an_operation_does_is_done(
+    function: Callable[..., Any], saved: Saved, describe: Callable[..., None]
+) -> None:
+    describe(operating(function))
+    assert_loads_as_transformers(saved("llama"))
+
+
+WRONG: dict[str, tuple[Callable[..., Any], str]] = {
+    "cat": (lambda t, **_: torch.cat([t[:3], t[3:]], dim=2), "Dimension out of range"),
+    "select": (lambda t, **_: torch.stack([torch.select(t, 0, i + 1) for i in range(len(t))]), "index 48 out of range"),
+    "permute": (lambda t, **_: t.permute(2, 3), "Dimension out of range"),
+    "view": (lambda t, **_: t.t().view(t.shape), "view size is not compatible"),
+    "nothing": (lambda t, **_: None, "NoneType"),
+    "tuple": (lambda t, **_: (t,), "tuple"),
+    "value": (lambda t, **_: t * t.sum().item(), "item"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_an_operation_cannot_do_is_refused(kind: str, saved: Saved, describe: Callable[..., None]) -> None:
+    """Where torch would not do it either, or cannot without values."""
+    function, text = WRONG[kind]
+    describe(operating(function))
+    with pytest.raises(KeysError, match=rf"up_proj\.weight.*Odd.*{text}"):
+        lowmem.load(saved("llama"))
+
+
+class Scaled(Split):
+    """A split that computes, and gives the last first."""
+
+    def convert(self, *args: Any, **more: Any) -> Any:
+        return {name: tensor * 3 + 1 for name, tensor in reversed(super().convert(*args, **more).items())}
+
+
+@pytest.mark.parametrize("kept", ["q_proj", "k_proj"])
+@pytest.mark.parametrize("operation", [Split(dim=0), Scaled(dim=0)])
+def test_parts_of_one_tensor_get_the_dtype_of_the_first(
+    operation: Any,
+    kept: str,
+    saved: Saved,
+    tmp_path: Path,
+    describe: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fuse(tensors: Tensors) -> Tensors:
+        for i in range(3):
+            names = [f"model.layers.{i}.self_attn.{n}_proj.weight" for n in "qkv"]
+            tensors[f"model.layers.{i}.self_attn.qkv.weight"] = torch.cat([tensors.pop(n) for n in names])
+        return tensors
+
+    describe(WeightConverter(r"self_attn\.qkv\.weight", [f"self_attn.{n}_proj.weight" for n in "qkv"], [operation]))
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", {kept})
+    folder = rewritten(saved("llama", shard=ONE_FILE), tmp_path / "fused", fuse)
+    found = every_tensor(lowmem.load(folder, dtype="bfloat16").model)
+    expected = every_tensor(transformers.LlamaForCausalLM.from_pretrained(folder, dtype="bfloat16"))
+    assert {name for name, tensor in expected.items() if not same(found[name], tensor)} == set()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

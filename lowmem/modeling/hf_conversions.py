@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..checkpoint import TensorEntry
 from ..errors import KeysError
 from .conversions import Conversion, Cost, Part, Renaming
-from .following import Followed, NotFollowedError, follow
+from .following import Followed, NotFollowedError, follow, refusals
 from .targets import Target, dtype_name
 
 # Transforms of one key know nothing of the keys before it; any other may, and wants them in transformers' order.
@@ -120,10 +122,12 @@ class HFConversions:
         for key, match in renaming.converted.items():
             groups[renaming.names[key], id(match.converter)].append(key)
         conversions = []
+        missing = set(state)
         known: dict[Any, _Followings] = {}
         for (name, _), keys in groups.items():
             keys.sort(key=dot_natural_key)
-            group = _Group(self._model, name, tuple(keys), tuple(renaming.converted[key] for key in keys), entries)
+            matches = tuple(renaming.converted[key] for key in keys)
+            group = _Group(self._model, name, tuple(keys), matches, entries, missing)
             conversions.append(group.convert(state[name], known))
         return conversions
 
@@ -137,6 +141,7 @@ class _Group:
     keys: tuple[str, ...]
     matches: tuple[_Match, ...]
     entries: Mapping[str, TensorEntry] = field(repr=False)
+    missing: set[str] = field(repr=False)
 
     @property
     def what(self) -> str:
@@ -159,10 +164,8 @@ class _Group:
         if found is None:
             try:
                 found = self._follow(shapes, getattr(torch, target.dtype))
-            except NotFollowedError:
-                return self._to_compute(target)
             except Exception as error:
-                raise self._failed(error) from error
+                return self._to_compute(target, error)
             # The name of one result is that of the group.
             if list(found) == [self.name] and all(_looks_at_shapes_only(op) for op in converter.operations):
                 known[alike] = found
@@ -178,7 +181,10 @@ class _Group:
         return Conversion(self.what, keys, targets, tuple(s for s, _ in found.values()), operation, tuple(parts))
 
     def _follow(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> _Followings:
+        refused = refusals()
         results = _ConverterOperation(self, ()).run([follow(i, shape, dtype) for i, shape in enumerate(shapes)])
+        if refusals() != refused:
+            raise NotFollowedError("code that goes on where it cannot be followed")
         found: _Followings = {}
         for name, result in results.items():
             if not isinstance(result, Followed):
@@ -194,12 +200,14 @@ class _Group:
             found[name] = tuple(result.shape), pieces
         return found
 
-    def _to_compute(self, target: Target) -> Conversion:
-        operation = _ConverterOperation(self, ())
+    def _to_compute(self, target: Target, reason: Exception) -> Conversion:
+        """Find out what the operations give, without values; `reason`: why they could not be followed."""
         try:
-            results = operation.run(operation.sources(target.dtype))
+            results = _ConverterOperation(self, ()).rehearse(target.dtype)
         except Exception as error:
-            raise self._failed(error) from error
+            # Where torch refuses too, what was said first says more.
+            first = error if isinstance(reason, NotFollowedError) else reason
+            raise self._failed(first) from first
         shapes = tuple(tuple(result.shape) for result in results.values())
         return Conversion(self.what, self.keys, tuple(results), shapes, _ConverterOperation(self, tuple(results)))
 
@@ -222,17 +230,38 @@ class _ConverterOperation:
 
     def cost(self, dtype: str) -> Cost:
         """What it gives and takes when its sources are cast to `dtype` before."""
-        sources = self.sources(dtype)
-        with _Counting() as counting:
-            results = self.run(sources)
-            ends = [(tuple(results[name].shape), dtype_name(results[name].dtype)) for name in self.targets]
-            own = sum(result.nbytes for result in results.values())
-        return Cost(tuple(ends), max(0, counting.most - own))
+        counting = _Counting()
+        results = self.rehearse(dtype, counting)
+        ends = [(tuple(results[name].shape), dtype_name(results[name].dtype)) for name in self.targets]
+        return Cost(tuple(ends), max(0, counting.most - sum(result.nbytes for result in results.values())))
 
-    def sources(self, dtype: str) -> list[torch.Tensor]:
-        """Its sources without values."""
+    def rehearse(self, dtype: str, counting: _Counting | None = None) -> dict[str, torch.Tensor]:
+        """Target name → tensor without values, from sources that are cast to `dtype` before.
+
+        Args:
+            dtype: name of the dtype.
+            counting: counts what is made meanwhile.
+        """
+        sources = self._sources(dtype, "meta")
+        with counting or nullcontext():
+            try:
+                return self.run(sources)
+            except Exception as error:
+                refusal = error
+        # Tensors that say that they are on the CPU may be put into others that are made there. Most need them not.
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            sources = self._sources(dtype, "cpu")
+            try:
+                with counting or nullcontext():
+                    return self.run(sources)
+            except Exception as error:
+                raise refusal from error
+
+    def _sources(self, dtype: str, device: str) -> list[torch.Tensor]:
         return [
-            torch.empty(self.group.entries[key].shape, dtype=getattr(torch, dtype), device="meta")
+            torch.empty(self.group.entries[key].shape, dtype=getattr(torch, dtype), device=device)
             for key in self.group.keys
         ]
 
@@ -243,14 +272,26 @@ class _ConverterOperation:
 
     def run(self, sources: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Target name → tensor, by transformers' own `convert`; `sources` is empty afterwards."""
+        from transformers.core_model_loading import SkipParameters
+
         group = self.group
         converter = copy.deepcopy(group.matches[0].converter)
         converter.collected_tensors.clear()
         for key, match in zip(group.keys, group.matches, strict=True):
             converter.add_tensor(group.name, key, match.pattern, sources.pop(0))
-        with torch.no_grad():
-            results = converter.convert(group.name, model=group.model, config=group.model.config)
-        return {name: made[0] if isinstance(made, list) else made for name, made in results.items()}
+        # Operations may look at what is missing yet, and take out what they bring.
+        info = SimpleNamespace(missing_keys=group.missing, conversion_errors={})
+        try:
+            with torch.no_grad():
+                results = converter.convert(group.name, model=group.model, config=group.model.config, loading_info=info)
+        except SkipParameters as skipped:
+            raise skipped.__context__ or skipped from None
+        found = {name: made[0] if isinstance(made, list) else made for name, made in results.items()}
+        for name, made in found.items():
+            if not isinstance(made, torch.Tensor):
+                raise TypeError(f"it gives {name!r} as {type(made).__name__}, which is no tensor")
+        # Sources are cast for the first.
+        return dict(sorted(found.items(), key=lambda row: row[0] != group.name))
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
