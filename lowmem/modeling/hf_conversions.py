@@ -9,9 +9,10 @@ be followed is run on the values, a group of tensors at a time.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -251,7 +252,9 @@ class _ConverterOperation:
         # Tensors that say that they are on the CPU may be put into others that are made there. Most need them not.
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        # Every error is logged there besides.
+        log = logging.getLogger(FakeTensorMode.__module__)
+        with FakeTensorMode(allow_non_fake_inputs=True), _silent(log):
             sources = self._sources(dtype, "cpu")
             try:
                 with counting or nullcontext():
@@ -292,6 +295,15 @@ class _ConverterOperation:
                 raise TypeError(f"it gives {name!r} as {type(made).__name__}, which is no tensor")
         # Sources are cast for the first.
         return dict(sorted(found.items(), key=lambda row: row[0] != group.name))
+
+
+@contextmanager
+def _silent(log: logging.Logger) -> Iterator[None]:
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
