@@ -488,3 +488,28 @@ def test_unknown_converters_of_a_list_are_named_in_the_plan(saved: Saved, descri
     describe(WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Doubled()]))
     plan = lowmem.plan(saved("llama"))
     assert any("Doubled" in warning for warning in plan.warnings)
+
+
+class Times(Doubled):
+    """One that has a setting."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def convert(self, input_dict: Any, target_patterns: list[str], **_: Any) -> Any:
+        ((tensor,),) = input_dict.values()
+        return {target_patterns[0]: tensor * self.factor}
+
+
+def test_an_offload_folder_knows_the_settings_of_operations(
+    saved: Saved, tmp_path: Path, describe: Callable[..., None]
+) -> None:
+    ids = torch.arange(7)[None]
+    for factor, again in ((2.0, False), (3.0, False), (3.0, True)):
+        describe(WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Times(factor)]))
+        devices = {"": "cpu", "model.layers.1": "disk"}
+        result = lowmem.load(saved("llama"), device_map=devices, offload_folder=tmp_path)
+        assert result.plan.offload.reused == again
+        expected = transformers.LlamaForCausalLM.from_pretrained(saved("llama")).eval()
+        with torch.no_grad():
+            assert torch.equal(result.model(ids).logits, expected(ids).logits)

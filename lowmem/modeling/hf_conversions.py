@@ -9,7 +9,11 @@ be followed is run on the values, a group of tensors at a time.
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
 import logging
+import pickle
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -70,6 +74,13 @@ class HFConversions:
     def used(self) -> list[Any]:
         """Those that the last renaming used; `save_pretrained` reverts them."""
         return [transform for transform in self._transforms if transform.was_used()]
+
+    def described(self) -> str:
+        """What the operations are and do: transformers' version, their settings, and the source of foreign ones."""
+        import transformers
+
+        operations = [op for transform in self._transforms for op in getattr(transform, "operations", ())]
+        return "; ".join([f"transformers {transformers.__version__}", *map(_described, operations)])
 
     def rename(self, entries: Mapping[str, TensorEntry], state: Mapping[str, Target]) -> Renaming:
         """Old names, scoped prefixes, converters and the base model's prefix, by transformers' own functions.
@@ -295,6 +306,17 @@ class _ConverterOperation:
                 raise TypeError(f"it gives {name!r} as {type(made).__name__}, which is no tensor")
         # Sources are cast for the first.
         return dict(sorted(found.items(), key=lambda row: row[0] != group.name))
+
+
+def _described(operation: Any) -> str:
+    """An operation's class, settings and source; another text each time where that cannot be told."""
+    cls = type(operation)
+    try:
+        settings = hashlib.sha256(pickle.dumps(vars(operation))).hexdigest()
+        source = "" if cls.__module__.startswith("transformers.") else inspect.getsource(cls)
+    except Exception:
+        return f"{cls.__module__}.{cls.__qualname__} {uuid.uuid4().hex}"
+    return f"{cls.__module__}.{cls.__qualname__} {settings} {source}"
 
 
 @contextmanager
