@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from tiny_models import assert_same_model, every_tensor, same
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -319,6 +322,25 @@ def test_whatever_an_operation_does_is_done(
 ) -> None:
     describe(operating(function))
     assert_loads_as_transformers(saved("llama"))
+
+
+def test_planning_an_operation_allocates_nothing_and_keeps_nothing(saved: Saved, describe: Callable[..., None]) -> None:
+    made = []
+
+    def fills(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+        place = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        made.append((weakref.ref(place), place.is_meta or isinstance(place, FakeTensor)))
+        place[:] = tensor
+        return place
+
+    describe(operating(fills))
+    gc.disable()
+    try:
+        lowmem.plan(saved("llama"))
+        assert made
+        assert all(holds_nothing and known() is None for known, holds_nothing in made)
+    finally:
+        gc.enable()
 
 
 WRONG: dict[str, tuple[Callable[..., Any], str]] = {

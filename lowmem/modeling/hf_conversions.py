@@ -13,10 +13,11 @@ import hashlib
 import inspect
 import logging
 import pickle
+import traceback
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -194,7 +195,9 @@ class _Group:
 
     def _follow(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> _Followings:
         refused = refusals()
-        results = _ConverterOperation(self, ()).run([follow(i, shape, dtype) for i, shape in enumerate(shapes)])
+        # What it makes itself has no memory.
+        with torch.device("meta"):
+            results = _ConverterOperation(self, ()).run([follow(i, shape, dtype) for i, shape in enumerate(shapes)])
         if refusals() != refused:
             raise NotFollowedError("code that goes on where it cannot be followed")
         found: _Followings = {}
@@ -215,7 +218,7 @@ class _Group:
     def _to_compute(self, target: Target, reason: Exception) -> Conversion:
         """Find out what the operations give, without values; `reason`: why they could not be followed."""
         try:
-            results = _ConverterOperation(self, ()).rehearse(target.dtype)
+            results = _ConverterOperation(self, ()).rehearse(target.dtype, _Counting())
         except Exception as error:
             # Where torch refuses too, what was said first says more.
             first = error if isinstance(reason, NotFollowedError) else reason
@@ -247,31 +250,31 @@ class _ConverterOperation:
         ends = [(tuple(results[name].shape), dtype_name(results[name].dtype)) for name in self.targets]
         return Cost(tuple(ends), max(0, counting.most - sum(result.nbytes for result in results.values())))
 
-    def rehearse(self, dtype: str, counting: _Counting | None = None) -> dict[str, torch.Tensor]:
+    def rehearse(self, dtype: str, counting: _Counting) -> dict[str, torch.Tensor]:
         """Target name → tensor without values, from sources that are cast to `dtype` before.
 
         Args:
             dtype: name of the dtype.
             counting: counts what is made meanwhile.
         """
-        sources = self._sources(dtype, "meta")
-        with counting or nullcontext():
-            try:
-                return self.run(sources)
-            except Exception as error:
-                refusal = error
-        # Tensors that say that they are on the CPU may be put into others that are made there. Most need them not.
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        # Every error is logged there besides.
-        log = logging.getLogger(FakeTensorMode.__module__)
-        with FakeTensorMode(allow_non_fake_inputs=True), _silent(log):
-            sources = self._sources(dtype, "cpu")
-            try:
-                with counting or nullcontext():
-                    return self.run(sources)
-            except Exception as error:
-                raise refusal from error
+        refusal: Exception | None = None
+        try:
+            # What it makes itself has no memory either; but the numbers by which it indexes may have to be there.
+            for device, surrounding in (("meta", _on_meta), ("cpu", _in_disguise), ("meta", nullcontext)):
+                with surrounding():
+                    sources = self._sources(dtype, device)
+                    counting.reset()
+                    try:
+                        with counting:
+                            return self.run(sources)
+                    except Exception as error:
+                        traceback.clear_frames(error.__traceback__)
+                        refusal = refusal or error
+            assert refusal is not None
+            raise refusal
+        finally:
+            # It knows this frame, which would be kept until the collector runs.
+            del refusal
 
     def _sources(self, dtype: str, device: str) -> list[torch.Tensor]:
         return [
@@ -319,11 +322,22 @@ def _described(operation: Any) -> str:
     return f"{cls.__module__}.{cls.__qualname__} {settings} {source}"
 
 
+def _on_meta() -> AbstractContextManager[Any]:
+    return torch.device("meta")
+
+
 @contextmanager
-def _silent(log: logging.Logger) -> Iterator[None]:
+def _in_disguise() -> Iterator[None]:
+    """Tensors without values say that they are on the CPU: code may bring them there."""
+    # Most operations need it not.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # Every error is logged there besides.
+    log = logging.getLogger(FakeTensorMode.__module__)
     before, log.disabled = log.disabled, True
     try:
-        yield
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
     finally:
         log.disabled = before
 
@@ -333,6 +347,10 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was counted."""
         self.most = 0
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 
