@@ -217,6 +217,7 @@ class _Group:
 
     def _to_compute(self, target: Target, reason: Exception) -> Conversion:
         """Find out what the operations give, without values; `reason`: why they could not be followed."""
+        traceback.clear_frames(reason.__traceback__)
         try:
             results = _ConverterOperation(self, ()).rehearse(target.dtype, _Counting())
         except Exception as error:
