@@ -56,6 +56,7 @@ def describe(monkeypatch: pytest.MonkeyPatch, saved: Saved) -> Callable[..., Non
     """Give LlamaForCausalLM a description of its own, which both loaders read; saving would revert it."""
     for shard in ("20KB", ONE_FILE):
         saved("llama", shard=shard)
+    saved("llama-tied", shard=ONE_FILE)
     conversion_mapping.get_checkpoint_conversion_mapping("llama")
     known = dict(conversion_mapping._checkpoint_conversion_mapping_cache)
     monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", known)
@@ -536,3 +537,31 @@ def test_an_offload_folder_knows_the_settings_of_operations(
         expected = transformers.LlamaForCausalLM.from_pretrained(saved("llama")).eval()
         with torch.no_grad():
             assert torch.equal(result.model(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize("operation", ["followed", "computed"])
+@pytest.mark.parametrize("kind", ["converted and plain", "two halves"])
+def test_ties_are_settled_by_what_conversions_make(
+    kind: str, operation: str, saved: Saved, tmp_path: Path, describe: Callable[..., None]
+) -> None:
+    """What was the same in the checkpoint is not the same any more, or the other way round."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    computes = operation == "computed"
+
+    def change(tensors: Tensors) -> Tensors:
+        values = tensors.pop(embedding)
+        if kind == "two halves":
+            return {**tensors, "both.weight": torch.cat([values, values + 1])}
+        return {**tensors, embedding: values, head: values.clone()}
+
+    operations: list[Any]
+    if kind == "two halves":
+        operations = [Scaled(dim=0)] if computes else [Chunk(dim=0)]
+        describe(WeightConverter(r"both\.weight", [embedding, head], operations))
+    else:
+        operations = [Doubled()] if computes else [Interleave(dim=0)]
+        describe(WeightConverter(r"model\.embed_tokens\.weight", embedding, operations))
+    folder = rewritten(saved("llama-tied", shard=ONE_FILE), tmp_path / "twice", change)
+    result = assert_loads_as_transformers(folder)
+    assert result.model.lm_head.weight is not result.model.model.embed_tokens.weight
+    assert bool(result.plan.mapping.computed) == computes

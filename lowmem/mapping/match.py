@@ -66,6 +66,7 @@ def match(
         unreadable={name: named.unreadable[name] for name in missing if name in named.unreadable},
         computed=tuple(found.computed),
         leads=found.leads,
+        converted=found.converted,
     )
     if not mapping.missing and not mapping.mismatched:
         return mapping
@@ -153,7 +154,7 @@ def _others(
 
 @dataclass
 class _Linked:
-    """Links, what is computed, mismatched and unexpected keys, the key of each target, and whose dtype it gets."""
+    """What `KeyMapping` has, before ties."""
 
     links: list[Link] = field(default_factory=list)
     computed: list[Computation] = field(default_factory=list)
@@ -161,6 +162,7 @@ class _Linked:
     unexpected: list[str] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
     leads: dict[str, str] = field(default_factory=dict)
+    converted: frozenset[str] = frozenset()
 
 
 def _link(named: _Named, state: Mapping[str, Target], skeleton: Skeleton) -> _Linked:
@@ -214,7 +216,7 @@ def _add_converted(
     found.sources.update(more.sources)
     found.mismatched += more.mismatched
     found.computed += more.computed
-    found.leads = more.leads
+    found.leads, found.converted = more.leads, frozenset(more.sources)
     # In the checkpoint's file order again.
     order = {entry.key: i for i, entry in enumerate(named.given.entries.values())}
     found.links = sorted([*found.links, *more.links], key=lambda link: (order[link.entry.key], link.entry.offset))
