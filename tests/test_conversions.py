@@ -352,7 +352,7 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "view": (lambda t, **_: t.t().view(t.shape), "view size is not compatible"),
     "nothing": (lambda t, **_: None, "NoneType"),
     "tuple": (lambda t, **_: (t,), "tuple"),
-    "value": (lambda t, **_: t * t.sum().item(), "item"),
+    "value": (lambda t, **_: t * t.sum().item(), "item.*cannot be planned"),
 }
 
 

@@ -48,6 +48,8 @@ class _Match:
 # These look at nothing of the model but the shape of the first target, and at the whole config.
 _SHAPES_ONLY = ("MergeModulelist", "Concatenate", "Transpose", "Interleave", "Conv3dToLinear", "PermuteForRope")
 
+_VALUES = "; if it asks for the values of tensors, it cannot be planned: load with from_pretrained and save that once"
+
 # target → shape, and for each piece: source, first element there, strides there, the same of the target, shape.
 _Shape = tuple[int, ...]
 _Followings = dict[str, tuple[_Shape, list[tuple[int, int, _Shape, int, _Shape, _Shape]]]]
@@ -223,17 +225,17 @@ class _Group:
         except Exception as error:
             # Where torch refuses too, what was said first says more.
             first = error if isinstance(reason, NotFollowedError) else reason
-            raise self._failed(first) from first
+            raise self._failed(first, maybe_values=first is error) from first
         shapes = tuple(tuple(result.shape) for result in results.values())
         return Conversion(self.what, self.keys, tuple(results), shapes, _ConverterOperation(self, tuple(results)))
 
-    def _failed(self, error: Exception) -> KeysError:
+    def _failed(self, error: Exception, maybe_values: bool) -> KeysError:
         first = self.entries[self.keys[0]]
         more = f" and {len(self.keys) - 1} more" if len(self.keys) > 1 else ""
         return KeysError(
             f"{first.file}: tensor {first.key!r}{more} cannot become {self.name!r} of "
             f"{type(self.model).__name__}: transformers' conversion ({self.what}) failed: {error}; bring the shards "
-            "that are missing, or the checkpoint that belongs to the config"
+            f"that are missing, or the checkpoint that belongs to the config{_VALUES if maybe_values else ''}"
         )
 
 
