@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import math
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
@@ -22,18 +27,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
+    Concatenate,
+    Conv3dToLinear,
     ConversionOps,
+    ErnieFuseAndSplitTextVisionExperts,
     GroupWeightRename,
     Interleave,
+    MergeModulelist,
     PermuteForRope,
     Split,
+    SplitModulelist,
     Transpose,
     WeightConverter,
 )
 
 import lowmem
+from lowmem.checkpoint import TensorEntry
 from lowmem.errors import KeysError
 from lowmem.loader import LoadResult
+from lowmem.modeling import hf_conversions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -565,3 +577,73 @@ def test_ties_are_settled_by_what_conversions_make(
     result = assert_loads_as_transformers(folder)
     assert result.model.lm_head.weight is not result.model.model.embed_tokens.weight
     assert bool(result.plan.mapping.computed) == computes
+
+
+class Shapes:
+    """What operations may ask of a model."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.config = SimpleNamespace(
+            num_attention_heads=2,
+            count=3,
+            sub=SimpleNamespace(num_attention_heads=1),
+            get_text_config=lambda: self.config,
+        )
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self.shapes[name], device="meta")
+
+
+def drawn_operation(draw: st.DrawFn) -> ConversionOps:
+    dim, other, yes = draw(st.integers(-2, 2)), draw(st.integers(-2, 2)), draw(st.booleans())
+    count = draw(st.sampled_from([None, "count"]))
+    made: list[Callable[[], ConversionOps]] = [
+        lambda: Chunk(dim, count), lambda: Split(dim), lambda: Concatenate(dim, count), lambda: MergeModulelist(dim),
+        lambda: Interleave(abs(dim), yes), lambda: SplitModulelist(dim), lambda: Transpose(dim, other, yes),
+        lambda: Conv3dToLinear(2, (2, 1, 2)), lambda: PermuteForRope(draw(st.sampled_from([None, "sub"])), None, yes),
+        lambda: ErnieFuseAndSplitTextVisionExperts(dim % 2, other % 2),
+    ]  # fmt: skip
+    operation = draw(st.sampled_from(made))()
+    return operation.reverse_op if draw(st.integers(0, 3)) == 0 else operation
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_chain_of_operations_gives_what_it_gives_on_values(data: st.DataObject) -> None:
+    draw = data.draw
+    listed, several, split = draw(st.booleans()), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    sources = [f"{c}.*.w" if listed else f"{c}.w" for c in "ab"[:several]]
+    targets = [f"{c}.v" for c in "xyz"[:split]]
+    operations = [drawn_operation(draw) for _ in range(draw(st.integers(1, 3)))]
+    assume(several == 1 or split == 1 or any(op.supports_many_to_many for op in operations))
+    converter = WeightConverter(list(sources), list(targets), operations)
+    shape = tuple(draw(st.lists(st.sampled_from([1, 2, 4, 6]), min_size=1, max_size=3)))
+    model = Shapes({f"m.{t}": (max(1, shape[0] // split), *shape[1:]) for t in targets})
+    rows = [(f"m.{s.replace('*', str(i))}", s) for s in sources for i in range(3 if listed else 1)]
+    values = {key: torch.arange(math.prod(shape)).view(shape) + 1000.0 * i for i, (key, _) in enumerate(rows)}
+    name = f"m.{targets[0]}"
+    run = copy.deepcopy(converter)
+    for key, pattern in rows:
+        run.add_tensor(name, key, pattern, values[key].clone())
+    entries = {key: TensorEntry(key, "float32", shape, Path("f"), 0, v.nbytes) for key, v in values.items()}
+    matches = tuple(hf_conversions._Match(converter, pattern) for _, pattern in rows)
+    group = hf_conversions._Group(model, name, tuple(values), matches, entries, set())
+    target: Any = SimpleNamespace(shape=model.shapes[name], dtype="float32")
+    try:
+        made = run.convert(name, model=model, config=model.config)
+    except Exception:
+        with pytest.raises(KeysError):
+            group.convert(target, {})
+        return
+    expected = {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
+    found = group.convert(target, {})
+    assert set(found.targets) == set(expected)
+    if found.parts is None:
+        results = dict(zip(found.targets, found.operation(list(values.values())), strict=True))
+    else:
+        results = {n: torch.full(s, -1.0) for n, s in zip(found.targets, found.shapes, strict=True)}
+        for part in found.parts:
+            source = values[part.key].as_strided(part.shape, part.strides, part.offset)
+            results[part.target].as_strided(part.shape, part.into_strides, part.into).copy_(source)
+    assert all(torch.equal(results[n], tensor) for n, tensor in expected.items())
