@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import torch
 from torch import nn
 
 from ._collector import paused_collector
-from .checkpoint import Checkpoint, Survey, Wish, make_wish, survey
+from .checkpoint import Checkpoint, Survey, TensorEntry, Wish, make_wish, survey
 from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
-from .mapping import KeyDiff, KeyMapping, cover_of, diff_of, match, refuse
+from .mapping import KeyDiff, KeyMapping, Link, cover_of, diff_of, match, refuse
 from .memory import anonymous_memory, measure
 from .modeling.request import ModelRequest, ModelSource, make_model_request
 from .modeling.rules import Rules
@@ -317,14 +318,14 @@ def _prepare(
     with paused_collector():
         skeleton, checkpoint, mapping = _fit(found, wish, origin, request, clock)
         if settle_ties and mapping.doubled:
-            untied = _differing(checkpoint, skeleton, mapping, request.keep_cache)
+            untied = _differing(checkpoint, skeleton, mapping, request)
             mapping = match(checkpoint, skeleton, untied, request.keys)
         refuse(mapping, checkpoint.source, request.strict, request.keys)
         plan = make_plan(checkpoint, skeleton, mapping, request)
         return skeleton, replace(plan, warnings=(*skeleton.warnings, *plan.warnings)) if skeleton.warnings else plan
 
 
-def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, keep_cache: bool) -> set[str]:
+def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, request: LoadRequest) -> set[str]:
     """Names that are tied in the model but have values of their own in the checkpoint.
 
     Raises:
@@ -333,9 +334,16 @@ def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, 
     keys = mapping.sources
     shards = {shard.file: shard for shard in checkpoint.shards}
     differing: set[str] = set()
+    parts: dict[str, list[Link]] = defaultdict(list)
+    if not mapping.converted.isdisjoint((*mapping.doubled, *mapping.doubled.values())):
+        for link in match(checkpoint, skeleton, set(mapping.doubled), request.keys).links:
+            parts[link.target].append(link)
     for name, leader in mapping.doubled.items():
         a, b = checkpoint[keys[name]], checkpoint[keys[leader]]
-        if not same_bytes(a, b, shards, keep_cache=keep_cache):
+        pairs = [(a, b)]
+        if not mapping.converted.isdisjoint((name, leader)):
+            pairs = _paired(parts[name], parts[leader])
+        if not pairs or not all(same_bytes(*pair, shards, keep_cache=request.keep_cache) for pair in pairs):
             if type(skeleton.rules) is Rules:
                 raise KeysError(
                     f"{a.file}: {a.key!r} and {b.key!r} differ, and the model ties them to one tensor; "
@@ -343,6 +351,12 @@ def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, 
                 )
             differing.add(name)
     return differing
+
+
+def _paired(some: Sequence[Link], others: Sequence[Link]) -> list[tuple[TensorEntry, TensorEntry]]:
+    """What feeds the same regions of two targets; nothing where they are made in other ways, or computed."""
+    regions = [[link.region for link in links] for links in (some, others)]
+    return [(a.entry, b.entry) for a, b in zip(some, others, strict=True)] if regions[0] == regions[1] else []
 
 
 def check_present(plan: LoadPlan, option: str = "device_map") -> None:

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import math
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
 import transformers
-from tiny_models import assert_same_model
+from tiny_models import assert_same_model, every_tensor, same
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
+    Concatenate,
+    Conv3dToLinear,
     ConversionOps,
+    ErnieFuseAndSplitTextVisionExperts,
     GroupWeightRename,
     Interleave,
+    MergeModulelist,
     PermuteForRope,
     Split,
+    SplitModulelist,
     Transpose,
     WeightConverter,
 )
 
 import lowmem
+from lowmem.checkpoint import TensorEntry
 from lowmem.errors import KeysError
 from lowmem.loader import LoadResult
+from lowmem.modeling import hf_conversions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +68,7 @@ def describe(monkeypatch: pytest.MonkeyPatch, saved: Saved) -> Callable[..., Non
     """Give LlamaForCausalLM a description of its own, which both loaders read; saving would revert it."""
     for shard in ("20KB", ONE_FILE):
         saved("llama", shard=shard)
+    saved("llama-tied", shard=ONE_FILE)
     conversion_mapping.get_checkpoint_conversion_mapping("llama")
     known = dict(conversion_mapping._checkpoint_conversion_mapping_cache)
     monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", known)
@@ -266,6 +282,132 @@ class Broken(Doubled):
         raise RuntimeError("out of sorts")
 
 
+def catches(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+    try:
+        return tensor * 2
+    except Exception:
+        return tensor
+
+
+def put_into_another(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+    made = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    made[:3], made[3:] = tensor[-3:], tensor[:-3]
+    return made
+
+
+def given_a_place(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.cat([tensor[3:], tensor[:3]], out=torch.empty(tensor.shape, dtype=tensor.dtype))
+
+
+def asks_how_it_lies(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+    turned = tensor.t()
+    return tensor if turned.is_contiguous() or turned.stride(0) != 1 else tensor.roll(1, 0)
+
+
+def brings_what_is_missing(tensor: torch.Tensor, missing_keys: set[str], **_: Any) -> torch.Tensor:
+    missing_keys.discard("what.nobody.has")
+    return tensor
+
+
+def moved_to_the_cpu(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+    return tensor.to(device="cpu", dtype=torch.float64).to(tensor.dtype)
+
+
+ODD = [
+    catches, put_into_another, given_a_place, asks_how_it_lies, brings_what_is_missing, moved_to_the_cpu,
+]  # fmt: skip
+
+
+def operating(function: Callable[..., Any]) -> WeightConverter:
+    """The up projection through a function."""
+
+    class Odd(Doubled):
+        def convert(self, input_dict: Any, target_patterns: list[str], **more: Any) -> Any:
+            ((tensor,),) = input_dict.values()
+            return {target_patterns[0]: function(tensor, **more)}
+
+    return WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Odd()])
+
+
+@pytest.mark.parametrize("function", ODD)
+def test_whatever_an_operation_does_is_done(
+    function: Callable[..., Any], saved: Saved, describe: Callable[..., None]
+) -> None:
+    describe(operating(function))
+    assert_loads_as_transformers(saved("llama"))
+
+
+def test_planning_an_operation_allocates_nothing_and_keeps_nothing(saved: Saved, describe: Callable[..., None]) -> None:
+    made = []
+
+    def fills(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+        place = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        made.append((weakref.ref(place), place.is_meta or isinstance(place, FakeTensor)))
+        place[:] = tensor
+        return place
+
+    describe(operating(fills))
+    gc.disable()
+    try:
+        lowmem.plan(saved("llama"))
+        assert made
+        assert [empty for _, empty in made] == [True] * len(made)
+        assert [known() for known, _ in made] == [None] * len(made)
+    finally:
+        gc.enable()
+
+
+WRONG: dict[str, tuple[Callable[..., Any], str]] = {
+    "cat": (lambda t, **_: torch.cat([t[:3], t[3:]], dim=2), "Dimension out of range"),
+    "select": (lambda t, **_: torch.stack([torch.select(t, 0, i + 1) for i in range(len(t))]), "index 48 out of range"),
+    "permute": (lambda t, **_: t.permute(2, 3), "Dimension out of range"),
+    "view": (lambda t, **_: t.t().view(t.shape), "view size is not compatible"),
+    "nothing": (lambda t, **_: None, "NoneType"),
+    "tuple": (lambda t, **_: (t,), "tuple"),
+    "value": (lambda t, **_: t * t.sum().item(), "item.*cannot be planned"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_an_operation_cannot_do_is_refused(kind: str, saved: Saved, describe: Callable[..., None]) -> None:
+    """Where torch would not do it either, or cannot without values."""
+    function, text = WRONG[kind]
+    describe(operating(function))
+    with pytest.raises(KeysError, match=rf"up_proj\.weight.*Odd.*{text}"):
+        lowmem.load(saved("llama"))
+
+
+class Scaled(Split):
+    """A split that computes, and gives the last first."""
+
+    def convert(self, *args: Any, **more: Any) -> Any:
+        return {name: tensor * 3 + 1 for name, tensor in reversed(super().convert(*args, **more).items())}
+
+
+@pytest.mark.parametrize("kept", ["q_proj", "k_proj"])
+@pytest.mark.parametrize("operation", [Split(dim=0), Scaled(dim=0)])
+def test_parts_of_one_tensor_get_the_dtype_of_the_first(
+    operation: Any,
+    kept: str,
+    saved: Saved,
+    tmp_path: Path,
+    describe: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fuse(tensors: Tensors) -> Tensors:
+        for i in range(3):
+            names = [f"model.layers.{i}.self_attn.{n}_proj.weight" for n in "qkv"]
+            tensors[f"model.layers.{i}.self_attn.qkv.weight"] = torch.cat([tensors.pop(n) for n in names])
+        return tensors
+
+    describe(WeightConverter(r"self_attn\.qkv\.weight", [f"self_attn.{n}_proj.weight" for n in "qkv"], [operation]))
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", {kept})
+    folder = rewritten(saved("llama", shard=ONE_FILE), tmp_path / "fused", fuse)
+    found = every_tensor(lowmem.load(folder, dtype="bfloat16").model)
+    expected = every_tensor(transformers.LlamaForCausalLM.from_pretrained(folder, dtype="bfloat16"))
+    assert {name for name, tensor in expected.items() if not same(found[name], tensor)} == set()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_operation_of_a_release_to_come_is_computed(dtype: str, saved: Saved, describe: Callable[..., None]) -> None:
     describe(WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Doubled()]))
@@ -382,3 +524,126 @@ def test_unknown_converters_of_a_list_are_named_in_the_plan(saved: Saved, descri
     describe(WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Doubled()]))
     plan = lowmem.plan(saved("llama"))
     assert any("Doubled" in warning for warning in plan.warnings)
+
+
+class Times(Doubled):
+    """One that has a setting."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def convert(self, input_dict: Any, target_patterns: list[str], **_: Any) -> Any:
+        ((tensor,),) = input_dict.values()
+        return {target_patterns[0]: tensor * self.factor}
+
+
+def test_an_offload_folder_knows_the_settings_of_operations(
+    saved: Saved, tmp_path: Path, describe: Callable[..., None]
+) -> None:
+    ids = torch.arange(7)[None]
+    for factor, again in ((2.0, False), (3.0, False), (3.0, True)):
+        describe(WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Times(factor)]))
+        devices = {"": "cpu", "model.layers.1": "disk"}
+        result = lowmem.load(saved("llama"), device_map=devices, offload_folder=tmp_path)
+        assert result.plan.offload.reused == again
+        expected = transformers.LlamaForCausalLM.from_pretrained(saved("llama")).eval()
+        with torch.no_grad():
+            assert torch.equal(result.model(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize("operation", ["followed", "computed"])
+@pytest.mark.parametrize("kind", ["converted and plain", "two halves"])
+def test_ties_are_settled_by_what_conversions_make(
+    kind: str, operation: str, saved: Saved, tmp_path: Path, describe: Callable[..., None]
+) -> None:
+    """What was the same in the checkpoint is not the same any more, or the other way round."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    computes = operation == "computed"
+
+    def change(tensors: Tensors) -> Tensors:
+        values = tensors.pop(embedding)
+        if kind == "two halves":
+            return {**tensors, "both.weight": torch.cat([values, values + 1])}
+        return {**tensors, embedding: values, head: values.clone()}
+
+    operations: list[Any]
+    if kind == "two halves":
+        operations = [Scaled(dim=0)] if computes else [Chunk(dim=0)]
+        describe(WeightConverter(r"both\.weight", [embedding, head], operations))
+    else:
+        operations = [Doubled()] if computes else [Interleave(dim=0)]
+        describe(WeightConverter(r"model\.embed_tokens\.weight", embedding, operations))
+    folder = rewritten(saved("llama-tied", shard=ONE_FILE), tmp_path / "twice", change)
+    result = assert_loads_as_transformers(folder)
+    assert result.model.lm_head.weight is not result.model.model.embed_tokens.weight
+    assert bool(result.plan.mapping.computed) == computes
+
+
+class Shapes:
+    """What operations may ask of a model."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.config = SimpleNamespace(
+            num_attention_heads=2,
+            count=3,
+            sub=SimpleNamespace(num_attention_heads=1),
+            get_text_config=lambda: self.config,
+        )
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self.shapes[name], device="meta")
+
+
+def drawn_operation(draw: st.DrawFn) -> ConversionOps:
+    dim, other, yes = draw(st.integers(-2, 2)), draw(st.integers(-2, 2)), draw(st.booleans())
+    count = draw(st.sampled_from([None, "count"]))
+    made: list[Callable[[], ConversionOps]] = [
+        lambda: Chunk(dim, count), lambda: Split(dim), lambda: Concatenate(dim, count), lambda: MergeModulelist(dim),
+        lambda: Interleave(abs(dim), yes), lambda: SplitModulelist(dim), lambda: Transpose(dim, other, yes),
+        lambda: Conv3dToLinear(2, (2, 1, 2)), lambda: PermuteForRope(draw(st.sampled_from([None, "sub"])), None, yes),
+        lambda: ErnieFuseAndSplitTextVisionExperts(dim % 2, other % 2),
+    ]  # fmt: skip
+    operation = draw(st.sampled_from(made))()
+    return operation.reverse_op if draw(st.integers(0, 3)) == 0 else operation
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_chain_of_operations_gives_what_it_gives_on_values(data: st.DataObject) -> None:
+    draw = data.draw
+    listed, several, split = draw(st.booleans()), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    sources = [f"{c}.*.w" if listed else f"{c}.w" for c in "ab"[:several]]
+    targets = [f"{c}.v" for c in "xyz"[:split]]
+    operations = [drawn_operation(draw) for _ in range(draw(st.integers(1, 3)))]
+    assume(several == 1 or split == 1 or any(op.supports_many_to_many for op in operations))
+    converter = WeightConverter(list(sources), list(targets), operations)
+    shape = tuple(draw(st.lists(st.sampled_from([1, 2, 4, 6]), min_size=1, max_size=3)))
+    model = Shapes({f"m.{t}": (max(1, shape[0] // split), *shape[1:]) for t in targets})
+    rows = [(f"m.{s.replace('*', str(i))}", s) for s in sources for i in range(3 if listed else 1)]
+    values = {key: torch.arange(math.prod(shape)).view(shape) + 1000.0 * i for i, (key, _) in enumerate(rows)}
+    name = f"m.{targets[0]}"
+    run = copy.deepcopy(converter)
+    for key, pattern in rows:
+        run.add_tensor(name, key, pattern, values[key].clone())
+    entries = {key: TensorEntry(key, "float32", shape, Path("f"), 0, v.nbytes) for key, v in values.items()}
+    matches = tuple(hf_conversions._Match(converter, pattern) for _, pattern in rows)
+    group = hf_conversions._Group(model, name, tuple(values), matches, entries, set())
+    target: Any = SimpleNamespace(shape=model.shapes[name], dtype="float32")
+    try:
+        made = run.convert(name, model=model, config=model.config)
+    except Exception:
+        with pytest.raises(KeysError):
+            group.convert(target, {})
+        return
+    expected = {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
+    found = group.convert(target, {})
+    assert set(found.targets) == set(expected)
+    if found.parts is None:
+        results = dict(zip(found.targets, found.operation(list(values.values())), strict=True))
+    else:
+        results = {n: torch.full(s, -1.0) for n, s in zip(found.targets, found.shapes, strict=True)}
+        for part in found.parts:
+            source = values[part.key].as_strided(part.shape, part.strides, part.offset)
+            results[part.target].as_strided(part.shape, part.into_strides, part.into).copy_(source)
+    assert all(torch.equal(results[n], tensor) for n, tensor in expected.items())

@@ -26,12 +26,14 @@ class Converted:
         computed: what must be computed.
         mismatched: targets that would get another shape, under the first key that feeds them.
         sources: target → the first key that feeds it or would.
+        leads: target → the one whose dtype it gets, where several are made together.
     """
 
     links: list[Link] = field(default_factory=list)
     computed: list[Computation] = field(default_factory=list)
     mismatched: list[Mismatch] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
+    leads: dict[str, str] = field(default_factory=dict)
 
 
 def link_converted(
@@ -51,6 +53,8 @@ def link_converted(
     for conversion in conversions:
         first = entries[conversion.keys[0]]
         fitting: set[str] = set()
+        if len(conversion.targets) > 1:
+            found.leads.update(dict.fromkeys(conversion.targets, conversion.targets[0]))
         for name, shape in zip(conversion.targets, conversion.shapes, strict=True):
             target = state.get(name)
             if target is None:

@@ -69,6 +69,8 @@ def match(
         steps=(*named.given.idle, *named.evidence.sentences),
         unreadable={name: named.unreadable[name] for name in missing if name in named.unreadable},
         computed=tuple(found.computed),
+        leads=found.leads,
+        converted=found.converted,
     )
     if not mapping.missing and not mapping.mismatched:
         return mapping
@@ -156,13 +158,15 @@ def _others(
 
 @dataclass
 class _Linked:
-    """Links, what is computed, mismatched and unexpected keys, and the key of each target."""
+    """What `KeyMapping` has, before ties."""
 
     links: list[Link] = field(default_factory=list)
     computed: list[Computation] = field(default_factory=list)
     mismatched: list[Mismatch] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
+    leads: dict[str, str] = field(default_factory=dict)
+    converted: frozenset[str] = frozenset()
 
 
 def _link(named: _Named, state: Mapping[str, Target], skeleton: Skeleton) -> _Linked:
@@ -216,6 +220,7 @@ def _add_converted(
     found.sources.update(more.sources)
     found.mismatched += more.mismatched
     found.computed += more.computed
+    found.leads, found.converted = more.leads, frozenset(more.sources)
     # In the checkpoint's file order again.
     order = {entry.key: i for i, entry in enumerate(named.given.entries.values())}
     found.links = sorted([*found.links, *more.links], key=lambda link: (order[link.entry.key], link.entry.offset))

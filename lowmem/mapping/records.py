@@ -192,6 +192,8 @@ class KeyMapping:
         steps: what was done to keys by evidence, a sentence each.
         unreadable: missing target → why the tensor of its key cannot be read.
         diff: the difference with what would mend it, where something is missing or mismatched.
+        leads: target → the one whose dtype the model's kind gives it, where one tensor becomes several.
+        converted: targets that are not the tensor of their key as it is.
     """
 
     links: tuple[Link, ...]
@@ -207,6 +209,8 @@ class KeyMapping:
     unreadable: Mapping[str, str] = field(default_factory=dict)
     diff: KeyDiff | None = None
     computed: tuple[Computation, ...] = ()
+    leads: Mapping[str, str] = field(default_factory=dict)
+    converted: frozenset[str] = frozenset()
 
     @functools.cached_property
     def fed(self) -> frozenset[str]:

@@ -85,7 +85,7 @@ class Conversion:
     Attributes:
         what: names of the operations, for messages.
         keys: the checkpoint's tensors, in order.
-        targets: the model's tensors that they become.
+        targets: the model's tensors that they become; all get the dtype that the first would have.
         shapes: of the tensors that they become, in the order of `targets`.
         operation: computes the tensors of `targets` from those of `keys`.
         parts: which part of the one goes where in the other, all of `targets`; None when that could not be found out,

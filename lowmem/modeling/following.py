@@ -9,6 +9,7 @@ is not the operation that is known but the dozen of torch's functions that it is
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,10 +148,34 @@ def _within(
     return parts
 
 
+class _Refusals(threading.local):
+    """How often a thread could not follow: code that catches every error would hide one."""
+
+    count = 0
+
+
+_REFUSALS = _Refusals()
+
+
+def refusals() -> int:
+    """How often this thread could not follow yet; what was made while it rose is not what values would make."""
+    return _REFUSALS.count
+
+
+def _refuse(what: str) -> NotFollowedError:
+    _REFUSALS.count += 1
+    return NotFollowedError(what)
+
+
 class Followed(torch.Tensor):
-    """A tensor that has no values and knows where they come from. It lies dense, whatever was done to it."""
+    """A tensor that has no values and knows where they come from.
+
+    Its pieces count as if it lay dense. Where it would lie else, it says so as torch does, by a tensor `like` it on the
+    meta device, to which everything is done too: so shapes, strides and errors are torch's own.
+    """
 
     pieces: tuple[Piece, ...]
+    like: torch.Tensor
 
     # What is made of it must be dispatched, not merely bear its class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -158,20 +183,55 @@ class Followed(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Followed({tuple(self.shape)}, {self.pieces})"
 
+    def _has_no_values(self, *_: Any, **__: Any) -> Any:
+        raise _refuse("the values of a tensor")
+
+    # What torch refuses for every tensor of a class of its own, and not for the checkpoint's.
+    numpy = tolist = data_ptr = untyped_storage = __array__ = __dlpack__ = _has_no_values
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
         step = _STEPS.get(name)
-        if step is None:
-            raise NotFollowedError(f"torch's {name}")
-        return step(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if step is None or kwargs.get("out") is not None or kwargs.get("device") not in (None, torch.device("cpu")):
+            raise _refuse(f"torch's {name}")
+        here = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory", "non_blocking")}
+        try:
+            made = step(*args, **here)
+        except (NotFollowedError, TypeError):
+            raise _refuse(f"torch's {name}") from None
+        like = func(*map(_like, args), **here)
+        if isinstance(made, Followed):
+            return _settled(made, like)
+        return [_settled(one, other) for one, other in zip(made, like, strict=True)]
 
 
-def _made(shape: Sequence[int], dtype: torch.dtype, pieces: tuple[Piece, ...]) -> Followed:
+def _like(value: Any) -> Any:
+    if isinstance(value, Followed):
+        return value.like
+    if isinstance(value, torch.Tensor):
+        raise _refuse("a tensor that is no source")
+    return list(map(_like, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _settled(made: Followed, like: torch.Tensor) -> Followed:
+    """What a step made, lying as torch would have it."""
+    if made.shape != like.shape or made.dtype != like.dtype:
+        raise _refuse("a result of another shape")
+    if made.stride() != like.stride():
+        made = _made(made.shape, made.dtype, made.pieces, like.stride())
+    made.like = like
+    return made
+
+
+def _made(
+    shape: Sequence[int], dtype: torch.dtype, pieces: tuple[Piece, ...], strides: Sequence[int] | None = None
+) -> Followed:
     made: Followed = torch.Tensor._make_wrapper_subclass(
-        Followed, tuple(shape), dtype=dtype, device=torch.device("cpu")
+        Followed, tuple(shape), strides=strides, dtype=dtype, device=torch.device("cpu")
     )
     made.pieces = pieces
     return made
@@ -181,7 +241,9 @@ def follow(number: int, shape: Shape, dtype: torch.dtype) -> Followed:
     """The source of this number, all of it."""
     count = math.prod(shape)
     pieces = (Piece(number, 0, 0, joined([(count, 1, 1)])),) if count else ()
-    return _made(shape, dtype, pieces)
+    made = _made(shape, dtype, pieces)
+    made.like = torch.empty(shape, dtype=dtype, device="meta")
+    return made
 
 
 def _moved(tensor: Followed, shape: Sequence[int], pieces: Iterable[Piece]) -> Followed:
@@ -196,7 +258,7 @@ def _view(tensor: Followed, shape: Sequence[Any], *_: Any) -> Followed:
         rest = -math.prod(sizes)
         sizes[sizes.index(-1)] = tensor.numel() // rest if rest else 0
     if math.prod(sizes) != tensor.numel():
-        raise ValueError(f"a tensor of shape {list(tensor.shape)} cannot have shape {list(shape)}")
+        raise RuntimeError(f"a tensor of shape {list(tensor.shape)} cannot have shape {list(shape)}")
     return _moved(tensor, sizes, tensor.pieces)
 
 
@@ -269,7 +331,7 @@ def _split(tensor: Followed, sizes: int | Sequence[int], dim: int = 0) -> list[F
     if isinstance(sizes, int):
         sizes = [min(sizes, length - i) for i in range(0, length, sizes)] if sizes and length else [length]
     if sum(sizes) != length:
-        raise ValueError(f"a dimension of {length} cannot be split into {list(sizes)}")
+        raise RuntimeError(f"a dimension of {length} cannot be split into {list(sizes)}")
     parts, begin = [], 0
     for size in sizes:
         parts.append(_slice(tensor, dim, begin, begin + size))
@@ -291,7 +353,7 @@ def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> Followed:
             raise NotFollowedError("a cast")
         rest = [*tensor.shape[:dim], *tensor.shape[dim + 1 :]]
         if tensor.ndim != first.ndim or rest != [*first.shape[:dim], *first.shape[dim + 1 :]]:
-            raise ValueError(
+            raise RuntimeError(
                 f"tensors of shapes {list(first.shape)} and {list(tensor.shape)} cannot be put together along "
                 f"dimension {dim}"
             )
@@ -317,7 +379,7 @@ def _stack(tensors: Sequence[Followed], dim: int = 0) -> Followed:
         raise NotFollowedError("a tensor that is no source")
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
-        raise ValueError(f"tensors of shapes {', '.join(str(list(s)) for s in sorted(shapes))} cannot be stacked")
+        raise RuntimeError(f"tensors of shapes {', '.join(str(list(s)) for s in sorted(shapes))} cannot be stacked")
     return _cat([_unsqueeze(tensor, dim) for tensor in tensors], dim)
 
 

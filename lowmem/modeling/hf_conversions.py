@@ -9,9 +9,17 @@ be followed is run on the values, a group of tensors at a time.
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
+import logging
+import pickle
+import traceback
+import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +31,7 @@ from .._strides import Shape, columns
 from ..checkpoint import TensorEntry
 from ..errors import KeysError
 from .conversions import Conversion, Cost, Part, Renaming
-from .following import Followed, NotFollowedError, follow
+from .following import Followed, NotFollowedError, follow, refusals
 from .targets import Target, dtype_name
 
 # Transforms of one key know nothing of the keys before it; any other may, and wants them in transformers' order.
@@ -40,6 +48,8 @@ class _Match:
 
 # These look at nothing of the model but the shape of the first target, and at the whole config.
 _SHAPES_ONLY = ("MergeModulelist", "Concatenate", "Transpose", "Interleave", "Conv3dToLinear", "PermuteForRope")
+
+_VALUES = "; if it asks for the values of tensors, it cannot be planned: load with from_pretrained and save that once"
 
 # target → shape, and for each piece: source, first element there, strides there, the same of the target, shape.
 _Followings = dict[str, tuple[Shape, list[tuple[int, int, Shape, int, Shape, Shape]]]]
@@ -106,6 +116,13 @@ class HFConversions:
         """Those that the last renaming used; `save_pretrained` reverts them."""
         return [transform for transform in self._transforms if transform.was_used()]
 
+    def described(self) -> str:
+        """What the operations are and do: transformers' version, their settings, and the source of foreign ones."""
+        import transformers
+
+        operations = [op for transform in self._transforms for op in getattr(transform, "operations", ())]
+        return "; ".join([f"transformers {transformers.__version__}", *map(_described, operations)])
+
     def rename(self, entries: Mapping[str, TensorEntry], state: Mapping[str, Target]) -> Renaming:
         """Old names, scoped prefixes, converters and the base model's prefix, by transformers' own functions.
 
@@ -155,10 +172,12 @@ class HFConversions:
         for key, match in renaming.converted.items():
             groups[renaming.names[key], id(match.converter)].append(key)
         conversions = []
+        missing = set(state)
         known: dict[Any, _Followings] = {}
         for (name, _), keys in groups.items():
             keys.sort(key=dot_natural_key)
-            group = _Group(self._model, name, tuple(keys), tuple(renaming.converted[key] for key in keys), entries)
+            matches = tuple(renaming.converted[key] for key in keys)
+            group = _Group(self._model, name, tuple(keys), matches, entries, missing)
             conversions.append(group.convert(state[name], known))
         return conversions
 
@@ -172,6 +191,7 @@ class _Group:
     keys: tuple[str, ...]
     matches: tuple[_Match, ...]
     entries: Mapping[str, TensorEntry] = field(repr=False)
+    missing: set[str] = field(repr=False)
 
     @property
     def what(self) -> str:
@@ -194,10 +214,8 @@ class _Group:
         if found is None:
             try:
                 found = self._follow(shapes, getattr(torch, target.dtype))
-            except NotFollowedError:
-                return self._to_compute(target)
             except Exception as error:
-                raise self._failed(error) from error
+                return self._to_compute(target, error)
             # The name of one result is that of the group.
             if list(found) == [self.name] and all(_looks_at_shapes_only(op) for op in converter.operations):
                 known[alike] = found
@@ -213,7 +231,12 @@ class _Group:
         return Conversion(self.what, keys, targets, tuple(s for s, _ in found.values()), operation, tuple(parts))
 
     def _follow(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> _Followings:
-        results = _ConverterOperation(self, ()).run([follow(i, shape, dtype) for i, shape in enumerate(shapes)])
+        refused = refusals()
+        # What it makes itself has no memory.
+        with torch.device("meta"):
+            results = _ConverterOperation(self, ()).run([follow(i, shape, dtype) for i, shape in enumerate(shapes)])
+        if refusals() != refused:
+            raise NotFollowedError("code that goes on where it cannot be followed")
         found: _Followings = {}
         for name, result in results.items():
             if not isinstance(result, Followed):
@@ -225,22 +248,25 @@ class _Group:
             found[name] = tuple(result.shape), pieces
         return found
 
-    def _to_compute(self, target: Target) -> Conversion:
-        operation = _ConverterOperation(self, ())
+    def _to_compute(self, target: Target, reason: Exception) -> Conversion:
+        """Find out what the operations give, without values; `reason`: why they could not be followed."""
+        traceback.clear_frames(reason.__traceback__)
         try:
-            results = operation.run(operation.sources(target.dtype))
+            results = _ConverterOperation(self, ()).rehearse(target.dtype, _Counting())
         except Exception as error:
-            raise self._failed(error) from error
+            # Where torch refuses too, what was said first says more.
+            first = error if isinstance(reason, NotFollowedError) else reason
+            raise self._failed(first, maybe_values=first is error) from first
         shapes = tuple(tuple(result.shape) for result in results.values())
         return Conversion(self.what, self.keys, tuple(results), shapes, _ConverterOperation(self, tuple(results)))
 
-    def _failed(self, error: Exception) -> KeysError:
+    def _failed(self, error: Exception, maybe_values: bool) -> KeysError:
         first = self.entries[self.keys[0]]
         more = f" and {len(self.keys) - 1} more" if len(self.keys) > 1 else ""
         return KeysError(
             f"{first.file}: tensor {first.key!r}{more} cannot become {self.name!r} of "
             f"{type(self.model).__name__}: transformers' conversion ({self.what}) failed: {error}; bring the shards "
-            "that are missing, or the checkpoint that belongs to the config"
+            f"that are missing, or the checkpoint that belongs to the config{_VALUES if maybe_values else ''}"
         )
 
 
@@ -253,17 +279,40 @@ class _ConverterOperation:
 
     def cost(self, dtype: str) -> Cost:
         """What it gives and takes when its sources are cast to `dtype` before."""
-        sources = self.sources(dtype)
-        with _Counting() as counting:
-            results = self.run(sources)
-            ends = [(tuple(results[name].shape), dtype_name(results[name].dtype)) for name in self.targets]
-            own = sum(result.nbytes for result in results.values())
-        return Cost(tuple(ends), max(0, counting.most - own))
+        counting = _Counting()
+        results = self.rehearse(dtype, counting)
+        ends = [(tuple(results[name].shape), dtype_name(results[name].dtype)) for name in self.targets]
+        return Cost(tuple(ends), max(0, counting.most - sum(result.nbytes for result in results.values())))
 
-    def sources(self, dtype: str) -> list[torch.Tensor]:
-        """Its sources without values."""
+    def rehearse(self, dtype: str, counting: _Counting) -> dict[str, torch.Tensor]:
+        """Target name → tensor without values, from sources that are cast to `dtype` before.
+
+        Args:
+            dtype: name of the dtype.
+            counting: counts what is made meanwhile.
+        """
+        refusal: Exception | None = None
+        try:
+            # What it makes itself has no memory either; but the numbers by which it indexes may have to be there.
+            for device, surrounding in (("meta", _on_meta), ("cpu", _in_disguise), ("meta", nullcontext)):
+                with surrounding():
+                    sources = self._sources(dtype, device)
+                    counting.reset()
+                    try:
+                        with counting:
+                            return self.run(sources)
+                    except Exception as error:
+                        traceback.clear_frames(error.__traceback__)
+                        refusal = refusal or error
+            assert refusal is not None
+            raise refusal
+        finally:
+            # It knows this frame, which would be kept until the collector runs.
+            del refusal
+
+    def _sources(self, dtype: str, device: str) -> list[torch.Tensor]:
         return [
-            torch.empty(self.group.entries[key].shape, dtype=getattr(torch, dtype), device="meta")
+            torch.empty(self.group.entries[key].shape, dtype=getattr(torch, dtype), device=device)
             for key in self.group.keys
         ]
 
@@ -274,14 +323,57 @@ class _ConverterOperation:
 
     def run(self, sources: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Target name → tensor, by transformers' own `convert`; `sources` is empty afterwards."""
+        from transformers.core_model_loading import SkipParameters
+
         group = self.group
         converter = copy.deepcopy(group.matches[0].converter)
         converter.collected_tensors.clear()
         for key, match in zip(group.keys, group.matches, strict=True):
             converter.add_tensor(group.name, key, match.pattern, sources.pop(0))
-        with torch.no_grad():
-            results = converter.convert(group.name, model=group.model, config=group.model.config)
-        return {name: made[0] if isinstance(made, list) else made for name, made in results.items()}
+        # Operations may look at what is missing yet, and take out what they bring.
+        info = SimpleNamespace(missing_keys=group.missing, conversion_errors={})
+        try:
+            with torch.no_grad():
+                results = converter.convert(group.name, model=group.model, config=group.model.config, loading_info=info)
+        except SkipParameters as skipped:
+            raise skipped.__context__ or skipped from None
+        found = {name: made[0] if isinstance(made, list) else made for name, made in results.items()}
+        for name, made in found.items():
+            if not isinstance(made, torch.Tensor):
+                raise TypeError(f"it gives {name!r} as {type(made).__name__}, which is no tensor")
+        # Sources are cast for the first.
+        return dict(sorted(found.items(), key=lambda row: row[0] != group.name))
+
+
+def _described(operation: Any) -> str:
+    """An operation's class, settings and source; another text each time where that cannot be told."""
+    cls = type(operation)
+    try:
+        settings = hashlib.sha256(pickle.dumps(vars(operation))).hexdigest()
+        source = "" if cls.__module__.startswith("transformers.") else inspect.getsource(cls)
+    except Exception:
+        return f"{cls.__module__}.{cls.__qualname__} {uuid.uuid4().hex}"
+    return f"{cls.__module__}.{cls.__qualname__} {settings} {source}"
+
+
+def _on_meta() -> AbstractContextManager[Any]:
+    return torch.device("meta")
+
+
+@contextmanager
+def _in_disguise() -> Iterator[None]:
+    """Tensors without values say that they are on the CPU: code may bring them there."""
+    # Most operations need it not.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # Every error is logged there besides.
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        log.disabled = before
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -289,6 +381,10 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was counted."""
         self.most = 0
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 

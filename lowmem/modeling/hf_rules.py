@@ -86,6 +86,10 @@ class TransformersRules(Rules):
         """
         return self._conversions.convert(entries, renaming, targets)
 
+    def how_converted(self) -> str:
+        """transformers' version, and every operation with its settings and its source."""
+        return self._conversions.described()
+
     def keep_fp32(self, dtype: str, names: Iterable[str]) -> set[str]:
         """`_keep_in_fp32_modules` for fp16, `_keep_in_fp32_modules_strict` for fp16 and bf16."""
         if self.owns_dtypes and isinstance(whole := self._hf.config.dtype, torch.dtype):

@@ -60,6 +60,10 @@ class Rules:
         """
         return []
 
+    def how_converted(self) -> str:
+        """What tells the operations of `convert` from others: equal texts mean equal results."""
+        return ""
+
     def keep_fp32(self, dtype: str, names: Iterable[str]) -> set[str]:
         """Targets that the model itself wants in fp32 when the rest is `dtype`."""
         return set()

@@ -96,8 +96,9 @@ def about(groups: Sequence[Group]) -> list[str]:
 
 
 def maker_of(skeleton: Skeleton) -> str:
-    """What tells a computing model from others: its class and its config, by which an operation may work."""
+    """What tells a computing model from others: its class, its config, by which an operation may work, and those."""
     model = skeleton.model
     described = getattr(getattr(model, "config", None), "to_json_string", None)
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    return f"torch {torch.__version__}: {kind} {described() if callable(described) else ''}"
+    config = described() if callable(described) else ""
+    return f"torch {torch.__version__}: {kind} {config} {skeleton.rules.how_converted()}"

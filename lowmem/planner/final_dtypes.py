@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -40,7 +40,8 @@ def final_dtypes(
     for name, target in skeleton.targets.items():
         leader = tied.get(name, name)
         entry = entries.get(leader) or made.get(leader)
-        own = target.dtype if entry is None or owned else entry.dtype
+        lead = skeleton.targets[mapping.leads.get(leader, leader)]
+        own = lead.dtype if entry is None or owned else entry.dtype
         if dtype != "auto" and is_floating(own):
             # What has values and is not in the checkpoint stays as it is.
             settled = owned or not target.persistent or (entry is None and target.real)
@@ -48,7 +49,7 @@ def final_dtypes(
         final[name] = own
     filled = {*entries, *(target for computation in mapping.computed for target in computation.targets)}
     fed = {name for name in final if tied.get(name, name) in filled}
-    warnings = _keep(skeleton, final, dtype, keep_fp32, fed)
+    warnings = _keep(skeleton, final, dtype, keep_fp32, fed, mapping.leads)
     checked: set[tuple[str, str]] = set()
     for link in mapping.links:
         cast = link.entry.dtype, final[link.target]
@@ -80,12 +81,17 @@ def _made_of(mapping: KeyMapping) -> dict[str, TensorEntry]:
 
 
 def _keep(
-    skeleton: Skeleton, final: dict[str, str], dtype: str, keep_fp32: tuple[str, ...], fed: Collection[str]
+    skeleton: Skeleton,
+    final: dict[str, str],
+    dtype: str,
+    keep_fp32: tuple[str, ...],
+    fed: Collection[str],
+    leads: Mapping[str, str],
 ) -> list[str]:
     """Turn what the keep-lists name into fp32, in place; returns warnings.
 
     The model's own list is about what the checkpoint has: `from_pretrained` initialises the rest at the dtype that it
-    was built with.
+    was built with. It knows tensors that are made of one by the name of the first.
     """
     warnings = []
     halves = [name for name, d in final.items() if d in _HALVES and skeleton.targets[name].persistent]
@@ -93,7 +99,9 @@ def _keep(
     # The model's list depends on the dtype that the model as a whole has.
     for half in _HALVES:
         if half == dtype or dtype == "auto":
-            kept |= skeleton.rules.keep_fp32(half, [name for name in halves if final[name] == half and name in fed])
+            names = [name for name in halves if final[name] == half and name in fed]
+            listed = skeleton.rules.keep_fp32(half, {leads.get(name, name) for name in names})
+            kept.update(name for name in names if leads.get(name, name) in listed)
     for pattern in keep_fp32:
         named = [name for name in skeleton.targets if name_matches(name, pattern)]
         if not named:
