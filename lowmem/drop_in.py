@@ -199,8 +199,6 @@ def _placement(given: dict[str, Any]) -> dict[str, Any]:
 def _dtype(given: dict[str, Any]) -> Any:
     dtype, old = given.pop("dtype", None), given.pop("torch_dtype", None)
     asked = old if dtype is None else dtype
-    if isinstance(asked, Mapping):
-        _LOGGER.warning("dtype: one for each sub-config counts by that of the whole, '', as in transformers")
     return "auto" if asked is None else asked
 
 

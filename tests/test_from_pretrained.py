@@ -262,6 +262,7 @@ def test_what_neither_the_config_nor_the_model_knows_is_refused(saved: Folder) -
         transformers.LlamaForCausalLM.from_pretrained(saved("llama"), telepathy=True)
     with pytest.raises(ModelError, match=r"unexpected keyword argument 'telepathy'.*LlamaForCausalLM") as refused:
         lowmem.from_pretrained(transformers.LlamaForCausalLM, saved("llama"), telepathy=True)
+    assert isinstance(refused.value, TypeError)
     with pytest.raises(ModelError, match=r"'stagin'.*\. Did you mean 'staging'\?"):
         lowmem.from_pretrained(transformers.LlamaForCausalLM, saved("llama"), stagin="1MiB")
     with pytest.raises(ModelError, match="telepathy"):
@@ -1084,3 +1085,23 @@ def test_what_is_tied_to_a_tensor_of_another_shape_is_not_missing(saved: Folder)
 def test_dtypes_of_parts_that_do_nothing_are_told(saved: Folder) -> None:
     plan = lowmem.plan(saved("llama"), dtype={"": "bfloat16", "vision_config": "float16"})
     assert any("'vision_config' do nothing" in warning for warning in plan.warnings)
+
+
+def test_errors_are_of_the_kinds_that_callers_of_from_pretrained_catch(saved: Folder, tmp_path: Path) -> None:
+    folder = saved("llama")
+    calls: list[tuple[type[Exception], Path, dict[str, Any]]] = [
+        (OSError, folder, {"variant": "fp16"}),
+        (OSError, tmp_path / "nowhere", {}),
+        (RuntimeError, folder, {"vocab_size": 64}),
+        (TypeError, folder, {"max_memroy": {}}),
+    ]
+    for kind, path, options in calls:
+        for function in (transformers.LlamaForCausalLM.from_pretrained, ours):
+            with pytest.raises(kind):
+                function(path, **options)
+    with pytest.raises(TypeError, match="Did you mean 'max_memory'"):
+        ours(folder, max_memroy={})
+
+
+def ours(path: Path, **options: Any) -> Any:
+    return lowmem.from_pretrained(transformers.LlamaForCausalLM, path, **options)
