@@ -15,13 +15,14 @@ import torch
 from ..errors import BudgetError
 from ..planner import LoadPlan, Placement
 from ..planner.moves import Read
-from ..sizes import format_size
+from ..sizes import KIB, format_size
 from .cleanup import let_go
 from .destinations import Destination, Scratch
 from .feed import Feed, Job
 
-# More moves than this in one read are small ones, which are the interpreter's work more than the kernel's.
+# More moves than these in one read, and smaller ones, are the interpreter's work more than the kernel's.
 _A_FEW = 4
+_SMALL = 128 * KIB
 
 
 @dataclass(eq=False, slots=True)
@@ -154,7 +155,8 @@ class Crew:
 
     def _carry_out(self, job: Job, scratch: Scratch, bounce: memoryview | None) -> None:
         """One read into all its places, and what has to be done to the bytes after that."""
-        turn = self._feed.turn if len(job.read.moves) > _A_FEW else nullcontext()
+        count = len(job.read.moves)
+        turn = self._feed.turn if count > _A_FEW and job.read.nbytes < count * _SMALL else nullcontext()
         steps, at = [], 0
         with turn:
             for move, destination in zip(job.read.moves, job.destinations, strict=True):
