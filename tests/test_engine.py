@@ -821,3 +821,14 @@ def test_moves_never_exceed_a_chunk_and_cover_every_byte(net_folder: Path, monke
     assert max(move.nbytes for move in cuts) <= 1000
     assert sum(move.nbytes for move in cuts) == plan.bytes_read
     assert [(m.file, m.offset) for m in cuts] == sorted((m.file, m.offset) for m in cuts)
+
+
+@pytest.mark.parametrize(("rows", "alone"), [(64, True), (44_000, False), (400_000, False)])
+def test_readers_take_turns_for_small_tensors_only(rows: int, alone: bool, tmp_path: Path) -> None:
+    """Five experts of 700 KiB in one read are cast side by side; thousands of norms are the interpreter's work."""
+    save_file({f"w{i}": torch.zeros(rows, 4) for i in range(6)}, tmp_path / "model.safetensors")
+    model = nn.ParameterDict({f"w{i}": nn.Parameter(torch.empty(rows, 4)) for i in range(6)})
+    plan = lowmem.plan(tmp_path / "model.safetensors", model=model, dtype="bfloat16")
+    reads = list(plan.reads())
+    assert (len(reads) == 1) is alone
+    assert [crew.is_for_one(read) for read in reads] == [alone] * len(reads)

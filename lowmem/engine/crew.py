@@ -155,8 +155,7 @@ class Crew:
 
     def _carry_out(self, job: Job, scratch: Scratch, bounce: memoryview | None) -> None:
         """One read into all its places, and what has to be done to the bytes after that."""
-        count = len(job.read.moves)
-        turn = self._feed.turn if count > _A_FEW and job.read.nbytes < count * _SMALL else nullcontext()
+        turn = self._feed.turn if is_for_one(job.read) else nullcontext()
         steps, at = [], 0
         with turn:
             for move, destination in zip(job.read.moves, job.destinations, strict=True):
@@ -167,6 +166,12 @@ class Crew:
         with turn:
             for move, destination, at in steps:
                 destination.end(move, scratch, at)
+
+
+def is_for_one(read: Read) -> bool:
+    """Whether threads do such reads faster one at a time: of many moves that are small."""
+    count = len(read.moves)
+    return count > _A_FEW and read.nbytes < count * _SMALL
 
 
 def _compute_alone() -> None:
