@@ -647,3 +647,32 @@ def test_any_chain_of_operations_gives_what_it_gives_on_values(data: st.DataObje
             source = values[part.key].as_strided(part.shape, part.strides, part.offset)
             results[part.target].as_strided(part.shape, part.into_strides, part.into).copy_(source)
     assert all(torch.equal(results[n], tensor) for n, tensor in expected.items())
+
+
+class Halved(Doubled):
+    """One that computes two tensors of one, the second of another shape than the model's."""
+
+    def convert(self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **_: Any) -> Any:
+        (tensors,) = input_dict.values()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        half = tensor.shape[0] // 2
+        return {target_patterns[0]: tensor[:half] * 2, target_patterns[1]: tensor[half + 1 :] * 2}
+
+
+def test_what_is_computed_beside_a_tensor_of_another_shape_is_never_left_without_values(
+    saved: Saved, tmp_path: Path, describe: Callable[..., None]
+) -> None:
+    def fuse(tensors: Tensors) -> Tensors:
+        for i in range(3):
+            names = [f"model.layers.{i}.mlp.{n}_proj.weight" for n in ("gate", "up")]
+            tensors[f"model.layers.{i}.mlp.w13.weight"] = torch.cat([tensors.pop(n) for n in names])
+        return tensors
+
+    targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    describe(WeightConverter(r"mlp\.w13\.weight", targets, [Halved()]))
+    folder = rewritten(saved("llama", shard=ONE_FILE), tmp_path / "fused", fuse)
+    with pytest.raises(KeysError, match=r"gate_proj"):
+        lowmem.load(folder, ignore_mismatched_sizes=True)
+    result = lowmem.load(folder, ignore_mismatched_sizes=True, strict=False)
+    assert "model.layers.0.mlp.gate_proj.weight" in result.plan.mapping.missing
+    assert not any(p.is_meta for p in result.model.parameters())

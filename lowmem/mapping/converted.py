@@ -81,6 +81,10 @@ def link_converted(
             if len(fitting) == len(conversion.targets):
                 sources = tuple(entries[key] for key in conversion.keys)
                 found.computed.append(Computation(conversion.what, sources, conversion.targets, conversion.operation))
+            else:
+                # It is computed as a whole or not at all: those that would fit are missing then, and told so.
+                for name in fitting:
+                    del found.sources[name]
             continue
         found.links += links
         empty = fitting - {part.target for part in conversion.parts}
