@@ -34,6 +34,7 @@ ORDER = [
     "_devices",
     "plots",
     "memory",
+    "int8",
     "checkpoint",
     "modeling",
     "mapping",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from .._records import cheap_init
 from ..errors import ModelError
+from ..int8 import Int8Linear
 
 
 @cheap_init
@@ -26,6 +27,7 @@ class Target:
         persistent: whether it belongs to the state dict.
         tie: name of the first target that shares its tensor; its own name when nothing does.
         real: whether it has values already, that is, does not lie on the meta device.
+        scales: of the weight of an `Int8Linear`, the name of the target with its row scales; else empty.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Target:
     persistent: bool
     tie: str
     real: bool
+    scales: str = ""
 
 
 def read_targets(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Target]:
@@ -42,16 +45,17 @@ def read_targets(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     first: dict[int, str] = {}
 
-    def add(name: str, tensor: torch.Tensor, kind: str, persistent: bool) -> None:
+    def add(name: str, tensor: torch.Tensor, kind: str, persistent: bool, scales: str = "") -> None:
         tie = first.setdefault(id(tensor), name)
         dtype = dtype_name(tensor.dtype)
-        targets[name] = Target(name, tuple(tensor.shape), dtype, kind, persistent, tie, not tensor.is_meta)
+        targets[name] = Target(name, tuple(tensor.shape), dtype, kind, persistent, tie, not tensor.is_meta, scales)
 
     # Shared modules count under each of their names, as in the state dict.
     for prefix, module in modules:
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                add(prefix + leaf, parameter, "parameter", True)
+                scaled = leaf == "weight" and isinstance(module, Int8Linear)
+                add(prefix + leaf, parameter, "parameter", True, f"{prefix}SCB" if scaled else "")
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 add(prefix + leaf, buffer, "buffer", leaf not in module._non_persistent_buffers_set)
@@ -124,7 +128,7 @@ def join_declared(targets: dict[str, Target], declared: Mapping[str, str]) -> di
 
 
 def _with_tie(target: Target, tie: str) -> Target:
-    return Target(target.name, target.shape, target.dtype, target.kind, target.persistent, tie, target.real)
+    return replace(target, tie=tie)
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
