@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .._mounts import is_on_local_disk
 from ..checkpoint import Checkpoint
 from ..mapping import NO_RULES, KeyMapping, KeyRules, Link
+from ..modeling.int8 import NO_INT8, Int8Request
 from .moves import Move, Placement, Read, cut, join
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class LoadRequest:
     prefetch: bool = False
     keep_cache: bool = False
     keys: KeyRules = NO_RULES
+    int8: Int8Request = NO_INT8
 
 
 @dataclass(frozen=True, slots=True)

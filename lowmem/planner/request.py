@@ -6,6 +6,7 @@ import difflib
 import errno
 import functools
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ import torch
 from ..dtypes import parse_dtype
 from ..errors import OptionError
 from ..mapping.records import KeyRules, RenameRule
+from ..modeling.int8 import Int8Request
 from ..sizes import parse_size, shown
 from .budget import MIN_STAGING
 from .devices import device_name, parse_device_map, parse_max_memory
@@ -78,6 +80,10 @@ def make_request(
     rename: Renames = None,
     reshape: str | Iterable[str] | None = None,
     ignore_mismatched_sizes: bool = False,
+    quantize: str | None = None,
+    skip_modules: str | Iterable[str] | None = None,
+    dequantize: bool = False,
+    int8_threshold: float | None = None,
 ) -> LoadRequest:
     """Parse the options of `load`.
 
@@ -109,6 +115,35 @@ def make_request(
             reshape=reshape,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
         ),
+        int8=make_int8_request(quantize, skip_modules, dequantize, int8_threshold),
+    )
+
+
+def make_int8_request(
+    quantize: str | None = None,
+    skip_modules: str | Iterable[str] | None = None,
+    dequantize: bool = False,
+    int8_threshold: float | None = None,
+) -> Int8Request:
+    """Parse what the user says about int8; see `load`.
+
+    Raises:
+        OptionError: a value that means nothing, or two that exclude each other.
+    """
+    if quantize is not None and (not isinstance(quantize, str) or quantize != "int8"):
+        raise OptionError(f"quantize: expected 'int8' or None, found {shown(quantize)}")
+    if flag(dequantize, "dequantize") and quantize is not None:
+        raise OptionError("quantize and dequantize: the one makes int8 and the other floats; leave one of them out")
+    if skip_modules is not None and quantize is None:
+        raise OptionError("skip_modules: it is about layers that quantize='int8' makes int8; give that too")
+    is_number = isinstance(int8_threshold, (int, float)) and not isinstance(int8_threshold, bool)
+    if int8_threshold is not None and not (is_number and 0 <= int8_threshold < math.inf):
+        raise OptionError(f"int8_threshold: expected a number, 0 or more, found {shown(int8_threshold)}")
+    return Int8Request(
+        quantize=quantize is not None,
+        skip_modules=None if skip_modules is None else names_of(skip_modules, "skip_modules"),
+        dequantize=dequantize,
+        threshold=None if int8_threshold is None else float(int8_threshold),
     )
 
 
