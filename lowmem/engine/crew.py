@@ -144,10 +144,10 @@ class Crew:
     def _make_buffers(self) -> tuple[Scratch, memoryview | None]:
         staging = self._plan.staging
         try:
-            return Scratch(staging.each), Scratch(staging.bounce).memory if staging.bounce else None
+            return Scratch(staging.each, staging.work), Scratch(staging.bounce).memory if staging.bounce else None
         except (OSError, MemoryError) as error:
             raise BudgetError(
-                f"the system refused {format_size(staging.each + staging.bounce)} for a reader's buffer ({error}); "
+                f"the system refused {format_size(staging.total // staging.workers)} for a reader's buffer ({error}); "
                 "others took memory since the plan was made; lower staging, or free memory",
                 required=self._plan.host.peak,
                 limit=0,

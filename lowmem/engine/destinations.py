@@ -27,9 +27,16 @@ _WORTH_A_PAGE = 16 * _HUGE
 
 
 class Scratch:
-    """A reader's buffer, in a mapping of its own: the kernel gets every page back at once, a heap might keep some."""
+    """A reader's buffer, in a mapping of its own: the kernel gets every page back at once, a heap might keep some.
 
-    def __init__(self, size: int) -> None:
+    Args:
+        size: bytes of the buffer.
+        work: bytes of another, for arithmetic.
+    """
+
+    def __init__(self, size: int, work: int = 0) -> None:
+        other = anonymous_map(work) if work else bytearray()
+        self.work = torch.frombuffer(other, dtype=torch.uint8) if work else torch.empty(0, dtype=torch.uint8)
         memory = anonymous_map(size) if size else bytearray()
         # Of the mapping and not of the tensor, so that whoever has the one keeps the other.
         self.memory = memoryview(memory)
@@ -68,6 +75,9 @@ class Destination(Protocol):
     def end(self, move: Move, scratch: Scratch, at: int) -> None:
         """They are there: put them in their place."""
 
+    def put(self, region: Region, source: torch.Tensor) -> None:
+        """Elements of the final dtype, dense and on the CPU, into a region that is dense or of their shape."""
+
 
 class MemoryDestination:
     """A tensor, allocated once at its final dtype on its final device."""
@@ -96,6 +106,10 @@ class MemoryDestination:
             source = source.to(self.tensor.device)
         fill(self.tensor, move.region, viewed(source, move.source))
 
+    def put(self, region: Region, source: torch.Tensor) -> None:
+        """Copy."""
+        fill(self.tensor, region, source)
+
 
 class FileDestination:
     """A range of a file of the offload folder; the cast happens in the thread's buffer."""
@@ -123,6 +137,13 @@ class FileDestination:
             self._write(scratch.memory[at : at + size], self._offset + move.region.offset * self._dtype.itemsize)
         else:
             self._scatter(move.region, source)
+
+    def put(self, region: Region, source: torch.Tensor) -> None:
+        """Write."""
+        if region.dense:
+            self._write(memory_of(source), self._offset + region.offset * self._dtype.itemsize)
+        else:
+            self._scatter(region, source)
 
     def store(self, tensor: torch.Tensor) -> None:
         """All of it at once, from a dense tensor of its dtype on the CPU."""

@@ -14,6 +14,7 @@ from ..planner import LoadPlan, Placement
 from ..planner.moves import Read
 from ..planner.records import may_read_directly
 from .destinations import Destination, MemoryDestination
+from .int8 import MeasuringDestination, RowsDestination, Scales
 from .reading import ShardReader
 from .ways import Ways
 
@@ -51,6 +52,7 @@ class Feed:
             always be begun, however large.
         on_shard: called with each shard when it is opened.
         ways: chooses how bytes are read; its own when not given.
+        scales: those that the plan wants in memory before.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Feed:
         window: int | None = None,
         on_shard: ShardCallback | None = None,
         ways: Ways | None = None,
+        scales: Scales | None = None,
     ) -> None:
         self._plan = plan
         # A run of small tensors is begun at once, and must not fill the window alone.
@@ -68,6 +71,7 @@ class Feed:
         self._shards: dict[Path, Shard] = {shard.file: shard for shard in plan.checkpoint.shards}
         self._writer = writer
         self._window = window
+        self._scales: Scales = {} if scales is None else scales
         self._begun = 0
         self._on_shard = on_shard
         # Also for what is the interpreter's work alone. Threads that each do it by themselves hand its lock to and fro
@@ -134,14 +138,25 @@ class Feed:
     def _destination(self, placement: Placement) -> Destination:
         found = self._destinations.get(placement)
         if found is None:
-            if placement.residency == "write":
-                assert self._writer is not None
-                found = self._writer.destination(placement)
-            else:
-                found = MemoryDestination(placement, in_place=self._plan.reading.in_place)
+            found = self._make_destination(placement)
             self._destinations[placement] = found
             self._pending[placement] = placement.source_elements
         return found
+
+    def _make_destination(self, placement: Placement) -> Destination:
+        if placement.measures:
+            return MeasuringDestination(placement)
+        found = self._place(placement)
+        if placement.scales is not None or any(link.scales is not None for link in placement.links):
+            made = None if placement.scales is None else self._place(placement.scales)
+            return RowsDestination(placement, found, made, self._scales)
+        return found
+
+    def _place(self, placement: Placement) -> Destination:
+        if placement.residency == "write":
+            assert self._writer is not None
+            return self._writer.destination(placement)
+        return MemoryDestination(placement, in_place=self._plan.reading.in_place)
 
     def done(self, job: Job) -> list[tuple[Placement, Destination]]:
         """The job's bytes are in place; returns what is whole with them."""

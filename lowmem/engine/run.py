@@ -22,8 +22,10 @@ from .crew import Crew, Done
 from .destinations import MemoryDestination, allocate
 from .feed import Feed, ShardCallback
 from .install import Installer
+from .int8 import RowsDestination
 from .mapping import map_shard, view_of
 from .offload_writer import OffloadWriter, settle
+from .scales import read_scales
 from .ways import Ways
 
 _PROGRESS_EVERY = 0.05
@@ -165,7 +167,7 @@ class _Run:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """All moves of a plan; `keep` gets each tensor that is whole, if it is not in a file."""
-        feed = Feed(plan, writer, on_shard=self._open, ways=self._ways)
+        feed = Feed(plan, writer, on_shard=self._open, ways=self._ways, scales=read_scales(plan, self._ways))
         crew = Crew(plan, feed, at_once=False)
         try:
             with paused_collector() if _is_all_small(plan) else nullcontext():
@@ -229,6 +231,9 @@ class _Run:
                 for placement, destination in done.whole:
                     if isinstance(destination, MemoryDestination):
                         keep(placement, destination.tensor)
+                    elif isinstance(destination, RowsDestination):
+                        for made, tensor in destination.tensors():
+                            keep(made, tensor)
                 self._done += done.read.nbytes
             # The gaps of views are read where they are small, and cuts leave some of them out.
             self._done = min(self._done, self._total)

@@ -25,8 +25,10 @@ from .cleanup import undisturbed
 from .crew import Crew
 from .destinations import FileDestination, Scratch, write_at
 from .feed import Feed
+from .int8 import RowsDestination
 from .offload_writer import reserve
 from .read_back import Piece, ReadBack, checksum
+from .scales import read_scales
 
 # Bytes that are brought to the disk at once: less is more flushes of the disk, more leaves it idle at the beginning.
 _BATCH = 128 * MIB
@@ -104,8 +106,8 @@ class ShardDestination(FileDestination):
 
     def __init__(self, placement: Placement, shard: ShardFile) -> None:
         super().__init__(placement, shard.fd, shard.file.spans[placement.target][0], os.fspath(shard.path))
-        entry = placement.links[0].entry
-        self._as_it_is = entry.is_plain and entry.dtype == placement.dtype
+        entry = placement.links[0].entry if placement.links else None
+        self._as_it_is = entry is not None and entry.is_plain and entry.dtype == placement.dtype
         self._shard = shard
         self._tensor = placement.target
         self._is_scattered = False
@@ -305,15 +307,17 @@ def write_shard(plan: LoadPlan, shard: ShardFile, sealer: Sealer, moved: Callabl
         BudgetError: memory that the plan counted on was taken by others.
     """
     sealer.begin(shard)
-    feed = Feed(plan, shard)
+    feed = Feed(plan, shard, scales=read_scales(plan))
     crew = Crew(plan, feed, at_once=False)
     try:
         crew.start()
         while (finished := crew.next()) is not None:
             for done in finished:
                 for _, destination in done.whole:
-                    if isinstance(destination, ShardDestination):
-                        destination.settle()
+                    made = destination.places if isinstance(destination, RowsDestination) else [destination]
+                    for place in made:
+                        if isinstance(place, ShardDestination):
+                            place.settle()
             moves = [move for done in finished for move in done.read.moves]
             sealer.add(sum(move.region.count * itemsize(move.placement.dtype) for move in moves))
             moved(sum(done.read.nbytes for done in finished))

@@ -17,6 +17,7 @@ from ..modeling.targets import Target
 from .converted import link_converted
 from .diff import KeyDiff, Naming, make_diff
 from .evidence import NOTHING, Evidence, find_evidence
+from .int8 import pair, turned
 from .names import Given, choose, collision, give_names
 from .records import NO_RULES, Computation, KeyMapping, KeyRules, Link, Mismatch, whole
 from .suggest import vocabulary_hint
@@ -43,8 +44,11 @@ def match(
     state = {name: target for name, target in skeleton.targets.items() if target.persistent}
     named = _resolve(checkpoint, skeleton, state, rules)
     found = _link(named, state, skeleton)
-    links, tied, doubled = _resolve_ties(found, state, untied, set(skeleton.rules.declared_ties().values()))
-    missing = [name for name in state if name not in found.sources and name not in tied]
+    pairs = pair(found.links, state, checkpoint)
+    links, tied, doubled = _resolve_ties(
+        replace(found, links=pairs.links), state, untied, set(skeleton.rules.declared_ties().values())
+    )
+    missing = [name for name in state if name not in found.sources and name not in tied and name not in pairs.made]
     excused = skeleton.rules.may_miss(missing)
     if found.mismatched:
         # What is tied to a tensor of another shape shares its fate and is not missing.
@@ -62,7 +66,7 @@ def match(
         doubled=doubled,
         missing=tuple(missing),
         excused=tuple(name for name in state if name in excused) if excused else (),
-        unexpected=tuple(key for key in found.unexpected if key not in ignored),
+        unexpected=tuple(key for key in found.unexpected if key not in ignored and key not in pairs.companions),
         mismatched=tuple(found.mismatched),
         suggestions=(),
         sources=found.sources,
@@ -71,6 +75,7 @@ def match(
         computed=tuple(found.computed),
         leads=found.leads,
         converted=found.converted,
+        made=pairs.made,
     )
     if not mapping.missing and not mapping.mismatched:
         return mapping
@@ -193,6 +198,8 @@ def _link(named: _Named, state: Mapping[str, Target], skeleton: Skeleton) -> _Li
         if name in sources:
             raise KeysError(collision(entry.file, key, sources[name], name))
         sources[name] = key
+        if target.turned:
+            entry = turned(entry, target)
         if entry.shape == target.shape:
             found.links.append(Link(entry, name, whole(target.shape)))
         elif not fits(entry, target):

@@ -102,12 +102,14 @@ class Link:
         target: name of the model's tensor.
         region: the part of it that is fed.
         whole: whether the entry is all of the tensor that its key names, as it lies.
+        scales: of int8 that becomes floats, the scales of its rows; None for all else.
     """
 
     entry: TensorEntry
     target: str
     region: Region
     whole: bool = True
+    scales: TensorEntry | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,6 +196,7 @@ class KeyMapping:
         diff: the difference with what would mend it, where something is missing or mismatched.
         leads: target → the one whose dtype the model's kind gives it, where one tensor becomes several.
         converted: targets that are not the tensor of their key as it is.
+        made: targets with the row scales of weights that become int8 on the way: scales → weight.
     """
 
     links: tuple[Link, ...]
@@ -211,6 +214,7 @@ class KeyMapping:
     computed: tuple[Computation, ...] = ()
     leads: Mapping[str, str] = field(default_factory=dict)
     converted: frozenset[str] = frozenset()
+    made: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def fed(self) -> frozenset[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from .empty import empty_parameters, real_tensors
 from .failures import refusing
 from .generation import read_generation
 from .hf_rules import TransformersRules
+from .int8 import Int8Layers, swap
 from .request import ModelRequest
 from .rules import Rules
 from .targets import Target, join_declared, read_targets
@@ -31,6 +32,7 @@ class Skeleton:
         rules: what its kind decides.
         borrowed: the caller gave the module, so a failed load must leave it as it was.
         warnings: what lies beside the weights and was left alone.
+        int8: the layers that are int8, exchanged for placeholders; None when there are none.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Skeleton:
     rules: Rules
     borrowed: bool
     warnings: tuple[str, ...] = ()
+    int8: Int8Layers | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +104,22 @@ def make_skeleton(origin: Origin, checkpoint: Checkpoint, dtype: str) -> Skeleto
     joined = join_declared(targets, rules.declared_ties())
     warnings = () if blueprint is None else blueprint.warnings
     return Skeleton(module, joined, rules, isinstance(source, nn.Module), warnings)
+
+
+def with_int8(skeleton: Skeleton, names: Collection[str]) -> Skeleton:
+    """The skeleton with these modules exchanged, in place, for layers whose weights are int8.
+
+    Whoever gives the model back unloaded calls `undo` of its `int8`.
+
+    Raises:
+        ModelError: the model itself is one of them.
+    """
+    model = skeleton.model
+    turned = {name for name in names if type(model.get_submodule(name)).__name__ == "Conv1D"}
+    layers = swap(model, names)
+    targets = read_targets(checked_modules(model, hf.is_transformers_model(model)))
+    targets.update({f"{name}.weight": replace(targets[f"{name}.weight"], turned=True) for name in turned})
+    return replace(skeleton, targets=join_declared(targets, skeleton.rules.declared_ties()), int8=layers)
 
 
 def _rules_of(module: nn.Module, transformers: bool, blueprint: hf.Blueprint | None, checkpoint: Checkpoint) -> Rules:

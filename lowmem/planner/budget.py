@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BudgetError
+from ..int8 import work_size
 from ..sizes import KIB, MIB, format_size
 from .moves import ALIGNMENT, BLOCK, Placement
 from .records import IO, Staging, may_read_directly
@@ -50,12 +51,16 @@ class Need:
         direct: whether files may be read past the page cache, which takes a buffer more where there is room.
         workers: readers.
         in_place: see `Reading`.
+        work: bytes that the arithmetic of int8 takes in each reader.
+        least: bytes of a reader's buffer without which it cannot work, because a row of int8 must come whole.
     """
 
     each: int
     direct: bool
     workers: int
     in_place: bool = False
+    work: int = 0
+    least: int = 0
 
 
 def fit_staging(room: int, wanted: int | None, need: Need) -> Staging:
@@ -70,18 +75,17 @@ def fit_staging(room: int, wanted: int | None, need: Need) -> Staging:
     most = MAX_STAGING if wanted is None else wanted
     total = max(0, min(room, most))
     if need.each:
-        total = max(MIN_STAGING, total)
-        workers = max(1, min(workers, total // min(need.each, _MIN_BUFFER)))
+        total = max(MIN_STAGING, total, need.least + need.work)
+        workers = max(1, min(workers, total // (max(need.least, min(need.each, _MIN_BUFFER)) + need.work)))
     elif need.direct:
         # Fewer readers rather than none that can read directly.
         workers = max(1, min(workers, total // _LEAST_BOUNCE))
-    share = total // workers
+    share = total // workers - need.work
     # Set aside first: a cast takes all that it is given, and direct reads would be lost to it.
     aside = min(_BOUNCE, share // 8) if need.direct and share // 8 >= _LEAST_BOUNCE else 0
-    each = min(need.each, share - aside)
-    each -= each % ALIGNMENT
-    bounce = min(_BOUNCE, share - each) // BLOCK * BLOCK if need.direct else 0
-    return Staging(workers, each, bounce if bounce >= _LEAST_BOUNCE else 0)
+    each = max(need.least, min(need.each, share - aside) // ALIGNMENT * ALIGNMENT)
+    bounce = min(_BOUNCE, max(0, share - each)) // BLOCK * BLOCK if need.direct else 0
+    return Staging(workers, each, bounce if bounce >= _LEAST_BOUNCE else 0, need.work)
 
 
 def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float], *, free_address_space: bool) -> Need:
@@ -99,6 +103,9 @@ def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float]
     sizes = [size + 2 * ALIGNMENT for p in moved if (size := p.buffer_size())]
     # Small ones share a buffer, so that their neighbours are read with them.
     each = max(max(sizes) + BLOCK, min(_RUN, sum(sizes))) if sizes else 0
+    rows = [row for p in moved for link in p.links if (row := p.row_of(link))]
+    least = max((p.least_buffer() for p in moved), default=0) if rows else 0
+    least += -least % ALIGNMENT
     files: dict[Path, int] = {}
     for placement in moved:
         for link in placement.links:
@@ -108,8 +115,9 @@ def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float]
     workers = workers_here()
     cold = free_address_space and 2 * sum(nbytes * cached(file) for file, nbytes in files.items()) < total
     if cold and total >= _WORTH_MORE_READERS and workers < COLD_WORKERS:
-        workers, each = COLD_WORKERS, min(each, _COLD_BUFFER)
-    return Need(each, direct, workers, direct and free_address_space and (cold or io == "direct"))
+        workers, each = COLD_WORKERS, max(least, min(each, _COLD_BUFFER))
+    work = work_size(max(rows)) if rows else 0
+    return Need(each, direct, workers, direct and free_address_space and (cold or io == "direct"), work, least)
 
 
 def thread_stacks(count: int) -> int:

@@ -37,11 +37,17 @@ def final_dtypes(
     made = _made_of(mapping)
     owned, tied = skeleton.rules.owns_dtypes, mapping.tied
     final: dict[str, str] = {}
+    scales = {target.scales for target in skeleton.targets.values() if target.scales}
+    floats = {link.target for link in mapping.links if link.scales is not None}
     for name, target in skeleton.targets.items():
+        if target.scales or name in scales:
+            # These are int8 and its scales, whatever is asked for the rest.
+            final[name] = target.dtype
+            continue
         leader = tied.get(name, name)
         entry = entries.get(leader) or made.get(leader)
         lead = skeleton.targets[mapping.leads.get(leader, leader)]
-        own = lead.dtype if entry is None or owned else entry.dtype
+        own = lead.dtype if entry is None or owned or leader in floats else entry.dtype
         if dtype != "auto" and is_floating(own):
             # What has values and is not in the checkpoint stays as it is.
             settled = owned or not target.persistent or (entry is None and target.real)
@@ -53,7 +59,7 @@ def final_dtypes(
     checked: set[tuple[str, str]] = set()
     for link in mapping.links:
         cast = link.entry.dtype, final[link.target]
-        if cast not in checked:
+        if cast not in checked and link.scales is None:
             check_cast(link.target, *cast)
             checked.add(cast)
     for computation in mapping.computed:
@@ -61,7 +67,8 @@ def final_dtypes(
             check_cast(source.key, source.dtype, final[computation.targets[0]])
     for name, entry in reversed(entries.items()):
         own = skeleton.targets[name].dtype
-        if own != entry.dtype and not owned and not (is_floating(own) and is_floating(entry.dtype)):
+        by_rows = name in floats or skeleton.targets[name].scales
+        if own != entry.dtype and not owned and not by_rows and not (is_floating(own) and is_floating(entry.dtype)):
             warnings.append(
                 f"{name!r} is {own} in the model and {entry.dtype} in the checkpoint: it becomes {final[name]}"
             )

@@ -50,6 +50,9 @@ class Placement:
             lies, cast then if its dtype is another), `write` (on disk, cast into the offload folder), `init` (not in
             the checkpoint).
         links: what feeds it, one link a region; none for `init`, and for what is computed.
+        scales: of int8 that floats become on the way, where the scales of its rows go; they have no links.
+        measures: elements of a row of the weight whose links these are: what is wanted of each row is its largest
+            magnitude. 0 for all else.
     """
 
     target: str
@@ -60,6 +63,8 @@ class Placement:
     device: str
     residency: Residency
     links: tuple[Link, ...]
+    scales: Placement | None = None
+    measures: int = 0
 
     @property
     def source_bytes(self) -> int:
@@ -96,13 +101,43 @@ class Placement:
         """Bytes in the buffer for each element of one of its links: the source, and the result too when it goes into
         a file; 0 where they are read straight into their place.
         """
-        if self.residency == "write":
+        if self.measures:
+            return itemsize(link.entry.dtype)
+        if self.residency == "write" or (self.row_of(link) and not self._is_straight(link)):
             return itemsize(link.entry.dtype) + itemsize(self.dtype)
         if self.residency != "copy":
             return 0
         entry = link.entry
         changes = entry.dtype != self.dtype or entry.swapped or entry.strides is not None or not link.region.dense
         return itemsize(entry.dtype) if changes or self.device != "cpu" else 0
+
+    def row_of(self, link: Link) -> int:
+        """Elements of a row, where the bytes of a link change by rows: int8 that is made, or that becomes floats; else
+        0.
+        """
+        if self.scales is not None:
+            return self.shape[1]
+        if link.scales is not None:
+            return max(1, link.region.count // max(1, link.scales.shape[0]))
+        return self.measures
+
+    def _is_straight(self, link: Link) -> bool:
+        """Whether rows can be worked out into their place."""
+        return self.device == "cpu" and link.region.dense
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the scales of its rows must be known before: its rows do not come whole."""
+        return self.scales is not None and not all(has_whole_rows(link, self.shape[1]) for link in self.links)
+
+    def least_buffer(self) -> int:
+        """Bytes of buffer without which its rows do not come whole."""
+        most = 0
+        for link in self.links:
+            row = self.row_of(link)
+            if row and has_whole_rows(link, row):
+                most = max(most, scratch_size(row * self.staged_element(link), row * itemsize(link.entry.dtype)))
+        return most
 
     def buffer_size(self) -> int:
         """Bytes of buffer that its largest move uses, at full chunk size; 0 without one."""
@@ -128,6 +163,24 @@ def is_one(links: tuple[Link, ...], shape: tuple[int, ...], dtype: str | None = 
     )
 
 
+def has_whole_rows(link: Link, row: int) -> bool:
+    """Whether rows of `row` elements lie one behind the other in the checkpoint, and no larger than a chunk."""
+    region, entry = link.region, link.entry
+    whole = region.dense and region.offset % row == 0 and region.count % row == 0
+    return whole and entry.strides is None and row * itemsize(entry.dtype) <= CHUNK
+
+
+def has_parts_of_rows(link: Link, row: int) -> bool:
+    """Whether a view can be cut so that each move is a grid: some rows, and the same elements of each."""
+    entry, into = link.entry, link.region
+    if entry.strides is None or not (into.dense or into.shape == entry.shape):
+        return False
+    dimensions = _dimensions(entry.shape, entry.strides, row_major(entry.shape) if into.dense else into.strides)
+    across = [step for n, _, step in dimensions if n > 1 and step % row == 0]
+    along = [(n - 1) * step for n, _, step in dimensions if n > 1 and step % row]
+    return len(across) <= 1 and len(along) <= 1 and into.offset % row + sum(along) < row
+
+
 @cheap_init
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -143,6 +196,9 @@ class Move:
         scratch: bytes of the reader's buffer that it passes through; 0 when it is read straight into its place.
         source: where in the range its elements are, of the shape of `region`; None when they lie one behind the other.
         swapped: the bytes of each element are in big-endian order.
+        row: elements of a row, where its bytes change by rows; else 0.
+        scales: of int8 that becomes floats, the scales of its rows.
+        at_row: the first of these that is the move's.
     """
 
     file: Path
@@ -154,6 +210,9 @@ class Move:
     scratch: int
     source: Region | None = None
     swapped: bool = False
+    row: int = 0
+    scales: TensorEntry | None = None
+    at_row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,12 +255,16 @@ def cut(placement: Placement, link: Link, each: int) -> Iterator[Move]:
     most = CHUNK // size
     if element:
         most = min(most, max(1, (each - _slack(each)) // element))
-    if most * size > BLOCK:
+    row = placement.row_of(link)
+    by_rows = row > 0 and has_whole_rows(link, row)
+    if by_rows:
+        most = max(1, most // row) * row
+    elif most * size > BLOCK:
         most = most * size // BLOCK * BLOCK // size
     if entry.strides is not None:
         yield from _cut_strided(placement, link, most)
         return
-    for before, region in link.region.pieces(most, _first(entry.offset, size, most)):
+    for before, region in link.region.pieces(most, 0 if by_rows else _first(entry.offset, size, most)):
         count = region.count
         yield Move(
             file=entry.file,
@@ -212,6 +275,9 @@ def cut(placement: Placement, link: Link, each: int) -> Iterator[Move]:
             region=region,
             scratch=scratch_size(count * element, count * size) if element else 0,
             swapped=entry.swapped,
+            row=row,
+            scales=link.scales,
+            at_row=before // row if row else 0,
         )
 
 
@@ -225,7 +291,8 @@ def _first(offset: int, size: int, most: int) -> int:
 def _cut_strided(placement: Placement, link: Link, most: int) -> Iterator[Move]:
     """The moves of a view: ranges of the file with no large gap in them, and where in them its elements are."""
     entry, into = link.entry, link.region
-    size, result = itemsize(entry.dtype), itemsize(placement.dtype) if placement.residency == "write" else 0
+    size = itemsize(entry.dtype)
+    result = placement.staged_element(link) - size
     assert into.dense or into.shape == entry.shape, "a view goes into all of a tensor, or into a part of its shape"
     strides = row_major(entry.shape) if into.dense else into.strides
     assert entry.strides is not None
@@ -240,6 +307,7 @@ def _cut_strided(placement: Placement, link: Link, most: int) -> Iterator[Move]:
             scratch=scratch_size(span * size + region.count * result, span * size),
             source=source,
             swapped=entry.swapped,
+            row=placement.row_of(link),
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from .._page_cache import cached_share
 from ..checkpoint import Checkpoint
 from ..dtypes import itemsize
-from ..errors import PlacementError
+from ..errors import PlacementError, UnsupportedError
 from ..limits import HostMemory
 from ..mapping import KeyMapping, Link
 from ..modeling.conversions import Cost
@@ -21,7 +21,7 @@ from ..sizes import format_size
 from .computed import group_of
 from .devices import DeviceMap
 from .final_dtypes import nbytes_of
-from .moves import Placement, Residency, is_one
+from .moves import Placement, Residency, has_parts_of_rows, has_whole_rows, is_one
 from .records import Group, LoadRequest
 
 
@@ -72,7 +72,15 @@ def place(draft: Draft, devices: DeviceMap) -> tuple[list[Placement], list[Group
     def add(names: tuple[str, ...], device: str, residency: Residency, links: tuple[Link, ...]) -> None:
         name = names[0]
         shape, dtype = targets[name].shape, final[name]
-        placements.append(Placement(name, names, shape, dtype, nbytes_of(shape, dtype), device, residency, links))
+        scales = None
+        if targets[name].scales in draft.mapping.made:
+            other = targets[name].scales
+            size = nbytes_of(targets[other].shape, final[other])
+            scales = Placement(other, (other,), targets[other].shape, final[other], size, device, residency, ())
+        nbytes = nbytes_of(shape, dtype)
+        placements.append(Placement(name, names, shape, dtype, nbytes, device, residency, links, scales))
+        if scales is not None:
+            placements.append(scales)
 
     def add_all(name: str, links: tuple[Link, ...]) -> None:
         device = _device_of(draft, devices, name)
@@ -187,6 +195,26 @@ def check_reachable(placements: Sequence[Placement]) -> None:
             ) from None
 
 
+def check_rows(placements: Sequence[Placement]) -> None:
+    """What becomes int8 or floats by rows must come in rows, or in parts of rows that are told apart.
+
+    Raises:
+        UnsupportedError: it does not.
+    """
+    for placement in placements:
+        for link in placement.links if placement.residency in ("copy", "write") else ():
+            row = placement.row_of(link)
+            if not row or has_whole_rows(link, row) or (link.scales is None and has_parts_of_rows(link, row)):
+                continue
+            remedy = "leave its module out by skip_modules= (--skip-modules)"
+            if link.scales is not None:
+                remedy = "load it with the library that wrote it, and save it as floats"
+            raise UnsupportedError(
+                f"{link.entry.file}: tensor {link.entry.key!r}: expected rows of {placement.target!r} that are taken "
+                f"as they lie, found them spread over more dimensions, or larger than a chunk; {remedy}"
+            )
+
+
 def _residency(draft: Draft, device: str, name: str, links: tuple[Link, ...]) -> Residency:
     if not links:
         if device == "disk" and draft.request.offload_folder is None:
@@ -195,7 +223,12 @@ def _residency(draft: Draft, device: str, name: str, links: tuple[Link, ...]) ->
                 "file to write it into; give offload_folder= (--offload-folder DIR), or another device"
             )
         return "write" if device == "disk" else "copy"
-    final = draft.final[name]
+    final, made = draft.final[name], draft.mapping.made
+    if device == "disk" and draft.request.offload_folder is None and draft.skeleton.targets[name].scales in made:
+        raise PlacementError(
+            f"{draft.checkpoint.source}: {name!r} would be on disk, and it becomes int8 while loading: expected a file "
+            "to write it into; give offload_folder= (--offload-folder DIR), or another device"
+        )
     lies = is_one(links, draft.skeleton.targets[name].shape, final)
     if device == "disk":
         # Without a folder to write to, it is put together and cast whenever it is used.

@@ -22,7 +22,7 @@ from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, 
 from .final_dtypes import final_dtypes, nbytes_of
 from .moves import Placement, is_one
 from .offload import plan_offload
-from .placing import Draft, check_reachable, kept_as_built, made_at_use, place, to_initialise
+from .placing import Draft, check_reachable, check_rows, kept_as_built, made_at_use, place, to_initialise
 from .records import DevicePlan, Group, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
@@ -159,6 +159,7 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
     placements, groups, split = place(draft, devices)
     warnings += split
     check_reachable(placements)
+    check_rows(placements)
     folder = draft.request.offload_folder
     offload = None if folder is None else _offload(draft, placements, groups, folder)
     if offload is not None and offload.reused:
@@ -282,7 +283,7 @@ def _host(draft: Draft, placements: Sequence[Placement], groups: Sequence[Group]
     # Those that begin behind the beginning of a page end in one more.
     overhead += mmap.PAGESIZE * sum(p.is_apart for p in copies)
     overhead += len(draft.skeleton.targets) * (_PER_TARGET if draft.skeleton.borrowed else _PER_TARGET_BUILT)
-    computing = max((group.nbytes for group in groups), default=0)
+    computing = max((group.nbytes for group in groups), default=0) + _scales(placements)
     available = draft.memory.available
     ram = draft.request.ram
     return HostPlan(
@@ -296,6 +297,14 @@ def _host(draft: Draft, placements: Sequence[Placement], groups: Sequence[Group]
         limit=available if ram is None else min(ram, available),
         computing=computing,
     )
+
+
+def _scales(placements: Sequence[Placement]) -> int:
+    """Bytes of scales that are in memory during the load and no longer."""
+    moved = [p for p in placements if p.residency in ("copy", "write")]
+    entries = {link.scales for p in moved for link in p.links if link.scales is not None}
+    made = [p.scales for p in moved if p.scales is not None and p.is_measured and p.device != "cpu"]
+    return sum(4 * entry.shape[0] for entry in entries) + sum(p.nbytes for p in made)
 
 
 def _devices(placements: Sequence[Placement], staging: Staging, host: HostPlan) -> dict[str, DevicePlan]:
@@ -336,6 +345,9 @@ def _check_devices(draft: Draft, plan: LoadPlan) -> None:
 def _saved_without_cast(placement: Placement) -> int:
     """Bytes of memory less in the checkpoint's own dtype: what lies there in one piece is mapped then."""
     links = placement.links
+    if placement.scales is not None or any(link.scales is not None for link in links):
+        # Not by another dtype; see what helps against int8 and floats.
+        return 0
     if is_one(links, placement.shape):
         return 0 if links[0].entry.dtype == placement.dtype else placement.nbytes
     return max(0, placement.nbytes - sum(link.region.count * itemsize(link.entry.dtype) for link in links))
@@ -348,7 +360,10 @@ def _remedies(draft: Draft, placements: Sequence[Placement], bound: _Bound) -> l
     on_cpu = [p for p in placements if p.device == "cpu" and p.residency in counted and p.links]
     cast = sum(_saved_without_cast(p) for p in on_cpu)
     plain = sum(p.nbytes for p in on_cpu if p.residency == "copy" and is_one(p.links, p.shape, p.dtype))
+    floats = sum(p.nbytes - sum(link.region.count for link in p.links) for p in on_cpu if p.links[0].scales is not None)
     remedies = []
+    if floats:
+        remedies.append(f"leave int8 as it is (without dequantize, --dequantize: {format_size(floats)} less)")
     if cast:
         remedies.append(f"keep the checkpoint's own dtype (dtype='auto', --dtype auto: {format_size(cast)} less)")
     if plain and draft.request.residency == "copy":

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._mounts import is_on_local_disk
-from ..checkpoint import Checkpoint
-from ..mapping import NO_RULES, KeyMapping, KeyRules, Link
+from ..checkpoint import Checkpoint, TensorEntry
+from ..mapping import NO_RULES, KeyMapping, KeyRules, Link, whole
 from ..modeling.int8 import NO_INT8, Int8Request
 from .moves import Move, Placement, Read, cut, join
 
@@ -95,7 +95,8 @@ class HostPlan:
         available: what the machine, its cgroups and rlimits leave.
         bound_by: which of these is the tightest.
         limit: the smaller of `ram` and `available`.
-        computing: what the largest group of computed tensors takes while it is computed.
+        computing: what the largest group of computed tensors takes while it is computed, and scales of int8 that
+            becomes floats.
     """
 
     resident: int
@@ -121,16 +122,18 @@ class Staging:
         workers: reader threads.
         each: bytes of the buffer for moves that change on the way; 0 when every byte is read into its place.
         bounce: bytes of the buffer for direct reads, whose ends are not where the moves' are; 0 without direct reads.
+        work: bytes for the arithmetic of int8; 0 without any.
     """
 
     workers: int
     each: int
     bounce: int = 0
+    work: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of all buffers."""
-        return self.workers * (self.each + self.bounce)
+        return self.workers * (self.each + self.bounce + self.work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,9 +276,39 @@ class LoadPlan:
     groups: tuple[Group, ...] = field(default=(), repr=False)
 
     @cached_property
+    def scales(self) -> Mapping[TensorEntry | Placement, Placement]:
+        """Scales of rows that are in host memory before anything else moves, and where each of them comes from.
+
+        Those of int8 that becomes floats are found by their entry; those of floats that become int8, and whose rows do
+        not come whole, by the placement that they are for: what feeds the weight is read twice.
+        """
+        found: dict[TensorEntry | Placement, Placement] = {}
+        for placement in self.placements:
+            if not self._moves_bytes(placement):
+                continue
+            for link in placement.links:
+                entry = link.scales
+                if entry is not None and entry not in found:
+                    only = (Link(entry, entry.key, whole(entry.shape)),)
+                    size = 4 * entry.shape[0]
+                    found[entry] = Placement(entry.key, (entry.key,), entry.shape, "float32", size, "cpu", "copy", only)
+            if placement.is_measured:
+                made = placement.scales
+                assert made is not None
+                found[made] = replace(
+                    made, device="cpu", residency="copy", links=placement.links, measures=placement.shape[1]
+                )
+        return found
+
+    def scales_plan(self) -> LoadPlan:
+        """The plan that brings these into memory."""
+        return replace(self, placements=tuple(self.scales.values()), offload=None, groups=())
+
+    @cached_property
     def bytes_read(self) -> int:
         """Tensor bytes that the load will read; mapped and referred ones are not read."""
         sources = sum(p.source_bytes for group in self.groups for p in group.sources)
+        sources += sum(p.source_bytes for p in self.scales.values())
         return sources + sum(p.source_bytes for p in self.placements if self._moves_bytes(p))
 
     @property

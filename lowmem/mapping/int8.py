@@ -1,0 +1,164 @@
+"""int8 weights and the scales of their rows, paired wherever they lie; and which layers of a model become int8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..checkpoint import Checkpoint, TensorEntry
+from ..checkpoint.int8 import check_float, check_pair, companions_of, has_scales, scales_of
+from ..dtypes import is_floating
+from ..errors import CheckpointError, UnsupportedError
+from ..modeling.int8 import Int8Request, existing_int8, is_linear, layers_to_quantise
+from ..modeling.skeleton import Skeleton
+from ..modeling.targets import Target
+from .records import KeyMapping, Link
+
+
+@dataclass
+class Pairs:
+    """Links that know their scales.
+
+    Attributes:
+        links: in the same order.
+        made: target of row scales → that of the weight, where floats become int8.
+        companions: keys that are read with an int8 weight.
+    """
+
+    links: list[Link]
+    made: dict[str, str] = field(default_factory=dict)
+    companions: set[str] = field(default_factory=set)
+
+
+def pair(links: Sequence[Link], state: Mapping[str, Target], checkpoint: Checkpoint) -> Pairs:
+    """Give int8 that becomes floats its scales, and check that int8 has some and floats none.
+
+    Raises:
+        CheckpointError: scales are missing, of another shape, or beside floats.
+        UnsupportedError: int8 in another order than torch's, or a part of it that becomes floats.
+    """
+    found = Pairs(list(links))
+    scaled = has_scales(checkpoint)
+    fed = {link.target for link in links}
+    for i, link in enumerate(found.links):
+        entry, target = link.entry, state[link.target]
+        if entry.dtype == "int8":
+            found.links[i] = _paired(link, target, fed, checkpoint, found)
+            continue
+        if scaled and len(target.shape) >= 2:
+            check_float(checkpoint, entry)
+        if target.scales:
+            if not is_floating(entry.dtype):
+                raise UnsupportedError(
+                    f"{entry.file}: tensor {entry.key!r} is {entry.dtype}, and the model's {link.target!r} is to be "
+                    "int8: expected floats or int8; leave its module out by skip_modules= (--skip-modules)"
+                )
+            found.made[target.scales] = link.target
+    return found
+
+
+def _paired(link: Link, target: Target, fed: set[str], checkpoint: Checkpoint, found: Pairs) -> Link:
+    entry = link.entry
+    if target.scales:
+        scales = check_pair(checkpoint, entry)
+        if target.scales not in fed:
+            raise CheckpointError(
+                f"{scales.file}: tensor {scales.key!r}, the row scales of {entry.key!r}: expected it to feed "
+                f"{target.scales!r} of the model, and only or skip leave it out; take it too"
+            )
+        found.companions |= companions_of(checkpoint, entry.key)
+        return link
+    if not is_floating(target.dtype) or len(target.shape) < 2:
+        return link
+    if scales_of(checkpoint, entry.key) is None and not target.name.endswith("weight"):
+        return link
+    scales = check_pair(checkpoint, entry)
+    if not link.whole or entry.strides is not None:
+        raise UnsupportedError(
+            f"{entry.file}: tensor {entry.key!r} is int8, and only a part of it becomes {link.target!r}: expected all "
+            "of it, for the scales are of whole rows; load it with the library that wrote it, and save it as floats"
+        )
+    found.companions |= companions_of(checkpoint, entry.key)
+    return replace(link, scales=scales)
+
+
+def turned(entry: TensorEntry, target: Target) -> TensorEntry:
+    """The floats of a `Conv1D`, which are the transpose of a linear layer's weight, as that weight."""
+    rows, columns = target.shape
+    if not is_floating(entry.dtype) or entry.shape != (columns, rows):
+        return entry
+    along, across = entry.strides or (rows, 1)
+    return replace(entry, shape=target.shape, strides=(across, along))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Names of the modules that are int8 in this load, and what the user should know."""
+
+    names: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def choose_layers(
+    checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, request: Int8Request, keep_fp32: Sequence[str]
+) -> Choice:
+    """The layers that are int8: those that the checkpoint has so, those that the user wants so, and the model's own.
+
+    Args:
+        checkpoint: the entries.
+        skeleton: the model, all of floats.
+        mapping: what feeds what in that model.
+        request: what the user wants.
+        keep_fp32: what stays fp32 though the user wants int8.
+    """
+    own = existing_int8(skeleton.model)
+    if not own and not request.quantize and not any(link.scales for link in mapping.links):
+        turned = [m for m in mapping.mismatched if m.dtype == "int8"]
+        if not turned:
+            return Choice(())
+    modules = dict(skeleton.model.named_modules(remove_duplicate=False))
+    chosen: dict[str, None] = {}
+    if not request.dequantize:
+        for target, key in mapping.sources.items():
+            name = target.removesuffix(".weight")
+            entry = checkpoint.get(key)
+            module = modules.get(name) if name != target else None
+            is_int8 = entry is not None and entry.dtype == "int8" and scales_of(checkpoint, key) is not None
+            if is_int8 and module is not None and is_linear(module):
+                chosen[name] = None
+    warnings: list[str] = []
+    wanted = list(own)
+    if request.quantize:
+        found = layers_to_quantise(skeleton.model, request, keep_fp32)
+        wanted += found.names
+        warnings += found.warnings
+    fed = {link.target for link in mapping.links} | {m.target for m in mapping.mismatched}
+    left = []
+    for name in wanted:
+        if f"{name}.weight" in fed:
+            chosen[name] = None
+        elif name not in chosen:
+            left.append(name)
+    if left:
+        warnings.append(
+            f"{len(left)} layers stay floats: nothing of the checkpoint feeds their weights, or an operation computes "
+            f"them ({left[0]!r}{', …' if len(left) > 1 else ''})"
+        )
+    return Choice(tuple(chosen), tuple(warnings))
+
+
+def check_floats(mapping: KeyMapping, request: Int8Request) -> None:
+    """Refuse int8 that feeds floats, unless the user wants that.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    if request.dequantize:
+        return
+    for link in mapping.links:
+        if link.scales is not None:
+            raise UnsupportedError(
+                f"{link.entry.file}: tensor {link.entry.key!r} is int8, and {link.target!r} of the model belongs to no "
+                "linear layer, so it cannot stay so: expected floats; give dequantize=True (--dequantize), which makes "
+                "floats of all int8"
+            )
