@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import TensorEntry
+from ..int8 import Int8Linear
 from .conversions import Conversion, Renaming
 from .empty import real_tensors
 from .hf_conversions import HFConversions
@@ -183,11 +184,15 @@ class TransformersRules(Rules):
         """Free the parameters that the class froze (sinusoidal positions, backbones), where lowmem built the model.
 
         `from_pretrained` makes each anew: every float takes a gradient and nothing else does (`set_param_for_module`).
+        The scales of an int8 layer are no parameter there.
         """
         if not self.owns_dtypes:
             return
+        scales = module.SCB if isinstance(module, Int8Linear) else None
         for parameter in module._parameters.values():
-            if parameter is not None and parameter.requires_grad != parameter.is_floating_point():
+            if parameter is None or parameter is scales:
+                continue
+            if parameter.requires_grad != parameter.is_floating_point():
                 parameter.requires_grad_(not parameter.requires_grad)
 
     def _tie(self, missing: Collection[str]) -> None:
