@@ -17,11 +17,12 @@ from ._collector import paused_collector
 from .checkpoint import Checkpoint, Survey, TensorEntry, Wish, make_wish, survey
 from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
-from .mapping import KeyDiff, KeyMapping, Link, cover_of, diff_of, match, refuse
+from .mapping import KeyDiff, KeyMapping, Link, check_floats, choose_layers, cover_of, diff_of, match, refuse
 from .memory import anonymous_memory, measure
+from .modeling.int8 import Int8Layers, Int8Request, settle_int8
 from .modeling.request import ModelRequest, ModelSource, make_model_request
 from .modeling.rules import Rules
-from .modeling.skeleton import Origin, Skeleton, find_origin, make_skeleton
+from .modeling.skeleton import Origin, Skeleton, find_origin, make_skeleton, with_int8
 from .offload import dispatch
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
 from .planner.request import Names, Renames, checks_names, flag, make_request
@@ -79,6 +80,10 @@ def load(
     rename: Renames = None,
     reshape: str | Iterable[str] | None = None,
     ignore_mismatched_sizes: bool = False,
+    quantize: str | None = None,
+    skip_modules: str | Iterable[str] | None = None,
+    dequantize: bool = False,
+    int8_threshold: float | None = None,
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> LoadResult:
@@ -128,6 +133,13 @@ def load(
         rename: regular expression → replacement as `re.sub` takes them, a function of a key, or a list of these.
         reshape: the model's tensors, or patterns, that may be fed from another shape of as many elements.
         ignore_mismatched_sizes: the model's own rule initialises what has another shape, though `strict`.
+        quantize: `"int8"`: make the linear layers int8 while they are read, row by row, as bitsandbytes does it
+            (LLM.int8). Layers that are int8 in the checkpoint are so without it.
+        skip_modules: names or patterns of linear layers that stay floats then. Default: the list of transformers, which
+            is the output embedding and the module of the last parameter; tied layers and those of `keep_fp32` always.
+        dequantize: make floats of what is int8 in the checkpoint.
+        int8_threshold: magnitude from which bitsandbytes computes activations in fp16 instead of int8. Default: that of
+            the checkpoint's config, or 6.
         trust_remote_code: whether Python files beside the checkpoint may run.
         progress: called with a `Progress` from the calling thread.
 
@@ -160,6 +172,10 @@ def load(
         rename=rename,
         reshape=reshape,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
+        quantize=quantize,
+        skip_modules=skip_modules,
+        dequantize=dequantize,
+        int8_threshold=int8_threshold,
     )
     if progress is not None and not callable(progress):
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
@@ -172,14 +188,15 @@ def load(
     # Imports happen here: they are the program's, not the load's.
     origin = find_origin(found.glance(wish), asked)
     clock.end("import")
-    with measure() as memory:
+    with measure() as memory, _Exchanged() as exchanged:
         clock.begin()
-        skeleton, plan = _prepare(found, wish, origin, request, settle_ties=True, clock=clock)
+        skeleton, plan = _prepare(found, wish, origin, request, exchanged, settle_ties=True, clock=clock)
         # All that was pickled is described in it.
         del found
         check_present(plan)
         clock.end("plan")
-        read = _execute(skeleton, plan, progress, lambda file: memory.mark(file.name))
+        read = _execute(skeleton, plan, request.int8, progress, lambda file: memory.mark(file.name))
+        exchanged.layers = None
         clock.end("weights")
     # The headers were read before the imports, and are the load's.
     memory.baseline -= held
@@ -215,10 +232,10 @@ def plan(
     )
     request = make_request(**options)
     wish = make_wish(weights, ema)
-    with paused_collector():
+    with paused_collector(), _Exchanged() as exchanged:
         found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         origin = find_origin(found.glance(wish), asked)
-        return _prepare(found, wish, origin, request, settle_ties=False, clock=_Phases())[1]
+        return _prepare(found, wish, origin, request, exchanged, settle_ties=False, clock=_Phases())[1]
 
 
 @checks_names
@@ -256,10 +273,10 @@ def diff(
     )
     request = make_request(prefix=prefix, only=only, skip=skip, rename=rename, reshape=reshape)
     wish = make_wish(weights, ema)
-    with paused_collector():
+    with paused_collector(), _Exchanged() as exchanged:
         found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         origin = find_origin(found.glance(wish), asked)
-        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, _Phases())
+        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, exchanged, _Phases())
         return replace(diff_of(mapping, checkpoint, skeleton), opened=checkpoint.opened)
 
 
@@ -283,6 +300,20 @@ def _asked(
     )
 
 
+class _Exchanged:
+    """int8 layers that stand in the place of a model's own; these come back when the block ends and has them still."""
+
+    def __init__(self) -> None:
+        self.layers: Int8Layers | None = None
+
+    def __enter__(self) -> _Exchanged:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.layers is not None:
+            self.layers.undo()
+
+
 class _Phases:
     """Seconds of each phase of a load."""
 
@@ -302,21 +333,34 @@ class _Phases:
 
 
 def _fit(
-    found: Survey, wish: Wish, origin: Origin, request: LoadRequest, clock: _Phases
+    found: Survey, wish: Wish, origin: Origin, request: LoadRequest, exchanged: _Exchanged, clock: _Phases
 ) -> tuple[Skeleton, Checkpoint, KeyMapping]:
     """The model without weights, the checkpoint opened for it, and which key feeds what."""
     skeleton = make_skeleton(origin, found.glance(wish), request.dtype)
     clock.end("build")
     checkpoint = found.open(wish, cover_of(skeleton, request.keys))
-    return skeleton, checkpoint, match(checkpoint, skeleton, rules=request.keys)
+    mapping = match(checkpoint, skeleton, rules=request.keys)
+    choice = choose_layers(checkpoint, skeleton, mapping, request.int8, request.keep_fp32)
+    if choice.names:
+        skeleton = with_int8(skeleton, choice.names)
+        exchanged.layers = skeleton.int8
+        mapping = match(checkpoint, skeleton, rules=request.keys)
+    check_floats(mapping, request.int8)
+    return replace(skeleton, warnings=(*skeleton.warnings, *choice.warnings)), checkpoint, mapping
 
 
 def _prepare(
-    found: Survey, wish: Wish, origin: Origin, request: LoadRequest, settle_ties: bool, clock: _Phases
+    found: Survey,
+    wish: Wish,
+    origin: Origin,
+    request: LoadRequest,
+    exchanged: _Exchanged,
+    settle_ties: bool,
+    clock: _Phases,
 ) -> tuple[Skeleton, LoadPlan]:
     """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
     with paused_collector():
-        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, clock)
+        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, exchanged, clock)
         if settle_ties and mapping.doubled:
             untied = _differing(checkpoint, skeleton, mapping, request)
             mapping = match(checkpoint, skeleton, untied, request.keys)
@@ -389,7 +433,11 @@ def _accelerators() -> set[str]:
 
 
 def _execute(
-    skeleton: Skeleton, plan: LoadPlan, progress: ProgressCallback | None, on_shard: Callable[[Path], None]
+    skeleton: Skeleton,
+    plan: LoadPlan,
+    int8: Int8Request,
+    progress: ProgressCallback | None,
+    on_shard: Callable[[Path], None],
 ) -> dict[str, int]:
     """Run the plan, and give bytes by the way they were read; on any error a borrowed model is as it was before."""
     before = Snapshot(skeleton.model) if skeleton.borrowed else None
@@ -400,6 +448,7 @@ def _execute(
             skeleton.rules.initialise(fresh)
         skeleton.rules.finish(_unfed(plan))
         skeleton.model.eval()
+        settle_int8(skeleton.model, skeleton.int8, int8)
         dispatch(skeleton.model, plan, skeleton.rules)
     except BaseException:
         if before is not None:

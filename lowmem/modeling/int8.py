@@ -42,6 +42,8 @@ class Int8Request:
 
 
 NO_INT8 = Int8Request()
+# That of transformers' BitsAndBytesConfig.
+_THRESHOLD = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,11 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
         return None
     inner, outer = weight.shape if transposed else reversed(weight.shape)
     return inner, outer
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `swap` takes it."""
+    return _sizes(module) is not None
 
 
 def _is_bitsandbytes(module: nn.Module) -> bool:
@@ -377,8 +384,9 @@ def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: 
     """
     if not is_transformers_model(model):
         return
-    from transformers import BitsAndBytesConfig
+    import transformers
 
+    make: Any = transformers.BitsAndBytesConfig
     hf: Any = model
     config = hf.config
     found = getattr(config, "quantization_config", None)
@@ -390,7 +398,7 @@ def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: 
         found = {"llm_int8_skip_modules": _enough_for_transformers(hf, skip_modules)}
     if isinstance(found, Mapping):
         # It takes no whole number for a threshold.
-        found = BitsAndBytesConfig(**{**found, "load_in_8bit": True, "llm_int8_threshold": float(threshold)})
+        found = make(**{**found, "load_in_8bit": True, "llm_int8_threshold": float(threshold)})
     found.llm_int8_threshold = float(threshold)
     config.quantization_config = found
     for module in model.modules():
@@ -439,6 +447,27 @@ def _is_expression(pattern: str) -> bool:
     except re.error:
         return False
     return True
+
+
+def settle_int8(model: nn.Module, layers: Int8Layers | None, request: Int8Request) -> None:
+    """When all weights are in their places: the modules that compute with int8, and what the model says of itself.
+
+    Args:
+        model: loaded.
+        layers: of it that are int8; None when there are none.
+        request: what the user asked.
+    """
+    if layers is None:
+        if request.dequantize:
+            unmark(model)
+        return
+    table = getattr(getattr(model, "config", None), "quantization_config", None)
+    said = table.get("llm_int8_threshold") if isinstance(table, Mapping) else getattr(table, "llm_int8_threshold", None)
+    threshold = request.threshold
+    if threshold is None:
+        threshold = _THRESHOLD if said is None else float(said)
+    layers.finish(threshold)
+    mark_quantised(model, None if request.skip_modules is None else list(request.skip_modules), threshold)
 
 
 def unmark(model: nn.Module) -> None:

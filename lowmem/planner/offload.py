@@ -35,7 +35,8 @@ def plan_offload(
         groups: what is computed.
         maker: what tells the computing model from another.
     """
-    made = {place: group for group in groups for places in group.results for place in places}
+    made = {place: group.sources for group in groups for places in group.results for place in places}
+    made.update({p.scales: (p,) for p in placements if p.scales is not None})
     written = [p for p in placements if p.residency == "write"]
     if not written:
         return None
@@ -43,7 +44,8 @@ def plan_offload(
     for placement in written:
         links = _links_of(placement, made)
         by_shard.setdefault(links[0].entry.file, []).append(placement)
-    fingerprint = _fingerprint(checkpoint, written, made, maker)
+    names = {place: group.what for group in groups for places in group.results for place in places}
+    fingerprint = _fingerprint(checkpoint, written, made, names, maker)
     files = []
     for number, held in enumerate(by_shard.values(), start=1):
         head, spans, size = layout([(p.target, p.dtype, p.shape) for p in held], {"format": "pt"})
@@ -53,17 +55,23 @@ def plan_offload(
     return OffloadPlan(folder, fingerprint, tuple(files), reused=True) if is_finished(plan) else plan
 
 
-def _links_of(placement: Placement, made: Mapping[Placement, Group]) -> tuple[Link, ...]:
+def _links_of(placement: Placement, made: Mapping[Placement, Sequence[Placement]]) -> tuple[Link, ...]:
+    """What feeds it, or what feeds those that it is made of."""
     if placement.links:
         return placement.links
-    return tuple(link for source in made[placement].sources for link in source.links)
+    return tuple(link for source in made[placement] for link in source.links)
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, written: Sequence[Placement], made: Mapping[Placement, Group], maker: str
+    checkpoint: Checkpoint,
+    written: Sequence[Placement],
+    made: Mapping[Placement, Sequence[Placement]],
+    names: Mapping[Placement, str],
+    maker: str,
 ) -> str:
     """SHA-256 over the source files (name, size, time, header end) and every tensor made from them."""
-    used = {link.entry.file for p in written for link in _links_of(p, made)}
+    links = [link for p in written for link in _links_of(p, made)]
+    used = {link.entry.file for link in links} | {link.scales.file for link in links if link.scales is not None}
     shards = {shard.file: shard for shard in checkpoint.shards}
     table: Any = {
         "format": FORMAT,
@@ -75,7 +83,7 @@ def _fingerprint(
             for p in written
         ],
     }
-    computed = [[p.target, made[p].what, [source.dtype for source in made[p].sources]] for p in written if p in made]
+    computed = [[p.target, names[p], [source.dtype for source in made[p]]] for p in written if p in names]
     if computed:
         table["computed"] = [maker, computed]
     return hashlib.sha256(json.dumps(table, separators=(",", ":")).encode()).hexdigest()
@@ -84,6 +92,8 @@ def _fingerprint(
 def _link_row(link: Link, shard: Shard) -> list[Any]:
     entry, region = link.entry, link.region
     source = [entry.key, entry.dtype, origin_of(entry, shard), entry.shape, entry.strides, entry.swapped]
+    if link.scales is not None:
+        source += [link.scales.key, link.scales.dtype, link.scales.file.name, link.scales.offset]
     return [*source, region.offset, region.shape, region.strides]
 
 
