@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoint import Checkpoint, Shard
 from ..checkpoint.records import origin_of
 from ..checkpoint.safetensors import layout
+from ..dtypes import itemsize
 from ..mapping import Link
 from .moves import Placement
 from .records import Group, OffloadFile, OffloadPlan
@@ -48,6 +49,9 @@ def plan_offload(
     fingerprint = _fingerprint(checkpoint, written, made, names, maker)
     files = []
     for number, held in enumerate(by_shard.values(), start=1):
+        if any(p.scales is not None for p in held):
+            # Behind rows of int8 the scales might begin where torch cannot read them.
+            held.sort(key=lambda p: -itemsize(p.dtype))
         head, spans, size = layout([(p.target, p.dtype, p.shape) for p in held], {"format": "pt"})
         files.append(OffloadFile(f"offload-{number:05d}-of-{len(by_shard):05d}.safetensors", head, size, spans))
     folder = root / fingerprint[:16]
@@ -91,7 +95,7 @@ def _fingerprint(
 
 def _link_row(link: Link, shard: Shard) -> list[Any]:
     entry, region = link.entry, link.region
-    source = [entry.key, entry.dtype, origin_of(entry, shard), entry.shape, entry.strides, entry.swapped]
+    source: list[Any] = [entry.key, entry.dtype, origin_of(entry, shard), entry.shape, entry.strides, entry.swapped]
     if link.scales is not None:
         source += [link.scales.key, link.scales.dtype, link.scales.file.name, link.scales.offset]
     return [*source, region.offset, region.shape, region.strides]
