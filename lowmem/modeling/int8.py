@@ -377,8 +377,9 @@ def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: 
     """
     if not is_transformers_model(model):
         return
-    from transformers import BitsAndBytesConfig
+    import transformers
 
+    make: Any = transformers.BitsAndBytesConfig
     hf: Any = model
     config = hf.config
     found = getattr(config, "quantization_config", None)
@@ -390,7 +391,7 @@ def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: 
         found = {"llm_int8_skip_modules": _enough_for_transformers(hf, skip_modules)}
     if isinstance(found, Mapping):
         # It takes no whole number for a threshold.
-        found = BitsAndBytesConfig(**{**found, "load_in_8bit": True, "llm_int8_threshold": float(threshold)})
+        found = make(**{**found, "load_in_8bit": True, "llm_int8_threshold": float(threshold)})
     found.llm_int8_threshold = float(threshold)
     config.quantization_config = found
     for module in model.modules():
