@@ -473,7 +473,20 @@ def test_an_adapter_beside_the_weights_is_left_alone_with_a_word(own: Folder, ca
         )
     ]
     + [
-        ({"quantization_config": {"load_in_8bit": True}}, "'unknown'"),
+        ({"quantization_config": {"load_in_4bit": True}}, "'unknown', load_in_4bit"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": True}},
+            "'bitsandbytes', load_in_4bit",
+        ),
+        (
+            {"quantization_config": {"load_in_8bit": True, "llm_int8_has_fp16_weight": True}},
+            "'unknown', llm_int8_has_fp16_weight",
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "load_in_8bit": True}}, "'gptq'"),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}},
+            "'bitsandbytes', load_in_4bit in text_config",
+        ),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "'fp8' in text_config"),
         ({"compression_config": {"quant_method": "sparseml"}}, "'sparseml'"),
     ],
@@ -490,7 +503,6 @@ def test_quantised_weights_that_the_config_tells_of_are_refused(
 
 _INT = torch.ones(4, 4, dtype=torch.int8)
 _PACKED: list[tuple[Mapping[str, torch.Tensor], str]] = [
-    ({"q_proj.weight": _INT, "q_proj.SCB": torch.ones(4)}, "int8"),
     ({"q_proj.weight": _INT.to(torch.uint8), "q_proj.weight.absmax": torch.ones(4)}, "4 bit"),
     ({"q_proj.qweight": _INT.to(torch.int32), "q_proj.scales": torch.ones(4, 4)}, "gptq"),
     ({"q_proj.weight": _INT.to(torch.float8_e4m3fn), "q_proj.weight_scale_inv": torch.ones(1, 1)}, "fp8"),

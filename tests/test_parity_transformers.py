@@ -431,8 +431,10 @@ def test_a_load_that_fails_in_the_models_own_rule_leaves_the_callers_module_as_i
 
 def test_a_quantised_checkpoint_is_refused(own: Folder) -> None:
     folder = own("llama")
-    change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    with pytest.raises(UnsupportedError, match=r"config\.json: the weights are quantised \('bitsandbytes'\)"):
+    change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(
+        UnsupportedError, match=r"config\.json: the weights are quantised \('bitsandbytes', load_in_4bit\)"
+    ):
         lowmem.load(folder)
 
 

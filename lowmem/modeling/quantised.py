@@ -1,12 +1,16 @@
-"""Checkpoints whose weights are quantised, told by the config, by files beside the weights, or by their keys."""
+"""Checkpoints whose weights are quantised, told by the config, by files beside the weights, or by their keys.
+
+bitsandbytes' row-wise int8 is loaded; every other way is refused by its name.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..checkpoint import Checkpoint, TensorEntry
-from ..errors import UnsupportedError
+from ..errors import ModelError, UnsupportedError
 
 _REMEDY = "which lowmem does not load; bring the model in fp32, bf16 or fp16, or load it with transformers"
 # What other programs leave beside the weights instead of an entry in config.json: TensorRT Model Optimizer, AutoGPTQ,
@@ -16,7 +20,6 @@ _FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "q
 # bitsandbytes/nn/modules.py and functional.py (QuantState), auto_gptq, autoawq, transformers' integrations
 # (finegrained_fp8, fbgemm_fp8, mxfp4), compressed_tensors, hqq, optimum-quanto, aqlm.
 _LEAVES = {
-    "SCB": "bitsandbytes int8",
     "absmax": "bitsandbytes 4 bit",
     "quant_map": "bitsandbytes 4 bit",
     "bitsandbytes__nf4": "bitsandbytes 4 bit",
@@ -33,8 +36,40 @@ _LEAVES = {
 _FUSED = ("_blocks", "_scales")
 
 
+def int8_config(table: Mapping[str, Any], where: str = "config.json") -> Mapping[str, Any] | None:
+    """What a config says of its weights as bitsandbytes' int8, in the names of transformers' `BitsAndBytesConfig`.
+
+    Args:
+        table: the config, sub-configs and all; a `quantization_config` in the config itself comes first.
+        where: what errors call the config.
+
+    Returns:
+        `llm_int8_threshold` (a float, 6.0 where it is not given) and `llm_int8_skip_modules` (a list of names or
+        patterns, or None); None when it does not say that its weights are int8.
+
+    Raises:
+        ModelError: one of the two is something else.
+    """
+    found = next((value for _, value in _declared(table, "") if _is_int8(value)), None)
+    if found is None:
+        return None
+    threshold = found.get("llm_int8_threshold", 6.0)
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+        raise ModelError(
+            f"{where}: quantization_config: 'llm_int8_threshold': expected a number, 0 or more, found {threshold!r}; "
+            "correct it, or remove it for 6.0"
+        )
+    skipped = found.get("llm_int8_skip_modules")
+    if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
+        raise ModelError(
+            f"{where}: quantization_config: 'llm_int8_skip_modules': expected a list of names of modules, or null, "
+            f"found {skipped!r}; correct it"
+        )
+    return {"llm_int8_threshold": float(threshold), "llm_int8_skip_modules": skipped}
+
+
 def refuse_quantised(checkpoint: Checkpoint, where: str, table: Mapping[str, Any]) -> None:
-    """Refuse weights that are no numbers by themselves.
+    """Refuse weights that are no numbers by themselves, but for bitsandbytes' int8 with its scales (`SCB`).
 
     Args:
         checkpoint: the entries, and the folder with files that may say so.
@@ -43,12 +78,15 @@ def refuse_quantised(checkpoint: Checkpoint, where: str, table: Mapping[str, Any
 
     Raises:
         UnsupportedError: says who quantised them and what tells so.
+        ModelError: the config says what is no setting of int8.
     """
     for path, found in _declared(table, ""):
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        if _is_int8(found):
+            continue
         place = f" in {path}" if path else ""
-        raise UnsupportedError(f"{where}: the weights are quantised ({method!r}{place}), {_REMEDY}")
-    every = [entry for entry in checkpoint.values() if _is_packed(entry)]
+        raise UnsupportedError(f"{where}: the weights are quantised ({_method(found)}{place}), {_REMEDY}")
+    int8_config(table, where)
+    every = [entry for entry in checkpoint.values() if _is_packed(entry) and not _has_scales(checkpoint, entry)]
     if not every:
         return
     # Masks of old checkpoints are small integers too.
@@ -77,6 +115,29 @@ def _declared(table: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         if isinstance(value, dict) and key not in ("quantization_config", "compression_config"):
             yield from _declared(value, f"{path}.{key}" if path else key)
+
+
+def _is_int8(found: Any) -> bool:
+    """Whether a `quantization_config` is that of bitsandbytes' int8 (`AutoQuantizationConfig.from_dict`)."""
+    if not isinstance(found, dict) or found.get("load_in_8bit") is not True:
+        return False
+    others = ("load_in_4bit", "llm_int8_has_fp16_weight")
+    return found.get("quant_method", "bitsandbytes") == "bitsandbytes" and not any(found.get(key) for key in others)
+
+
+def _method(found: Any) -> str:
+    """Who quantised, and which of bitsandbytes' ways it is."""
+    if not isinstance(found, dict):
+        return repr(found)
+    named = [repr(found.get("quant_method", "unknown"))]
+    named += [key for key in ("load_in_4bit", "llm_int8_has_fp16_weight") if found.get(key)]
+    return ", ".join(named)
+
+
+def _has_scales(checkpoint: Checkpoint, entry: TensorEntry) -> bool:
+    """Whether an int8 weight has bitsandbytes' scales beside it; whether they fit is looked at with the model."""
+    path, _, leaf = entry.key.rpartition(".")
+    return entry.dtype == "int8" and leaf == "weight" and (f"{path}.SCB" if path else "SCB") in checkpoint
 
 
 def _is_packed(entry: TensorEntry) -> bool:
