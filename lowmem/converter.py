@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ._collector import paused_collector
 from .checkpoint import Checkpoint, make_wish, survey
+from .converting_int8 import KEEP, Declared, declare, find_change
 from .dtypes import parse_dtype
 from .engine import undisturbed
 from .engine.conversion_folder import ConversionFolder
@@ -25,6 +26,7 @@ from .planner.request import (
     Renames,
     checks_names,
     flag,
+    make_int8_request,
     make_key_rules,
     parse_folder,
     parse_io,
@@ -125,6 +127,10 @@ def convert(
     io: str = "auto",
     keep_cache: bool = False,
     verify: bool = True,
+    quantize: str | None = None,
+    skip_modules: str | Iterable[str] | None = None,
+    dequantize: bool = False,
+    trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> ConvertReport:
     """Write a checkpoint as safetensors: one file, or shards with an index, as `save_pretrained` lays them out.
@@ -153,12 +159,19 @@ def convert(
         io: how files are read, as in `load`.
         keep_cache: leave in the page cache what was read and was not there before.
         verify: read back from the disk what was written, and compare checksums.
+        quantize: `"int8"`: make the linear layers of the transformers model int8, row by row, as transformers saves
+            them with bitsandbytes; `config.json` says so, and names what stays floats where transformers would not
+            know.
+        skip_modules: names or patterns of linear layers that stay floats then. Default: as in `load`.
+        dequantize: make floats of what is int8, of `dtype`, or of that which `config.json` names.
+        trust_remote_code: whether Python files beside the checkpoint may run; only `quantize` asks for the model.
         progress: called with a `Progress` from the calling thread, in bytes of the source.
 
     Returns:
         What was made.
 
     Raises:
+        ModelError: `quantize` needs the model, and no `config.json` tells which one it is.
         OutputError: the folder holds something else, cannot be written, or does not hold what was written.
         LowmemError: see `lowmem.errors`.
     """
@@ -171,6 +184,8 @@ def convert(
         io=parse_io(io),
         keep_cache=flag(keep_cache, "keep_cache"),
     )
+    int8 = make_int8_request(quantize, skip_modules, dequantize)
+    remote = flag(trust_remote_code, "trust_remote_code")
     wish = make_wish(weights, ema)
     verify = flag(verify, "verify")
     folder = parse_folder(out, "out")
@@ -180,9 +195,10 @@ def convert(
         found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         checkpoint = found.open(wish)
         del found
-        plan = make_convert_plan(checkpoint, folder, request)
+        change = find_change(checkpoint, request, int8, trust_remote_code=remote)
+        plan = make_convert_plan(checkpoint, folder, change.request)
     beside = _beside(checkpoint)
-    last = _last(checkpoint, plan)
+    last = _last(checkpoint, plan, change.declared)
     result = ConversionFolder(plan, beside, last)
     with result.open():
         kept = {file.name for file in plan.files if result.is_whole(file, verify=verify)}
@@ -202,7 +218,7 @@ def convert(
         bytes_written=sum(plan.files[n].size for n in fresh),
         verified=verify,
         seconds=time.perf_counter() - started,
-        warnings=checkpoint.warnings,
+        warnings=(*checkpoint.warnings, *change.warnings),
     )
 
 
@@ -275,7 +291,7 @@ def _has_code(checkpoint: Checkpoint) -> bool:
     )
 
 
-def _last(checkpoint: Checkpoint, plan: ConvertPlan) -> dict[str, bytes]:
+def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict[str, bytes]:
     """The index and the config, in this order."""
     last = {}
     index = plan.index()
@@ -287,11 +303,12 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan) -> dict[str, bytes]:
         table = _read_table(checkpoint.config)
         stated = [name for name in ("dtype", "torch_dtype") if isinstance(table.get(name), str)]
         wrong = plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated)
-        if wrong or "transformers_weights" in table:
+        if wrong or "transformers_weights" in table or declared != KEEP:
             # transformers would load the weights in the dtype that they no longer have, and look for files that have
             # other names here; save_pretrained leaves the names out too.
             table.update(dict.fromkeys(stated, plan.dtype) if wrong else {})
             table.pop("transformers_weights", None)
+            declare(table, declared)
             text = (json.dumps(table, indent=2) + "\n").encode()
         last[_CONFIG] = text
     return last

@@ -45,6 +45,7 @@ ORDER = [
     "loader",
     "drop_in",
     "streaming",
+    "converting_int8",
     "converter",
     "checker",
     "synthetic",

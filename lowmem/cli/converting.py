@@ -16,6 +16,7 @@ from .options import (
     key_options,
     selection_options,
     source_options,
+    split,
 )
 from .parser import FAILED, FINE, verb
 
@@ -29,6 +30,10 @@ def add_convert(verbs: Any) -> None:
     add("--dtype", default="auto", help="auto (the checkpoint's, default), float32, bfloat16, float16, ...")
     add("--max-shard-size", metavar="SIZE", default="5GiB", help="bytes of tensors in one file (default 5GiB)")
     add_key_options(parser)
+    add("--quantize", choices=("int8",), help="make linear layers int8, as transformers saves them with bitsandbytes")
+    add("--skip-modules", metavar="NAMES", action="append", help="linear layers that stay floats then, a,b,...")
+    add("--dequantize", action="store_true", help="make floats of what is int8")
+    add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run, for --quantize")
     add("--staging", metavar="SIZE", help="bound on the readers' buffers, at least 1MiB")
     add(
         "--io", choices=("auto", "buffered", "direct", "mmap"), default="auto", help="how files are read (default auto)"
@@ -62,6 +67,10 @@ def _convert(arguments: argparse.Namespace) -> int:
             io=arguments.io,
             keep_cache=arguments.keep_cache,
             verify=arguments.verify,
+            quantize=arguments.quantize,
+            skip_modules=None if arguments.skip_modules is None else split(arguments.skip_modules),
+            dequantize=arguments.dequantize,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
     warn(report.warnings)

@@ -84,11 +84,15 @@ def _paired(link: Link, target: Target, fed: set[str], checkpoint: Checkpoint, f
 
 def turned(entry: TensorEntry, target: Target) -> TensorEntry:
     """The floats of a `Conv1D`, which are the transpose of a linear layer's weight, as that weight."""
-    rows, columns = target.shape
-    if not is_floating(entry.dtype) or entry.shape != (columns, rows):
-        return entry
-    along, across = entry.strides or (rows, 1)
-    return replace(entry, shape=target.shape, strides=(across, along))
+    fits = is_floating(entry.dtype) and entry.shape == target.shape[::-1]
+    return transposed(entry) if fits else entry
+
+
+def transposed(entry: TensorEntry) -> TensorEntry:
+    """A matrix by its columns."""
+    rows, columns = entry.shape
+    along, across = entry.strides or (columns, 1)
+    return replace(entry, shape=(columns, rows), strides=(across, along))
 
 
 @dataclass(frozen=True)
@@ -162,3 +166,31 @@ def check_floats(mapping: KeyMapping, request: Int8Request) -> None:
                 "linear layer, so it cannot stay so: expected floats; give dequantize=True (--dequantize), which makes "
                 "floats of all int8"
             )
+
+
+def floats_that_become_int8(
+    skeleton: Skeleton, mapping: KeyMapping, names: Sequence[str]
+) -> tuple[dict[str, bool], list[str]]:
+    """Of layers that are to be int8, the keys that are floats, and the layers whose weight is no tensor of its own.
+
+    Args:
+        skeleton: the model, all of floats.
+        mapping: what feeds what in it.
+        names: of the layers.
+
+    Returns:
+        Key → whether it is the transpose of the weight of a linear layer; and names.
+    """
+    layers = {f"{name}.weight": name for name in names}
+    parts: dict[str, list[Link]] = {}
+    for link in mapping.links:
+        if link.target in layers:
+            parts.setdefault(layers[link.target], []).append(link)
+    keys, left = {}, []
+    for name, links in parts.items():
+        entry = links[0].entry
+        if len(links) > 1 or not links[0].whole:
+            left.append(name)
+        elif is_floating(entry.dtype):
+            keys[entry.key] = type(skeleton.model.get_submodule(name)).__name__ == "Conv1D"
+    return keys, left

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from .._page_cache import cached_share
 from ..checkpoint import Checkpoint, TensorEntry
 from ..checkpoint.index import SHARED
+from ..checkpoint.int8 import check_float, check_pair, companions_of, scales_of
 from ..checkpoint.records import origin_of
 from ..checkpoint.safetensors import layout
-from ..dtypes import is_floating
+from ..dtypes import is_floating, itemsize
 from ..errors import KeysError
 from ..limits import host_memory
 from ..mapping import KeyMapping, KeyRules, Link, whole
+from ..mapping.int8 import transposed
 from ..mapping.names import named_entries
 from ..sizes import KIB, MIB, format_size
 from . import budget
 from .final_dtypes import check_cast, nbytes_of
 from .moves import Placement
+from .placing import check_rows, passing_scales
 from .records import IO, DevicePlan, HostPlan, LoadPlan, OffloadFile, OffloadPlan, Reading, Staging
 
 FORMAT = "lowmem-convert/1"
@@ -38,10 +40,16 @@ _PER_ENTRY = 4 * KIB
 
 @dataclass(frozen=True, slots=True)
 class ConvertRequest:
-    """What the user asked of a conversion, parsed. Sizes in bytes; `staging` None means that lowmem decides."""
+    """What the user asked of a conversion, parsed. Sizes in bytes; `staging` None means that lowmem decides.
+
+    `to_int8` are the keys of weights that become int8, and whether they are transposed for it; `from_int8` is the dtype
+    of the floats that int8 becomes, None where it stays int8.
+    """
 
     dtype: str = "auto"
     max_shard_size: int = 5 * 1024**3
+    to_int8: Mapping[str, bool] = field(default_factory=dict)
+    from_int8: str | None = None
     rules: KeyRules = field(default_factory=KeyRules)
     staging: int | None = None
     io: IO = "auto"
@@ -115,7 +123,8 @@ def make_convert_plan(checkpoint: Checkpoint, folder: Path, request: ConvertRequ
     # As stable as the source: names of one range stay in its own order.
     rows = sorted(named.items(), key=lambda row: (order[row[1].file], row[1].offset))
     kept, shared = _share(rows)
-    placements = [_place(name, entry, request.dtype) for name, entry in kept]
+    placements = _place_all(checkpoint, kept, request)
+    check_rows(placements)
     groups = list(_groups(placements, request.max_shard_size))
     files = tuple(_file(number, len(groups), group, shared) for number, group in enumerate(groups, start=1))
     staging, host = _fit(checkpoint, placements, request)
@@ -146,11 +155,61 @@ def _share(rows: list[tuple[str, TensorEntry]]) -> tuple[list[tuple[str, TensorE
     return kept, shared
 
 
-def _place(name: str, entry: TensorEntry, wanted: str) -> Placement:
-    dtype = wanted if wanted != "auto" and is_floating(entry.dtype) else entry.dtype
-    check_cast(entry.key, entry.dtype, dtype)
-    links = (Link(entry, name, whole(entry.shape)),)
+def _place_all(checkpoint: Checkpoint, kept: list[tuple[str, TensorEntry]], request: ConvertRequest) -> list[Placement]:
+    """What is written; int8 with its scales and the number of its format right behind it."""
+    int8 = {entry.key for _, entry in kept if entry.dtype == "int8" and scales_of(checkpoint, entry.key) is not None}
+    beside = {key for weight in int8 for key in companions_of(checkpoint, weight)}
+    taken = {name for name, _ in kept}
+    placements = []
+    for name, entry in kept:
+        if entry.key in beside:
+            if request.from_int8 is None:
+                # These belong to int8, whatever is asked for the rest.
+                placements.append(_place(name, entry, "auto"))
+        elif request.from_int8 is not None and entry.key in int8:
+            placements.append(_place(name, entry, request.from_int8, check_pair(checkpoint, entry)))
+        elif entry.key in request.to_int8:
+            placements += _place_int8(name, entry, request.to_int8[entry.key], taken)
+        else:
+            if request.to_int8:
+                check_float(checkpoint, entry)
+            placements.append(_place(name, entry, request.dtype))
+    return placements
+
+
+def _place(name: str, entry: TensorEntry, wanted: str, scales: TensorEntry | None = None) -> Placement:
+    floats = is_floating(entry.dtype) or scales is not None
+    dtype = wanted if wanted != "auto" and floats else entry.dtype
+    if scales is None:
+        check_cast(entry.key, entry.dtype, dtype)
+    links = (Link(entry, name, whole(entry.shape), scales=scales),)
     return Placement(name, (name,), entry.shape, dtype, nbytes_of(entry.shape, dtype), "disk", "write", links)
+
+
+def _place_int8(name: str, entry: TensorEntry, turned: bool, taken: Collection[str]) -> Iterator[Placement]:
+    """A weight as bitsandbytes saves it (`Linear8bitLt._save_to_state_dict`): itself, its scales, its format.
+
+    Raises:
+        KeysError: another tensor has the name of one of these.
+    """
+    stem = name.removesuffix("weight")
+    names = f"{stem}SCB", f"{stem}weight_format"
+    for other in names:
+        if other in taken or stem == name:
+            what = f"another tensor is {other!r} already" if other in taken else "its name does not end in 'weight'"
+            raise KeysError(
+                f"{entry.file}: tensor {entry.key!r}: expected a name beside which its scales can be {names[0]!r}, and "
+                f"{what}; rename it by rename= (--rename)"
+            )
+    if turned:
+        entry = transposed(entry)
+    rows = entry.shape[:1]
+    scales = Placement(names[0], names[:1], rows, "float32", nbytes_of(rows, "float32"), "disk", "write", ())
+    links = (Link(entry, name, whole(entry.shape)),)
+    yield Placement(name, (name,), entry.shape, "int8", nbytes_of(entry.shape, "int8"), "disk", "write", links, scales)
+    yield scales
+    # Fresh files are zeros, and 0 says that rows lie as torch has them.
+    yield Placement(names[1], names[1:], (), "uint8", 1, "disk", "write", ())
 
 
 def _groups(placements: list[Placement], most: int) -> Iterator[list[Placement]]:
@@ -158,7 +217,8 @@ def _groups(placements: list[Placement], most: int) -> Iterator[list[Placement]]
     group: list[Placement] = []
     size = 0
     for placement in placements:
-        if group and size + placement.nbytes > most:
+        # What nothing feeds belongs to the weight before it.
+        if group and placement.links and size + placement.nbytes > most:
             yield group
             group, size = [], 0
         group.append(placement)
@@ -170,6 +230,9 @@ def _file(number: int, count: int, group: list[Placement], shared: Mapping[str, 
     """The names of save_pretrained; shared names in the header as safetensors.torch.save_model records them."""
     name = WHOLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
     here = {placement.target for placement in group}
+    if any(p.scales is not None for p in group):
+        # Behind rows of int8 the scales might begin where torch cannot read them.
+        group = sorted(group, key=lambda p: -itemsize(p.dtype))
     metadata = {**_METADATA, **{left_out: kept for left_out, kept in shared.items() if kept in here}}
     head, spans, size = layout([(p.target, p.dtype, p.shape) for p in group], metadata)
     return OffloadFile(name, head, size, spans)
@@ -177,7 +240,7 @@ def _file(number: int, count: int, group: list[Placement], shared: Mapping[str, 
 
 def _fit(checkpoint: Checkpoint, placements: list[Placement], request: ConvertRequest) -> tuple[Staging, HostPlan]:
     memory = host_memory()
-    overhead = _OVERHEAD + _PER_ENTRY * len(checkpoint) + checkpoint.described
+    overhead = _OVERHEAD + _PER_ENTRY * len(checkpoint) + checkpoint.described + passing_scales(placements)
     need = budget.needs_of(placements, request.io, cached_share, free_address_space=not memory.rlimits)
     # The rlimits count the stacks of the readers, of the sealer and of those that read back.
     stacks = budget.thread_stacks(need.workers + 4) if memory.rlimits else 0
@@ -232,14 +295,15 @@ def _plan(
 
 def _fingerprint(checkpoint: Checkpoint, placements: list[Placement], files: tuple[OffloadFile, ...]) -> str:
     """SHA-256 over the source files (path, size, time) and every tensor, where it comes from and where it goes."""
-    entries = map(itemgetter(0), (placement.links for placement in placements))
+    # What nothing feeds is told by the header.
+    links = [placement.links[0] for placement in placements if placement.links]
     shards = {shard.file: shard for shard in checkpoint.shards}
     table: Any = {
         "format": FORMAT,
         "sources": [[str(s.file.resolve()), s.size, s.mtime_ns] for s in checkpoint.shards],
         "tensors": [
             [e.key, e.dtype, e.file.name, origin_of(e, shards[e.file]), e.strides, e.swapped]
-            for e in (link.entry for link in entries)
+            for e in (link.entry for link in links)
         ],
         "files": [[file.name, file.size, hashlib.sha256(file.head).hexdigest()] for file in files],
     }

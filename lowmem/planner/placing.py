@@ -215,6 +215,14 @@ def check_rows(placements: Sequence[Placement]) -> None:
             )
 
 
+def passing_scales(placements: Sequence[Placement]) -> int:
+    """Bytes of scales that are in memory during the load and no longer."""
+    moved = [p for p in placements if p.residency in ("copy", "write")]
+    entries = {link.scales for p in moved for link in p.links if link.scales is not None}
+    made = [p.scales for p in moved if p.scales is not None and p.is_measured and p.device != "cpu"]
+    return sum(4 * entry.shape[0] for entry in entries) + sum(p.nbytes for p in made)
+
+
 def _residency(draft: Draft, device: str, name: str, links: tuple[Link, ...]) -> Residency:
     if not links:
         if device == "disk" and draft.request.offload_folder is None:

@@ -22,7 +22,16 @@ from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, 
 from .final_dtypes import final_dtypes, nbytes_of
 from .moves import Placement, is_one
 from .offload import plan_offload
-from .placing import Draft, check_reachable, check_rows, kept_as_built, made_at_use, place, to_initialise
+from .placing import (
+    Draft,
+    check_reachable,
+    check_rows,
+    kept_as_built,
+    made_at_use,
+    passing_scales,
+    place,
+    to_initialise,
+)
 from .records import DevicePlan, Group, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
@@ -283,7 +292,7 @@ def _host(draft: Draft, placements: Sequence[Placement], groups: Sequence[Group]
     # Those that begin behind the beginning of a page end in one more.
     overhead += mmap.PAGESIZE * sum(p.is_apart for p in copies)
     overhead += len(draft.skeleton.targets) * (_PER_TARGET if draft.skeleton.borrowed else _PER_TARGET_BUILT)
-    computing = max((group.nbytes for group in groups), default=0) + _scales(placements)
+    computing = max((group.nbytes for group in groups), default=0) + passing_scales(placements)
     available = draft.memory.available
     ram = draft.request.ram
     return HostPlan(
@@ -297,14 +306,6 @@ def _host(draft: Draft, placements: Sequence[Placement], groups: Sequence[Group]
         limit=available if ram is None else min(ram, available),
         computing=computing,
     )
-
-
-def _scales(placements: Sequence[Placement]) -> int:
-    """Bytes of scales that are in memory during the load and no longer."""
-    moved = [p for p in placements if p.residency in ("copy", "write")]
-    entries = {link.scales for p in moved for link in p.links if link.scales is not None}
-    made = [p.scales for p in moved if p.scales is not None and p.is_measured and p.device != "cpu"]
-    return sum(4 * entry.shape[0] for entry in entries) + sum(p.nbytes for p in made)
 
 
 def _devices(placements: Sequence[Placement], staging: Staging, host: HostPlan) -> dict[str, DevicePlan]:

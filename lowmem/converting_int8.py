@@ -1,0 +1,141 @@
+"""int8 in a conversion: which tensors become int8, or floats again, and what `config.json` says of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .checkpoint.int8 import scales_of
+from .dtypes import CASTABLE, is_floating
+from .errors import ModelError, UnsupportedError
+from .mapping import choose_layers, match
+from .mapping.int8 import floats_that_become_int8
+from .modeling.int8 import Int8Request, mark_quantised, swap
+from .modeling.request import make_model_request
+from .modeling.skeleton import Skeleton, find_origin, make_skeleton
+from .planner.convert import ConvertRequest
+
+# What `config.json` is to say under `quantization_config`: the same as before, nothing, or this.
+Declared = Mapping[str, Any] | str
+KEEP, NOTHING = "keep", "nothing"
+_WHERE = "quantization_config"
+# Of transformers' BitsAndBytesConfig.
+_THRESHOLD = 6.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a conversion by int8.
+
+    Attributes:
+        request: the conversion, with what becomes int8 or floats.
+        declared: what the config says of it.
+        warnings: what the user should know.
+    """
+
+    request: ConvertRequest
+    declared: Declared = KEEP
+    warnings: tuple[str, ...] = ()
+
+
+def find_change(
+    checkpoint: Checkpoint, request: ConvertRequest, int8: Int8Request, *, trust_remote_code: bool = False
+) -> Change:
+    """Look at the checkpoint, and at its model where something becomes int8.
+
+    Args:
+        checkpoint: what is converted.
+        request: how.
+        int8: what the user asked.
+        trust_remote_code: whether Python files beside the checkpoint may run.
+
+    Raises:
+        ModelError: the model is unknown, or cannot be built.
+        KeysError: the checkpoint does not fit it.
+        UnsupportedError: nothing is int8 that could become floats.
+    """
+    if int8.dequantize:
+        return _to_floats(checkpoint, request)
+    return _to_int8(checkpoint, request, int8, trust_remote_code) if int8.quantize else Change(request)
+
+
+def _to_floats(checkpoint: Checkpoint, request: ConvertRequest) -> Change:
+    int8 = [e for e in checkpoint.values() if e.dtype == "int8" and scales_of(checkpoint, e.key) is not None]
+    if not int8:
+        raise UnsupportedError(
+            f"{checkpoint.source}: dequantize (--dequantize): expected int8 weights with their scales (SCB), found "
+            "none; convert it without"
+        )
+    dtype = request.dtype
+    if dtype == "auto":
+        named = _read(checkpoint).get("dtype") or _read(checkpoint).get("torch_dtype")
+        scales = {scales_of(checkpoint, entry.key) for entry in int8}
+        floats = (e.dtype for e in checkpoint.values() if is_floating(e.dtype) and e not in scales)
+        dtype = named if isinstance(named, str) and named in CASTABLE else next(floats, "float32")
+    return Change(replace(request, from_int8=dtype), NOTHING)
+
+
+def _to_int8(checkpoint: Checkpoint, request: ConvertRequest, int8: Int8Request, trust_remote_code: bool) -> Change:
+    if checkpoint.config is None:
+        raise ModelError(
+            f"{checkpoint.source}: quantize='int8' (--quantize int8): expected a config.json beside the weights, by "
+            "which linear layers are told from others, found none; put the model's own there, or load with "
+            "quantize='int8'"
+        )
+    origin = find_origin(checkpoint, make_model_request(trust_remote_code=trust_remote_code))
+    skeleton = make_skeleton(origin, checkpoint, "auto")
+    mapping = match(checkpoint, skeleton, rules=request.rules)
+    choice = choose_layers(checkpoint, skeleton, mapping, int8, ())
+    keys, left = floats_that_become_int8(skeleton, mapping, choice.names)
+    if not keys:
+        raise ModelError(
+            f"{checkpoint.source}: quantize='int8' (--quantize int8): expected linear layers to make int8, found none "
+            f"in {type(skeleton.model).__name__}; convert it without"
+        )
+    warnings = [*skeleton.warnings, *choice.warnings]
+    if left:
+        warnings.append(
+            f"{len(left)} layers stay floats, because the checkpoint does not have their weights in one piece "
+            f"({left[0]!r}{', …' if len(left) > 1 else ''})"
+        )
+    names = [name for name in choice.names if name not in left]
+    return Change(replace(request, to_int8=keys), _described(skeleton, names, int8), tuple(warnings))
+
+
+def _described(skeleton: Skeleton, names: list[str], int8: Int8Request) -> Mapping[str, Any]:
+    """What transformers saves in the config of a model whose layers `names` are int8."""
+    swap(skeleton.model, names)
+    skips = None if int8.skip_modules is None else list(int8.skip_modules)
+    mark_quantised(skeleton.model, skips, _THRESHOLD if int8.threshold is None else int8.threshold)
+    model: Any = skeleton.model
+    table: Mapping[str, Any] = json.loads(json.dumps(model.config.quantization_config.to_dict()))
+    return table
+
+
+def declare(config: dict[str, Any], declared: Declared) -> None:
+    """Change, in place, what a config says of its weights; in its sub-configs it says nothing then."""
+    if declared == KEEP:
+        return
+    _remove(config)
+    if isinstance(declared, Mapping):
+        config[_WHERE] = dict(declared)
+
+
+def _remove(table: dict[str, Any]) -> None:
+    table.pop(_WHERE, None)
+    for value in table.values():
+        if isinstance(value, dict):
+            _remove(value)
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.config is not None:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            table = json.loads(checkpoint.config.read_bytes())
+            if isinstance(table, dict):
+                return table
+    return {}
