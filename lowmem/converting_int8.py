@@ -12,7 +12,7 @@ from .checkpoint import Checkpoint
 from .checkpoint.int8 import scales_of
 from .dtypes import CASTABLE, is_floating
 from .errors import ModelError, UnsupportedError
-from .mapping import choose_layers, match
+from .mapping import KeyMapping, choose_layers, match
 from .mapping.int8 import floats_that_become_int8
 from .modeling.int8 import Int8Request, mark_quantised, swap
 from .modeling.request import make_model_request
@@ -103,7 +103,24 @@ def _to_int8(checkpoint: Checkpoint, request: ConvertRequest, int8: Int8Request,
             f"({left[0]!r}{', …' if len(left) > 1 else ''})"
         )
     names = [name for name in choice.names if name not in left]
-    return Change(replace(request, to_int8=keys), _described(skeleton, names, int8), tuple(warnings))
+    kept = _kept_in_fp32(skeleton, mapping, request.dtype)
+    return Change(replace(request, to_int8=keys, in_fp32=kept), _described(skeleton, names, int8), tuple(warnings))
+
+
+def _kept_in_fp32(skeleton: Skeleton, mapping: KeyMapping, dtype: str) -> set[str]:
+    """Keys of what the model wants in fp32, as which transformers saves it: of a checkpoint that is int8 it casts none.
+
+    See `HfQuantizer.get_new_dtype` in transformers/quantizers/base.py.
+    """
+    kept: set[str] = set()
+    for half in ("float16", "bfloat16"):
+        links = {
+            link.target: link.entry.key
+            for link in mapping.links
+            if is_floating(link.entry.dtype) and (link.entry.dtype if dtype == "auto" else dtype) == half
+        }
+        kept.update(links[name] for name in skeleton.rules.keep_fp32(half, links))
+    return kept
 
 
 def _described(skeleton: Skeleton, names: list[str], int8: Int8Request) -> Mapping[str, Any]:

@@ -43,13 +43,14 @@ class ConvertRequest:
     """What the user asked of a conversion, parsed. Sizes in bytes; `staging` None means that lowmem decides.
 
     `to_int8` are the keys of weights that become int8, and whether they are transposed for it; `from_int8` is the dtype
-    of the floats that int8 becomes, None where it stays int8.
+    of the floats that int8 becomes, None where it stays int8; `in_fp32` are the keys of floats that are fp32 then.
     """
 
     dtype: str = "auto"
     max_shard_size: int = 5 * 1024**3
     to_int8: Mapping[str, bool] = field(default_factory=dict)
     from_int8: str | None = None
+    in_fp32: Collection[str] = ()
     rules: KeyRules = field(default_factory=KeyRules)
     staging: int | None = None
     io: IO = "auto"
@@ -173,7 +174,7 @@ def _place_all(checkpoint: Checkpoint, kept: list[tuple[str, TensorEntry]], requ
         else:
             if request.to_int8:
                 check_float(checkpoint, entry)
-            placements.append(_place(name, entry, request.dtype))
+            placements.append(_place(name, entry, "float32" if entry.key in request.in_fp32 else request.dtype))
     return placements
 
 
