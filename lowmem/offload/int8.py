@@ -80,8 +80,10 @@ class Int8Hook(AlignDevicesHook):  # type: ignore[misc]
         self.original_devices = hook.original_devices
         weight = module._parameters["weight"]
         assert weight is not None
-        # With scales, or the layer's state dict would not name them.
-        scales = torch.empty(weight.shape[0], dtype=torch.float32, device="meta")
+        scales = nn.Parameter(torch.empty(weight.shape[0], dtype=torch.float32, device="meta"), requires_grad=False)
+        # For saving: bitsandbytes names the scales of a weight in the layer's state dict, and transformers asks a
+        # model for each tensor of its state dict that is on meta, before it takes the values from the hook's map.
+        module.__dict__["SCB"] = scales
         module._parameters["weight"] = self._parameter(torch.empty_like(weight.data, device="meta"), scales)
         self._absent = {name: tensor for name, tensor in self._tensors(module) if tensor.is_meta}
 
@@ -115,6 +117,7 @@ class Int8Hook(AlignDevicesHook):  # type: ignore[misc]
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Bring back for good what was in memory before hooks were attached; what is on disk stays there."""
         self._take_away(module)
+        module.__dict__.pop("SCB", None)
         for name, device in self.original_devices.items():
             if name in self._absent and device != torch.device("meta"):
                 self._bring(module, name, device)
