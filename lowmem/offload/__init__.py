@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .checkpoint import TensorEntry
-from .engine.destinations import fill
-from .engine.mapping import map_shard, view_of
-from .modeling.rules import Rules
-from .modeling.targets import tensor_of
-from .planner import LoadPlan, Placement
-from .planner.moves import is_one
+from ..modeling.rules import Rules
+from ..modeling.targets import owner_of, tensor_of
+from ..planner import LoadPlan, Placement
+from ..planner.moves import is_one
+from .mapped import MappedWeights
 
 
 def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
@@ -35,7 +32,7 @@ def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
         return
     if len(devices) == 1 and "disk" not in devices:
         # The weights are there; this moves the buffers that no checkpoint holds.
-        model.to(torch.device(devices.pop()))
+        _move(model, torch.device(devices.pop()))
         return
     from accelerate import dispatch_model
 
@@ -48,6 +45,19 @@ def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
             offload_index=offload_index(plan),
             skip_keys=list(rules.skip_keys) or None,
         )
+    # No module is bitsandbytes' where nothing has imported it, and that import takes seconds.
+    if "bitsandbytes" in sys.modules:
+        from .int8 import exchange_hooks
+
+        exchange_hooks(model)
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    if getattr(model, "is_loaded_in_8bit", False):
+        # transformers' own `to` refuses int8 models beside older bitsandbytes.
+        nn.Module.to(model, device)
+    else:
+        model.to(device)
 
 
 @contextmanager
@@ -90,7 +100,7 @@ def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:
 
 def _mapped_here(plan: LoadPlan) -> set[Placement]:
     """Weights on disk that accelerate cannot open by their file and key: in pickles, of a key that only names another,
-    of another shape than the model's, or parts of tensors.
+    of another shape than the model's, parts of tensors, or int8 that become floats.
     """
     shards = {shard.file: shard for shard in plan.checkpoint.shards}
     found = set()
@@ -101,6 +111,7 @@ def _mapped_here(plan: LoadPlan) -> set[Placement]:
             as_stored = link.whole and is_one(placement.links, placement.shape)
             shared = entry.key in shard.metadata
             as_stored = as_stored and shard.container == "safetensors" and not shared
+            as_stored = as_stored and getattr(link, "scales", None) is None
             if not as_stored or plan.checkpoint[entry.key].shape != placement.shape:
                 found.add(placement)
     return found
@@ -113,66 +124,30 @@ def _held(model: nn.Module, plan: LoadPlan) -> Mapping[str, torch.Tensor] | None
     return MappedWeights(kept or {}, lying, plan) if lying else kept
 
 
-class MappedWeights(Mapping[str, torch.Tensor]):
-    """Weights that stay in their files, mapped when they are first used, beside others that are in memory.
-
-    Args:
-        kept: name → tensor in memory.
-        lying: name → where it lies.
-        plan: gives the files.
-    """
-
-    def __init__(self, kept: Mapping[str, torch.Tensor], lying: Mapping[str, Placement], plan: LoadPlan) -> None:
-        self._kept = kept
-        self._lying = lying
-        self._shards = {shard.file: shard for shard in plan.checkpoint.shards}
-        self._pages: dict[Path, mmap.mmap] = {}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor at its final dtype: pages of the file where nothing changes, else put together from its parts.
-
-        Raises:
-            CheckpointError: the file changed since the load.
-        """
-        if name in self._kept:
-            return self._kept[name]
-        placement = self._lying[name]
-        dtype: torch.dtype = getattr(torch, placement.dtype)
-        if is_one(placement.links, placement.shape):
-            entry = placement.links[0].entry
-            return view_of(self._mapped(entry), entry, placement.shape).to(dtype)
-        tensor = torch.empty(placement.shape, dtype=dtype)
-        for link in placement.links:
-            fill(tensor, link.region, view_of(self._mapped(link.entry), link.entry))
-        return tensor
-
-    def _mapped(self, entry: TensorEntry) -> mmap.mmap:
-        pages = self._pages.get(entry.file)
-        if pages is None:
-            pages = self._pages[entry.file] = map_shard(self._shards[entry.file])
-        return pages
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._kept or name in self._lying
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._kept
-        yield from self._lying
-
-    def __len__(self) -> int:
-        return len(self._kept) + len(self._lying)
-
-
 def _kept_in_memory(model: nn.Module, plan: LoadPlan) -> dict[str, torch.Tensor] | None:
     """Weights that wait in host memory for another device, or that have no file although their layer is on disk."""
     kept: dict[str, torch.Tensor] = {}
     for placement in plan.placements:
         waits = placement.device == "cpu" and plan.main_device != "cpu"
         if waits or (placement.residency == "init" and "disk" in plan.device_map.values()):
-            kept.update({name: tensor_of(model, name).detach() for name in placement.names})
+            kept.update({name: _present(model, name).detach() for name in placement.names})
     return kept or None
+
+
+def _present(model: nn.Module, name: str) -> torch.Tensor:
+    """The tensor under `name`; the scales of a layer of bitsandbytes are no parameter of it."""
+    owner, leaf = owner_of(model, name)
+    if leaf == "SCB" and leaf not in owner._parameters:
+        layer: Any = owner
+        # bitsandbytes moves them from the weight to its state at the first forward.
+        scales: torch.Tensor = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+        return scales
+    return tensor_of(model, name)
 
 
 def _as_accelerate(device: str) -> Any:
     kind, _, index = device.partition(":")
     return int(index) if kind in ("cuda", "xpu", "npu") else device
+
+
+__all__ = ["MappedWeights", "dispatch", "offload_index"]

@@ -1,0 +1,523 @@
+"""int8 layers whose weights are on disk: right, bit for bit, and nothing of them in memory behind a forward."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils.modeling import get_state_dict_offloaded_model
+from fresh import server
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lowmem import offload
+from lowmem.checkpoint import inspect
+from lowmem.int8 import Int8Linear, dequantise, quantise, work_size
+from lowmem.mapping import Link, Region
+from lowmem.mapping.records import whole
+from lowmem.offload import MappedWeights, dispatch
+from lowmem.planner import Placement
+from lowmem.sizes import MIB
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+# It says so at every call that it casts activations.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+ALL: dict[str, str] = {"": "disk"}
+ONE = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+ONE |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+PART = ONE | {"model.layers.1.self_attn": "cpu", "model.layers.1.mlp": "disk"}
+PART |= {"model.layers.1.input_layernorm": "cpu", "model.layers.1.post_attention_layernorm": "cpu"}
+del PART["model.layers.1"]
+MAPS = {"all": ALL, "one layer": ONE, "parts of layers": PART}
+
+
+def int8_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    quantise(weight, values, scales, torch.empty(work_size(weight.shape[1]), dtype=torch.uint8))
+    return values, scales
+
+
+def as_bitsandbytes(linear: nn.Linear, threshold: float = 0.0) -> nn.Module:
+    made = bitsandbytes.nn.Linear8bitLt(
+        linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=threshold
+    )
+    values, scales = int8_of(linear.weight.data)
+    made.weight = bitsandbytes.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)
+    if linear.bias is not None:
+        made.bias = linear.bias
+    return made
+
+
+def as_int8_linear(linear: nn.Linear) -> nn.Module:
+    made = Int8Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    values, scales = int8_of(linear.weight.data)
+    made.weight, made.SCB = nn.Parameter(values, requires_grad=False), nn.Parameter(scales, requires_grad=False)
+    made.bias = linear.bias
+    return made
+
+
+def quantised(model: nn.Module, make: Callable[..., nn.Module] = as_bitsandbytes, **options: Any) -> nn.Module:
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "lm_head" not in name:
+            model.set_submodule(name, make(module, **options))
+    return model.eval()
+
+
+def llama(
+    dtype: torch.dtype = torch.float32, bias: bool = True, make: Callable[..., nn.Module] = as_bitsandbytes, **more: Any
+) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=bias, mlp_bias=bias, tie_word_embeddings=False,
+    )  # fmt: skip
+    model: nn.Module = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return quantised(model.to(dtype), make, **more)
+
+
+def is_int8(module: nn.Module) -> bool:
+    return isinstance(module, bitsandbytes.nn.Linear8bitLt | Int8Linear)
+
+
+def stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.contiguous() for name, t in model.state_dict().items() if not name.endswith("weight_format")}
+
+
+def device_of(name: str, device_map: dict[str, str]) -> str:
+    found = [module for module in device_map if not module or name == module or name.startswith(f"{module}.")]
+    return device_map[max(found, key=len)]
+
+
+def to_meta(module: nn.Module) -> None:
+    for name, parameter in list(module._parameters.items()):
+        if parameter is not None:
+            empty = torch.empty_like(parameter.data, device="meta")
+            more = {"has_fp16_weights": False} if type(parameter) is not nn.Parameter else {}
+            module._parameters[name] = type(parameter)(empty, requires_grad=parameter.requires_grad, **more)
+
+
+def plan_of(file: Path, model: nn.Module, device_map: dict[str, str], init: bool = False) -> Any:
+    """What of a plan a dispatch asks for; `init` makes int8 layers on disk such as no checkpoint has."""
+    save_file(stored(model), file)
+    checkpoint = inspect(file.parent)
+    placements = []
+    for name in stored(model):
+        entry = checkpoint[name]
+        device = device_of(name, device_map)
+        link = Link(entry, name, whole(entry.shape))
+        int8 = is_int8(model.get_submodule(name.rpartition(".")[0]))
+        way: Any = "copy" if device == "cpu" else "init" if init and int8 else "refer"
+        shape = entry.shape
+        placements.append(Placement(name, (name,), shape, entry.dtype, entry.nbytes, device, way, (link,)))
+    return SimpleNamespace(
+        device_map=device_map, main_device="cpu", placements=placements, checkpoint=checkpoint, offload=None
+    )
+
+
+def spread(model: nn.Module, folder: Path, device_map: dict[str, str] = ALL, **options: Any) -> Any:
+    """A copy of the model, dispatched as lowmem does it."""
+    plan = plan_of(folder / "model.safetensors", model, device_map, **options)
+    found = copy.deepcopy(model)
+    absent = {p.target.rpartition(".")[0] for p in plan.placements if p.residency == "refer"}
+    for name in absent:
+        to_meta(found.get_submodule(name))
+    dispatch(found, plan, SimpleNamespace(skip_keys=("past_key_values",)))  # type: ignore[arg-type]
+    return found
+
+
+def check_nothing_stays(model: nn.Module, device_map: dict[str, str] = ALL) -> None:
+    seen = 0
+    for name, module in model.named_modules():
+        if is_int8(module) and device_of(name, device_map) == "disk":
+            seen += 1
+            assert all(p.is_meta for p in module.parameters()), name
+            assert module.weight.dtype == torch.int8
+            if not isinstance(module, Int8Linear):
+                assert module.weight.CB is None
+                assert module.weight.SCB.is_meta
+                state = module.state
+                assert [state.CB, state.SCB, state.SB, state.idx] == [None] * 4
+    assert seen
+
+
+def int8_in_memory() -> int:
+    gc.collect()
+    return sum(type(o) in (torch.Tensor, bitsandbytes.nn.Int8Params) and _is_real(o) for o in gc.get_objects())
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.int8 and not tensor.is_meta
+
+
+def ids(seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 96, (2, 7), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", MAPS)
+def test_logits_are_those_of_the_model_in_memory(
+    tmp_path: Path, where: str, dtype: torch.dtype, bias: bool, threshold: float
+) -> None:
+    model: Any = llama(dtype, bias, threshold=threshold)
+    found = spread(model, tmp_path, MAPS[where])
+    with torch.no_grad():
+        for seed in range(3):
+            assert torch.equal(found(ids(seed)).logits, model(ids(seed)).logits)
+            check_nothing_stays(found, MAPS[where])
+
+
+@pytest.mark.parametrize("where", MAPS)
+def test_generated_tokens_are_those_of_the_model_in_memory(tmp_path: Path, where: str) -> None:
+    model: Any = llama()
+    found = spread(model, tmp_path, MAPS[where])
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(found.generate(ids(), **options), model.generate(ids(), **options))
+    check_nothing_stays(found, MAPS[where])
+
+
+@pytest.mark.parametrize("how", ["mapped here", "no file has it"])
+def test_weights_that_accelerate_cannot_open(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "mapped here":
+        monkeypatch.setattr(
+            offload, "_mapped_here", lambda plan: {p for p in plan.placements if p.residency == "refer"}
+        )
+    model: Any = llama()
+    found = spread(model, tmp_path, ALL, init=how != "mapped here")
+    with torch.no_grad():
+        for seed in range(2):
+            assert torch.equal(found(ids(seed)).logits, model(ids(seed)).logits)
+            check_nothing_stays(found)
+
+
+def test_mapped_weights_are_used_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer computes with the pages that the map gives."""
+    monkeypatch.setattr(offload, "_mapped_here", lambda plan: {p for p in plan.placements if p.residency == "refer"})
+    found = spread(llama(), tmp_path)
+    layer = found.model.layers[0].mlp.down_proj
+    given: list[int] = []
+    plain = MappedWeights.__getitem__
+
+    def noted(self: MappedWeights, name: str) -> torch.Tensor:
+        tensor = plain(self, name)
+        given.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(MappedWeights, "__getitem__", noted)
+    layer._hf_hook.pre_forward(layer)
+    assert sorted(given) == sorted([layer.weight.CB.data_ptr(), layer.weight.SCB.data_ptr(), layer.bias.data_ptr()])
+    layer._hf_hook.post_forward(layer, None)
+    check_nothing_stays(found)
+
+
+def test_fifty_forwards_leave_no_tensor(tmp_path: Path) -> None:
+    found = spread(llama(), tmp_path)
+    before = int8_in_memory()
+    counts = []
+    with torch.no_grad():
+        for seed in range(50):
+            found(ids(seed))
+            if seed % 7 == 0:
+                gc.collect()
+                counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+    assert int8_in_memory() == before
+    assert len(set(counts[1:])) == 1
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_graph_that_is_kept_keeps_no_weight(tmp_path: Path, train: bool) -> None:
+    found = spread(llama(), tmp_path).train(train)
+    before = int8_in_memory()
+    weights: list[Any] = []
+    layer = found.model.layers[0].mlp.down_proj
+    plain = layer._old_forward
+
+    def noted(x: torch.Tensor) -> Any:
+        weights.extend([weakref.ref(layer.weight), weakref.ref(layer.weight.CB), weakref.ref(layer.weight.SCB)])
+        return plain(x)
+
+    layer._old_forward = noted
+    kept = found(ids()).logits
+    assert kept.grad_fn is not None
+    assert int8_in_memory() == before
+    assert [reference() for reference in weights] == [None] * 3
+    check_nothing_stays(found)
+
+
+def test_a_layer_that_failed_is_mended_by_the_next_forward(tmp_path: Path) -> None:
+    model: Any = llama()
+    found = spread(model, tmp_path)
+    layer = found.model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(2, 3))
+        assert torch.equal(found(ids()).logits, model(ids()).logits)
+    check_nothing_stays(found)
+
+
+def test_a_weight_that_cannot_be_brought_leaves_the_layer_on_meta(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = llama()
+    found = spread(model, tmp_path)
+    layer = found.model.layers[0].mlp.down_proj
+    with monkeypatch.context() as patch:
+        there = layer._hf_hook.weights_map
+        patch.setattr(layer._hf_hook, "weights_map", {"weight": there["weight"], "SCB": there["SCB"]})
+        with pytest.raises(KeyError, match="bias"):
+            layer(torch.randn(2, 112))
+    check_nothing_stays(found)
+    with torch.no_grad():
+        assert torch.equal(found(ids()).logits, model(ids()).logits)
+
+
+class Noting(ModelHook):
+    """Notes what it sees of a weight."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.seen.append("before")
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.seen.append("behind")
+        return output
+
+
+def test_hooks_that_were_at_the_module_stay_and_accelerates_manner_is_kept(tmp_path: Path) -> None:
+    model: Any = llama()
+    other = Noting()
+    plan = plan_of(tmp_path / "model.safetensors", model, ALL)
+    found: Any = copy.deepcopy(model)
+    for module in found.modules():
+        to_meta(module)
+    layer = found.model.layers[0].mlp.down_proj
+    add_hook_to_module(layer, other)
+    dispatch(found, plan, SimpleNamespace(skip_keys=("past_key_values",)))  # type: ignore[arg-type]
+    assert isinstance(layer._hf_hook, SequentialHook)
+    first, second = layer._hf_hook.hooks
+    assert first is other
+    assert isinstance(second, AlignDevicesHook)
+    plain = found.model.embed_tokens._hf_hook
+    assert type(plain) is AlignDevicesHook
+    assert type(second) is not AlignDevicesHook
+    for name in ("execution_device", "offload", "io_same_device", "offload_buffers", "place_submodules", "skip_keys"):
+        assert getattr(second, name) == getattr(plain, name)
+    with torch.no_grad():
+        assert torch.equal(found(ids()).logits, model(ids()).logits)
+    assert other.seen == ["before", "behind"]
+    check_nothing_stays(found)
+
+
+def test_a_layer_alone_gives_its_output_on_the_device_of_its_input(tmp_path: Path) -> None:
+    """`io_same_device` and `skip_keys` as accelerate's hook has them; meta stands for another device."""
+    found = spread(llama(), tmp_path)
+    layer = found.model.layers[0].mlp.down_proj
+    hook = layer._hf_hook
+    hook.io_same_device, hook.skip_keys = True, "kept"
+    (moved,), named = hook.pre_forward(layer, torch.ones(2), kept=torch.ones(1, device="meta"))
+    assert (moved.device.type, named["kept"].device.type) == ("cpu", "meta")
+    hook.post_forward(layer, None)
+    hook.pre_forward(layer, torch.ones(2, device="cpu"))
+    hook.input_device = torch.device("meta")
+    assert hook.post_forward(layer, torch.ones(3)).is_meta
+    hook.execution_device = "meta"
+    hook.pre_forward(layer, torch.ones(2))
+    assert layer.weight.CB is None
+    hook.post_forward(layer, None)
+    check_nothing_stays(found)
+
+
+@pytest.mark.parametrize("init", [False, True])
+def test_without_hooks_what_was_in_memory_is_there_again(tmp_path: Path, init: bool) -> None:
+    model = llama()
+    found = spread(model, tmp_path, ALL, init=init)
+    with torch.no_grad():
+        found(ids())
+    name = "model.layers.0.mlp.down_proj"
+    layer, reference = found.get_submodule(name), model.get_submodule(name)
+    remove_hook_from_module(layer)
+    assert layer.weight.is_meta is not init
+    if init:
+        assert torch.equal(layer.weight, reference.weight)
+        assert torch.equal(layer.weight.SCB, reference.weight.SCB)
+        x = torch.randn(2, 112)
+        assert torch.equal(layer(x), reference(x))
+
+
+@pytest.mark.parametrize("where", MAPS)
+def test_scales_on_disk_survive_saving(tmp_path: Path, where: str) -> None:
+    model: Any = llama()
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = spread(model, tmp_path, MAPS[where])
+    with torch.no_grad():
+        found(ids())
+    assert found.state_dict().keys() == wanted.keys()
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        found.save_pretrained(tmp_path / "saved")
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    taken = get_state_dict_offloaded_model(found)
+    for other in (saved, taken):
+        assert other.keys() == wanted.keys()
+        assert all(torch.equal(other[name], tensor) for name, tensor in wanted.items())
+        assert all(other[name].dtype == tensor.dtype for name, tensor in wanted.items())
+    del other, saved, taken
+    check_nothing_stays(found, MAPS[where])
+
+
+def test_attributes_of_a_quantised_model_change_nothing(tmp_path: Path) -> None:
+    model: Any = llama()
+    model.is_loaded_in_8bit = model.is_quantized = True
+    model.quantization_method = "bitsandbytes"
+    found = spread(model, tmp_path, ONE)
+    with torch.no_grad():
+        assert torch.equal(found(ids()).logits, model(ids()).logits)
+    check_nothing_stays(found, ONE)
+
+
+def test_an_int8_model_on_one_device_is_moved_although_its_own_to_refuses() -> None:
+    class Refusing(nn.Linear):
+        is_loaded_in_8bit = True
+
+        def to(self, *_: Any, **__: Any) -> Any:
+            raise ValueError("You need to install bitsandbytes>=0.48.0")
+
+    model = Refusing(3, 3)
+    dispatch(model, SimpleNamespace(device_map={"": "meta"}), SimpleNamespace())  # type: ignore[arg-type]
+    assert model.weight.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", MAPS)
+def test_layers_without_bitsandbytes_on_disk(tmp_path: Path, where: str, dtype: torch.dtype) -> None:
+    """accelerate's own hook serves them: weight and scales are ordinary parameters."""
+    model: Any = llama(dtype, make=as_int8_linear)
+    found = spread(model, tmp_path, MAPS[where])
+    before = int8_in_memory()
+    with torch.no_grad():
+        for seed in range(3):
+            assert torch.equal(found(ids(seed)).logits, model(ids(seed)).logits)
+            check_nothing_stays(found, MAPS[where])
+    assert int8_in_memory() == before
+    assert {p.dtype for m in found.modules() if is_int8(m) for p in [m.SCB]} == {torch.float32}
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        found.save_pretrained(tmp_path / "saved")
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        wanted = model.state_dict()
+        assert set(file.keys()) == set(wanted)
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in wanted.items())
+
+
+_MEASURE = """
+import torch, tempfile, pathlib
+import test_int8_on_disk as made
+from torch import nn
+from lowmem.memory import measure
+
+def layers(count):
+    torch.manual_seed(0)
+    make = made.as_bitsandbytes if args["kind"] == "bitsandbytes" else made.as_int8_linear
+    return made.quantised(nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(count))), make)
+
+x = torch.randn(2, 1024)
+with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    whole = layers(args["count"])
+    wanted = whole(x)
+    model = made.spread(whole, pathlib.Path(folder))
+    del whole
+    # What is imported at the first forward is no weight's.
+    model(x)
+    with measure() as memory:
+        for _ in range(3):
+            got = model(x)
+result = {"peak": memory.peak, "same": torch.equal(got, wanted)}
+"""
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "Int8Linear"])
+def test_forwards_take_the_memory_of_one_layer(kind: str) -> None:
+    """Of one layer's floats, that is, which both kinds compute with on most processors."""
+    found = server().run(_MEASURE, count=48, kind=kind)
+    assert found["same"]
+    assert found["peak"] <= 4 * 4 * MIB + 8 * MIB
+
+
+def link_of(link: Link, scales: Any) -> Any:
+    """A link whose int8 entry becomes floats."""
+    slots = {name: getattr(link, name) for name in ("entry", "target", "region", "whole")}
+    return SimpleNamespace(**slots, scales=scales)
+
+
+def float_of(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    found = torch.empty(values.shape, dtype=dtype)
+    dequantise(values, scales, found, torch.empty(work_size(values.shape[1]), dtype=torch.uint8))
+    return found
+
+
+def mapped_floats(
+    folder: Path, tensors: dict[str, torch.Tensor], shape: tuple[int, ...], dtype: str, regions: Any
+) -> Any:
+    """A weight that is made of int8 entries, key → region, at use."""
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = inspect(folder)
+    links = tuple(
+        link_of(Link(checkpoint[key], "w", region, whole=True), checkpoint[f"{key}.SCB"])
+        for key, region in regions.items()
+    )
+    placement = Placement("w", ("w",), shape, dtype, 0, "disk", "refer", links)
+    plan: Any = SimpleNamespace(placements=[placement], checkpoint=checkpoint)
+    assert offload.offload_index(plan) == {}
+    return MappedWeights({}, {"w": placement}, plan)["w"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("shape", [(5, 7), (1, 3), (300, 256), (2, 70000), (0, 4), (4, 0)])
+def test_int8_on_disk_becomes_floats_at_use(tmp_path: Path, shape: tuple[int, int], dtype: str) -> None:
+    values = torch.randint(-127, 128, shape, dtype=torch.int8)
+    scales = torch.rand(shape[0])
+    found = mapped_floats(tmp_path, {"k": values, "k.SCB": scales}, shape, dtype, {"k": whole(shape)})
+    wanted = float_of(values, scales, getattr(torch, dtype))
+    assert found.dtype == wanted.dtype
+    assert torch.equal(found, wanted)
+
+
+REGIONS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "one behind the other": lambda whole, n: whole.view(3, 6, 4)[n],
+    "beside each other": lambda whole, n: whole.view(6, 12)[:, 4 * n : 4 * n + 4],
+    "transposed": lambda whole, n: whole.view(3, 4, 6)[n].t(),
+    "of another shape": lambda whole, n: whole.view(2, 3, 12)[:, :, 4 * n : 4 * n + 4],
+}
+
+
+@pytest.mark.parametrize("how", REGIONS)
+def test_a_weight_of_several_int8_entries_is_put_together_at_use(tmp_path: Path, how: str) -> None:
+    wanted = torch.empty(72, dtype=torch.bfloat16)
+    tensors, regions = {}, {}
+    for n in range(3):
+        values, scales = torch.randint(-127, 128, (6, 4), dtype=torch.int8), torch.rand(6)
+        tensors |= {f"k{n}": values, f"k{n}.SCB": scales}
+        place = REGIONS[how](wanted, n)
+        place.copy_(float_of(values, scales, torch.bfloat16).reshape(place.shape))
+        regions[f"k{n}"] = Region(place.storage_offset(), tuple(place.shape), place.stride())
+    found = mapped_floats(tmp_path, tensors, (72,), "bfloat16", regions)
+    assert torch.equal(found, wanted)
