@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,9 +120,33 @@ def _left_out_by_transformers(model: Any, skip_modules: list[str] | None = None)
     """`get_modules_to_not_convert`, as its quantizer calls it."""
     from transformers.quantizers.base import HfQuantizer
 
-    found: list[str] = HfQuantizer.get_modules_to_not_convert(model, skip_modules, model._keep_in_fp32_modules)
-    # The last parameter of the model may be that of an Int8Linear, where transformers would see a weight.
-    return [name.removesuffix(".SCB") for name in found]
+    seen: Any = _AsBuilt(model)
+    found: list[str] = HfQuantizer.get_modules_to_not_convert(seen, skip_modules, model._keep_in_fp32_modules)
+    return found
+
+
+class _AsBuilt:
+    """A transformers model with the parameters that it has when `from_pretrained` chooses the layers.
+
+    Which of them is the last decides. They are not tied yet then, and none holds scales.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        seen: set[int] = set()
+        for prefix, module in self._model.named_modules():
+            for leaf, parameter in module._parameters.items():
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                if parameter is None or (leaf == "SCB" and isinstance(module, Int8Linear)):
+                    continue
+                if id(parameter) not in seen or name in self._model.all_tied_weights_keys:
+                    seen.add(id(parameter))
+                    yield name, parameter
 
 
 def _named_by_transformers(name: str, pattern: str) -> bool:
