@@ -111,7 +111,7 @@ def _mapped_here(plan: LoadPlan) -> set[Placement]:
             as_stored = link.whole and is_one(placement.links, placement.shape)
             shared = entry.key in shard.metadata
             as_stored = as_stored and shard.container == "safetensors" and not shared
-            as_stored = as_stored and getattr(link, "scales", None) is None
+            as_stored = as_stored and link.scales is None
             if not as_stored or plan.checkpoint[entry.key].shape != placement.shape:
                 found.add(placement)
     return found

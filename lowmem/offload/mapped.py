@@ -74,7 +74,7 @@ class MappedWeights(Mapping[str, torch.Tensor]):
 
 def _scales_of(link: Link) -> TensorEntry | None:
     """The scales of an int8 entry that becomes floats."""
-    return getattr(link, "scales", None)
+    return link.scales
 
 
 def _fill_from_int8(tensor: torch.Tensor, region: Region, source: torch.Tensor, scales: torch.Tensor) -> None:
