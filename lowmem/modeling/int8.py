@@ -457,7 +457,7 @@ def _enough_for_transformers(model: Any, skip_modules: list[str] | None) -> list
     given = skip_modules
     if given is not None:
         # What only lowmem understands would be an error there.
-        given = [pattern for pattern in given if "*" not in pattern or _is_expression(pattern)]
+        given = [pattern for pattern in given if _is_expression(pattern)]
     if tells_apart(given):
         return given
     known = _left_out_by_transformers(model) if given is None else given
@@ -467,7 +467,7 @@ def _enough_for_transformers(model: Any, skip_modules: list[str] | None) -> list
 
 def _is_expression(pattern: str) -> bool:
     try:
-        re.compile(pattern)
+        re.compile(f"(?:{pattern})")
     except re.error:
         return False
     return True
