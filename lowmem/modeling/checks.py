@@ -11,12 +11,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ModelError
+from ..int8 import Int8Linear
 from .targets import walk
 
 # What these packages do to a state dict on the way in is for files of older versions: keys renamed, dropped or
 # resized (torchvision's MLP and FrozenBatchNorm2d, torch's weight_norm). Keys of the model's own names pass unchanged,
-# and any others are a KeysError here.
-_HARMLESS = ("torch", "torchvision", "timm", "torchmetrics", "transformers")
+# and any others are a KeysError here. bitsandbytes' look at `weight_format`, which is looked at here too.
+_HARMLESS = ("torch", "torchvision", "timm", "torchmetrics", "transformers", "bitsandbytes")
+_LINEAR_8BIT = ("Linear8bitLt", "bitsandbytes.nn.modules")
 _INSTEAD = "load the checkpoint with torch's load_state_dict"
 
 
@@ -70,6 +72,9 @@ def _problem_of(kind: type[nn.Module], transformers: bool) -> str | None:
     """What forbids modules of this class, or None."""
     if issubclass(kind, torch.jit.ScriptModule):
         return "expected a torch.nn.Module in Python, found TorchScript, whose weights cannot be replaced from outside"
+    if issubclass(kind, Int8Linear) or (kind.__name__, kind.__module__) == _LINEAR_8BIT:
+        # What these add to a state dict is known here.
+        return None
     if kind.set_extra_state is not nn.Module.set_extra_state:
         return f"it keeps extra state (set_extra_state), which lowmem cannot fill; {_INSTEAD}"
     if not kind._save_to_state_dict.__module__.startswith("torch.nn."):  # torch.nn's lazy modules are harmless
