@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .checkpoint.schemes import register_scheme
     from .converter import ConvertReport, convert
     from .drop_in import from_pretrained
+    from .int8 import Int8Linear
     from .loader import LoadResult, diff, load, plan
     from .mapping import KeyDiff
     from .memory import Measurement, measure
@@ -56,6 +57,7 @@ _HOMES = {
     "ConvertReport": "converter",
     "convert": "converter",
     "from_pretrained": "drop_in",
+    "Int8Linear": "int8",
     "LoadResult": "loader",
     "load": "loader",
     "plan": "loader",
@@ -73,6 +75,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConvertReport",
+    "Int8Linear",
     "KeyDiff",
     "KeysError",
     "LoadPlan",

@@ -35,13 +35,12 @@ class Scratch:
     """
 
     def __init__(self, size: int, work: int = 0) -> None:
-        other = anonymous_map(work) if work else bytearray()
-        self.work = torch.frombuffer(other, dtype=torch.uint8) if work else torch.empty(0, dtype=torch.uint8)
         memory = anonymous_map(size) if size else bytearray()
         # Of the mapping and not of the tensor, so that whoever has the one keeps the other.
         self.memory = memoryview(memory)
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
         self.address = self.tensor.data_ptr()
+        self.work = torch.frombuffer(anonymous_map(work), dtype=torch.uint8) if work else self.tensor[:0]
 
     def place_of(self, move: Move, begin: int) -> int:
         """Where in the buffer the bytes of `move` go that may lie from `begin` on.

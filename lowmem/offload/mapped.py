@@ -12,7 +12,7 @@ from ..checkpoint import TensorEntry
 from ..engine.destinations import fill
 from ..engine.mapping import map_shard, view_of
 from ..int8 import dequantise, work_size
-from ..mapping import Link, Region
+from ..mapping import Region
 from ..planner import LoadPlan, Placement
 from ..planner.moves import is_one
 
@@ -42,13 +42,13 @@ class MappedWeights(Mapping[str, torch.Tensor]):
             return self._kept[name]
         placement = self._lying[name]
         dtype: torch.dtype = getattr(torch, placement.dtype)
-        if is_one(placement.links, placement.shape) and not _scales_of(placement.links[0]):
+        if is_one(placement.links, placement.shape) and not placement.links[0].scales:
             entry = placement.links[0].entry
             return view_of(self._mapped(entry), entry, placement.shape).to(dtype)
         tensor = torch.empty(placement.shape, dtype=dtype)
         for link in placement.links:
             source = view_of(self._mapped(link.entry), link.entry)
-            scales = _scales_of(link)
+            scales = link.scales
             if scales is None:
                 fill(tensor, link.region, source)
             else:
@@ -70,11 +70,6 @@ class MappedWeights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._kept) + len(self._lying)
-
-
-def _scales_of(link: Link) -> TensorEntry | None:
-    """The scales of an int8 entry that becomes floats."""
-    return link.scales
 
 
 def _fill_from_int8(tensor: torch.Tensor, region: Region, source: torch.Tensor, scales: torch.Tensor) -> None:
