@@ -694,7 +694,7 @@ def test_bytes_in_flight_never_exceed_the_plan(
     made: list[int] = []
     reads: list[int] = []
     original = crew.Scratch
-    monkeypatch.setattr(crew, "Scratch", lambda size: made.append(size) or original(size))
+    monkeypatch.setattr(crew, "Scratch", lambda *sizes: made.append(sum(sizes)) or original(*sizes))
     read = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: reads.append(sum(map(len, views))) or read(fd, views, at))
     options = {"dtype": "float32", "device_map": "disk", "offload_folder": tmp_path / "off"}
