@@ -65,7 +65,8 @@ def layers_to_quantise(model: nn.Module, request: Int8Request, keep_fp32: Collec
     is called `lm_head`. `request.skip_modules` replaces the list but for `_keep_in_fp32_modules`. Its entries match as
     in transformers (`should_convert_module`): as a regular expression from the start of the name to a dot or to its
     end, or as the end of the name. One with `*` that names no module so is a pattern as everywhere in lowmem (whole
-    components, anywhere). Layers whose weight is tied, and those that `keep_fp32` names, always stay floats.
+    components, anywhere). Layers whose weight is tied, those that `keep_fp32` names, and those of
+    `torch.nn.TransformerEncoderLayer`, always stay floats.
 
     Args:
         model: its tensors may lie anywhere.
@@ -75,10 +76,22 @@ def layers_to_quantise(model: nn.Module, request: Int8Request, keep_fp32: Collec
     modules = [(prefix[:-1], module) for prefix, module in walk(model)]
     skipped, warnings = _skipped(model, request, [name for name, _ in modules if name])
     tied = _tied(modules)
-    floats: set[int] = set()
+    direct = {
+        id(layer): name
+        for name, module in modules
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for layer in (module.linear1, module.linear2)
+    }
+    if direct:
+        warnings.append(
+            f"{next(iter(direct.values()))!r} and {len(direct) // 2 - 1} others: linear1 and linear2 stay floats, for "
+            "torch.nn.TransformerEncoderLayer computes with their weights itself"
+        )
+    floats: set[int] = set(direct)
     linear: list[tuple[str, nn.Module]] = []
     for name, module in modules:
-        if _sizes(module) is None or _is_bitsandbytes(module):
+        sizes = _sizes(module)
+        if sizes is None or not all(sizes) or _is_bitsandbytes(module):
             continue
         linear.append((name, module))
         weight = f"{name}.weight" if name else "weight"
@@ -384,6 +397,29 @@ def _fill(module: nn.Module, layer: Int8Linear) -> None:
         module._parameters["bias"] = layer._parameters["bias"]
     state: Any = module.state
     state.CB = state.SCB = None
+
+
+def fit_hooks(model: nn.Module) -> None:
+    """Make accelerate's hooks work for each `Linear8bitLt` whose weight is on meta; to be called when they are attached.
+
+    accelerate moves an int8 weight for `"cpu"` through the first GPU (`set_module_tensor_to_device`), whether there is
+    one or not; for the same device by another name it does not. And bitsandbytes moves the weight to `state` when it
+    computes, of which the hook knows nothing: without a word the layers would fill the device one by one.
+    """
+
+    def forget(module: Any, *_: Any) -> None:
+        if module.weight.is_meta:
+            module.state.CB = module.state.SCB = None
+
+    for _, module in walk(model):
+        weight = module._parameters.get("weight")
+        if weight is None or not weight.is_meta or not _is_bitsandbytes(module):
+            continue
+        module.register_forward_hook(forget)
+        hook = module.__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "execution_device", None) == "cpu":
+                one.execution_device = torch.device("cpu")
 
 
 def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: float) -> None:
