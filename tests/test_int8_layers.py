@@ -26,7 +26,7 @@ from bench.architectures import find_architectures
 from lowmem.checkpoint import inspect
 from lowmem.errors import ModelError, UnsupportedError
 from lowmem.int8 import Int8Linear, quantise, work_size
-from lowmem.modeling import hf, int8
+from lowmem.modeling import hf, int8, int8_choice
 from lowmem.modeling.hf_rules import TransformersRules
 from lowmem.modeling.int8 import Int8Request, existing_int8, layers_to_quantise, mark_quantised, swap, unmark
 from lowmem.modeling.quantised import int8_config, refuse_quantised
@@ -168,10 +168,14 @@ def test_names_match_as_in_transformers(name: str, pattern: str) -> None:
         re.compile(pattern)
         re.compile(f"(?:{pattern})")
     except re.error:
-        assert int8._named(name, pattern) == int8._named_by_transformers(name, pattern) == name.endswith(pattern)
+        assert (
+            int8_choice._named(name, pattern)
+            == int8_choice.named_by_transformers(name, pattern)
+            == name.endswith(pattern)
+        )
         return
-    assert int8._named(name, pattern) == (not should_convert_module(name, [pattern]))
-    assert int8._named_by_transformers(name, pattern) == (not should_convert_module(name, [pattern]))
+    assert int8_choice._named(name, pattern) == (not should_convert_module(name, [pattern]))
+    assert int8_choice.named_by_transformers(name, pattern) == (not should_convert_module(name, [pattern]))
 
 
 class Tied(nn.Module):
@@ -203,7 +207,7 @@ def test_of_a_plain_module_heads_and_tied_layers_stay_floats() -> None:
 
 def test_layers_whose_weights_another_module_computes_with_stay_floats() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = nn.ModuleList([nn.TransformerEncoder(layer, 2), nn.Linear(8, 8), nn.Linear(0, 8)]).eval()
+    model = nn.ModuleList([nn.TransformerEncoder(layer, 2), nn.Linear(8, 8)]).eval()
     choice = layers_to_quantise(model, Int8Request(True, ()), ())
     assert choice.names == ("1",)
     assert len(choice.warnings) == 1
