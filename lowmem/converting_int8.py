@@ -14,7 +14,8 @@ from .dtypes import CASTABLE, is_floating
 from .errors import ModelError, UnsupportedError
 from .mapping import KeyMapping, choose_layers, match
 from .mapping.int8 import floats_that_become_int8
-from .modeling.int8 import Int8Request, mark_quantised, swap
+from .modeling.int8 import mark_quantised, swap
+from .modeling.int8_choice import Int8Request
 from .modeling.request import make_model_request
 from .modeling.skeleton import Skeleton, find_origin, make_skeleton
 from .planner.convert import ConvertRequest

@@ -19,7 +19,8 @@ from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
 from .mapping import KeyDiff, KeyMapping, Link, check_floats, choose_layers, cover_of, diff_of, match, refuse
 from .memory import anonymous_memory, measure
-from .modeling.int8 import Int8Layers, Int8Request, settle_int8
+from .modeling.int8 import Int8Layers, settle_int8
+from .modeling.int8_choice import Int8Request
 from .modeling.request import ModelRequest, ModelSource, make_model_request
 from .modeling.rules import Rules
 from .modeling.skeleton import Origin, Skeleton, find_origin, make_skeleton, with_int8

@@ -26,11 +26,13 @@ from bench.architectures import find_architectures
 from lowmem.checkpoint import inspect
 from lowmem.errors import ModelError, UnsupportedError
 from lowmem.int8 import Int8Linear, quantise, work_size
-from lowmem.modeling import hf, int8
+from lowmem.modeling import hf, int8, int8_choice
 from lowmem.modeling.hf_rules import TransformersRules
-from lowmem.modeling.int8 import Int8Request, existing_int8, layers_to_quantise, mark_quantised, swap, unmark
+from lowmem.modeling.int8 import mark_quantised, swap, unmark
+from lowmem.modeling.int8_choice import Int8Request, existing_int8, layers_to_quantise
 from lowmem.modeling.quantised import int8_config, refuse_quantised
 from lowmem.modeling.request import ModelRequest
+from lowmem.offload.int8 import exchange_hooks
 
 QUANTISE = Int8Request(quantize=True)
 
@@ -168,10 +170,14 @@ def test_names_match_as_in_transformers(name: str, pattern: str) -> None:
         re.compile(pattern)
         re.compile(f"(?:{pattern})")
     except re.error:
-        assert int8._named(name, pattern) == int8._named_by_transformers(name, pattern) == name.endswith(pattern)
+        assert (
+            int8_choice._named(name, pattern)
+            == int8_choice.named_by_transformers(name, pattern)
+            == name.endswith(pattern)
+        )
         return
-    assert int8._named(name, pattern) == (not should_convert_module(name, [pattern]))
-    assert int8._named_by_transformers(name, pattern) == (not should_convert_module(name, [pattern]))
+    assert int8_choice._named(name, pattern) == (not should_convert_module(name, [pattern]))
+    assert int8_choice.named_by_transformers(name, pattern) == (not should_convert_module(name, [pattern]))
 
 
 class Tied(nn.Module):
@@ -199,6 +205,15 @@ def test_of_a_plain_module_heads_and_tied_layers_stay_floats() -> None:
     # One name of a shared module is enough.
     assert layers_to_quantise(model, Int8Request(True, ("again",)), ()).names == ("inner.lm_head",)
     assert layers_to_quantise(model, Int8Request(True, ("inner.*",)), ()).names == ("first", "again")
+
+
+def test_layers_whose_weights_another_module_computes_with_stay_floats() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.ModuleList([nn.TransformerEncoder(layer, 2), nn.Linear(8, 8)]).eval()
+    choice = layers_to_quantise(model, Int8Request(True, ()), ())
+    assert choice.names == ("1",)
+    assert len(choice.warnings) == 1
+    assert "'0.layers.0' and 1 others" in choice.warnings[0]
 
 
 # ---- the exchange ----
@@ -490,23 +505,31 @@ def test_a_linear8bitlt_of_the_users_own_comes_back_with_the_loaded_tensors(bnb:
     assert own.state.CB is None
 
 
-def test_layers_on_meta_stay_there_and_hooks_load_them(bnb: Any) -> None:
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+def test_layers_on_meta_stay_there_and_hooks_load_them(bnb: Any, tmp_path: Path) -> None:
+    from accelerate import dispatch_model
 
     model, reference = plain(), quantised(plain())
     x = torch.randn(2, 4)
-    swap(model, ["0"]).finish(6.0)
+    state = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    layers = swap(model, ["0", "2.0"])
+    fill(model, {"2.0": model[2][0].bias.new_ones(6, 6)})
+    layers.finish(6.0)
     layer: Any = model[0]
     assert type(layer) is bnb.nn.Linear8bitLt
     assert layer.weight.is_meta
     assert layer.weight.dtype == torch.int8
-    state = reference[0].state_dict()
-    bias = layer.bias.detach()
-    hook = AlignDevicesHook(torch.device("cpu"), offload=True, weights_map={**state, "bias": bias})
-    add_hook_to_module(layer, hook)
+    quantised(model)
+    where = {"safetensors_file": str(tmp_path / "model.safetensors")}
+    index = {f"0.{leaf}": {**where, "weight_name": f"0.{leaf}"} for leaf in ("weight", "SCB", "bias")}
+    dispatch_model(model, {"0": "disk", "1": "cpu", "2": "cpu"}, main_device="cpu", offload_index=index)
+    exchange_hooks(model)
     for _ in range(2):
         assert same(model[0](x), reference[0](x))
         assert layer.weight.is_meta
+        assert layer.state.CB is None
+        assert layer.state.SCB is None
+    model(x)
 
 
 # ---- what rules of models do with int8 layers ----

@@ -9,7 +9,7 @@ from ..checkpoint import Checkpoint, TensorEntry
 from ..checkpoint.int8 import check_float, check_pair, companions_of, has_scales, scales_of
 from ..dtypes import is_floating
 from ..errors import CheckpointError, UnsupportedError
-from ..modeling.int8 import Int8Request, existing_int8, is_linear, layers_to_quantise
+from ..modeling.int8_choice import Int8Request, existing_int8, has_base, layers_to_quantise, sizes_of
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
 from .records import KeyMapping, Link
@@ -128,7 +128,7 @@ def choose_layers(
             entry = checkpoint.get(key)
             module = modules.get(name) if name != target else None
             is_int8 = entry is not None and entry.dtype == "int8" and scales_of(checkpoint, key) is not None
-            if is_int8 and module is not None and is_linear(module):
+            if is_int8 and module is not None and sizes_of(module) is not None:
                 chosen[name] = None
     warnings: list[str] = []
     wanted = list(own)
@@ -192,5 +192,5 @@ def floats_that_become_int8(
         if len(links) > 1 or not links[0].whole:
             left.append(name)
         elif is_floating(entry.dtype):
-            keys[entry.key] = type(skeleton.model.get_submodule(name)).__name__ == "Conv1D"
+            keys[entry.key] = has_base(skeleton.model.get_submodule(name), "Conv1D", "transformers.")
     return keys, left

@@ -1,4 +1,4 @@
-"""Which layers of a model are int8, and the exchange of their modules.
+"""The exchange of modules for int8 ones and back, and the marks that it leaves on a model.
 
 What transformers does with bitsandbytes is read from `quantizers/base.py`, `quantizers/quantizer_bnb_8bit.py` and
 `integrations/bitsandbytes.py` (version 5).
@@ -8,219 +8,29 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._patterns import name_matches
 from ..errors import ModelError
 from ..int8 import Int8Linear
 from .empty import real_tensors
 from .hf import is_transformers_model
+from .int8_choice import (
+    Int8Request,
+    has_base,
+    is_bitsandbytes,
+    left_out_by_transformers,
+    named_by_transformers,
+    sizes_of,
+)
 from .targets import walk
 
-
-@dataclass(frozen=True, slots=True)
-class Int8Request:
-    """What the user asked about int8, parsed.
-
-    Attributes:
-        quantize: make the linear layers int8 that are floats in the checkpoint.
-        skip_modules: names or patterns of layers that stay floats then; None for transformers' own list.
-        dequantize: make floats of what is int8 in the checkpoint.
-        threshold: magnitude from which bitsandbytes computes activations in fp16; None for what the checkpoint's
-            config says, or its default.
-    """
-
-    quantize: bool = False
-    skip_modules: tuple[str, ...] | None = None
-    dequantize: bool = False
-    threshold: float | None = None
-
-
-NO_INT8 = Int8Request()
 # That of transformers' BitsAndBytesConfig.
 _THRESHOLD = 6.0
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The layers that become int8.
-
-    Attributes:
-        names: of modules, in the model's order; a shared module under each of its names.
-        warnings: what was asked and means nothing for this model.
-    """
-
-    names: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
-
-
-def layers_to_quantise(model: nn.Module, request: Int8Request, keep_fp32: Collection[str]) -> Choice:
-    """The linear layers that `quantize="int8"` makes int8: `nn.Linear` itself and transformers' `Conv1D`.
-
-    What stays floats is what transformers leaves out for the model (`get_modules_to_not_convert`): its output
-    embedding, tied layers, the module of its last parameter, and `_keep_in_fp32_modules`; of a plain `nn.Module`, what
-    is called `lm_head`. `request.skip_modules` replaces the list but for `_keep_in_fp32_modules`. Its entries match as
-    in transformers (`should_convert_module`): as a regular expression from the start of the name to a dot or to its
-    end, or as the end of the name. One with `*` that names no module so is a pattern as everywhere in lowmem (whole
-    components, anywhere). Layers whose weight is tied, and those that `keep_fp32` names, always stay floats.
-
-    Args:
-        model: its tensors may lie anywhere.
-        request: what the user asked.
-        keep_fp32: the user's patterns of tensors.
-    """
-    modules = [(prefix[:-1], module) for prefix, module in walk(model)]
-    skipped, warnings = _skipped(model, request, [name for name, _ in modules if name])
-    tied = _tied(modules)
-    floats: set[int] = set()
-    linear: list[tuple[str, nn.Module]] = []
-    for name, module in modules:
-        if _sizes(module) is None or _is_bitsandbytes(module):
-            continue
-        linear.append((name, module))
-        weight = f"{name}.weight" if name else "weight"
-        kept = any(name_matches(weight, pattern) for pattern in keep_fp32)
-        if kept or skipped(name) or weight in tied or id(module._parameters["weight"]) in tied:
-            floats.add(id(module))
-    return Choice(tuple(name for name, module in linear if id(module) not in floats), tuple(warnings))
-
-
-def _skipped(model: nn.Module, request: Int8Request, names: Collection[str]) -> tuple[Callable[[str], bool], list[str]]:
-    """Whether a module's name is in the list of what stays floats; and warnings."""
-    hf: Any = model if is_transformers_model(model) else None
-    named = _named if hf is None else _named_by_transformers
-    lists, patterns, warnings = set[str](), set[str](), list[str]()
-    if request.skip_modules is None:
-        if hf is None:
-            patterns.add("lm_head")
-        else:
-            lists.update(_left_out_by_transformers(hf))
-    elif hf is not None:
-        lists.update(hf._keep_in_fp32_modules or ())
-    for pattern in request.skip_modules or ():
-        if any(named(name, pattern) for name in names):
-            lists.add(pattern)
-        elif "*" in pattern and any(name_matches(name, pattern) for name in names):
-            patterns.add(pattern)
-        else:
-            warnings.append(f"skip_modules: {pattern!r} names no module of the model")
-
-    def skipped(name: str) -> bool:
-        return any(named(name, p) for p in lists) or any(name_matches(name, p) for p in patterns)
-
-    return skipped, warnings
-
-
-def _left_out_by_transformers(model: Any, skip_modules: list[str] | None = None) -> list[str]:
-    """`get_modules_to_not_convert`, as its quantizer calls it."""
-    from transformers.quantizers.base import HfQuantizer
-
-    seen: Any = _AsBuilt(model)
-    found: list[str] = HfQuantizer.get_modules_to_not_convert(seen, skip_modules, model._keep_in_fp32_modules)
-    return found
-
-
-class _AsBuilt:
-    """A transformers model with the parameters that it has when `from_pretrained` chooses the layers.
-
-    Which of them is the last decides. They are not tied yet then, and none holds scales.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        seen: set[int] = set()
-        for prefix, module in self._model.named_modules():
-            for leaf, parameter in module._parameters.items():
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                if parameter is None or (leaf == "SCB" and isinstance(module, Int8Linear)):
-                    continue
-                if id(parameter) not in seen or name in self._model.all_tied_weights_keys:
-                    seen.add(id(parameter))
-                    yield name, parameter
-
-
-def _named_by_transformers(name: str, pattern: str) -> bool:
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    try:
-        return not should_convert_module(name, [pattern])
-    except re.error:
-        return name.endswith(pattern)
-
-
-def _named(name: str, pattern: str) -> bool:
-    """What `should_convert_module` denies."""
-    try:
-        found = re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name)
-    except re.error:
-        found = None
-    return found is not None or name.endswith(pattern)
-
-
-def _tied(modules: Collection[tuple[str, nn.Module]]) -> set[str | int]:
-    """Ids of parameters that several modules hold, or one under several names; and names that are declared tied."""
-    holders: dict[int, set[tuple[int, str]]] = {}
-    tied: set[str | int] = set()
-    for name, module in modules:
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), set()).add((id(module), leaf))
-        declared = module.__dict__.get("all_tied_weights_keys")
-        if isinstance(declared, Mapping):
-            prefix = f"{name}." if name else ""
-            tied.update(prefix + key for pair in declared.items() for key in pair)
-    tied.update(key for key, places in holders.items() if len(places) > 1)
-    return tied
-
-
-def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) features of a layer that may be int8; None for every other module.
-
-    A layer that holds more than a weight and a bias is none: what it holds besides would be lost.
-    """
-    if _is_bitsandbytes(module):
-        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    transposed = _has_base(module, "Conv1D", "transformers.")
-    if not transposed and type(module) is not nn.Linear:
-        return None
-    weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
-        return None
-    if module._buffers or module._modules or not set(module._parameters) <= {"weight", "bias"}:
-        return None
-    inner, outer = weight.shape if transposed else reversed(weight.shape)
-    return inner, outer
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `swap` takes it."""
-    return _sizes(module) is not None
-
-
-def _is_bitsandbytes(module: nn.Module) -> bool:
-    """Whether it is a `Linear8bitLt` whose weight is int8."""
-    if not _has_base(module, "Linear8bitLt", "bitsandbytes."):
-        return False
-    return not getattr(module.__dict__.get("state"), "has_fp16_weights", True)
-
-
-def _has_base(module: nn.Module, name: str, package: str) -> bool:
-    return any(base.__name__ == name and base.__module__.startswith(package) for base in type(module).__mro__)
-
-
-def existing_int8(model: nn.Module) -> list[str]:
-    """Names of the modules that are bitsandbytes' `Linear8bitLt` already, with int8 weights or a place for them."""
-    return [prefix[:-1] for prefix, module in walk(model) if _is_bitsandbytes(module)]
 
 
 def bitsandbytes_here() -> bool:
@@ -295,7 +105,7 @@ class Int8Layers:
         """
         here = bitsandbytes_here()
         for exchange in self._exchanges:
-            if _is_bitsandbytes(exchange.old):
+            if is_bitsandbytes(exchange.old):
                 _fill(exchange.old, exchange.stand_in)
                 exchange.put(exchange.old)
             elif here:
@@ -330,7 +140,7 @@ def swap(model: nn.Module, names: Collection[str]) -> Int8Layers:
             if id(module) not in exchanges:
                 exchange = exchanges[id(module)] = _Exchange(module, _stand_in(name, module))
                 exchange.held.update(module._parameters)
-                if _is_bitsandbytes(module):
+                if is_bitsandbytes(module):
                     exchange.state.update({key: getattr(module.state, key) for key in ("CB", "SCB")})
     if wanted:
         raise ModelError(f"expected a linear layer {min(wanted)!r} to make int8, found no such module in the model")
@@ -345,7 +155,7 @@ def swap(model: nn.Module, names: Collection[str]) -> Int8Layers:
 
 
 def _stand_in(name: str, module: nn.Module) -> Int8Linear:
-    sizes = _sizes(module)
+    sizes = sizes_of(module)
     if sizes is None:
         raise ModelError(
             f"module {name!r}: expected torch's own nn.Linear or transformers' Conv1D, with a weight and a bias and "
@@ -435,7 +245,7 @@ def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: 
         from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
         quantizer = Bnb8BitHfQuantizer(found, pre_quantized=pre_quantized) if quantizer is None else quantizer
-        quantizer.modules_to_not_convert = _left_out_by_transformers(hf, found.llm_int8_skip_modules)
+        quantizer.modules_to_not_convert = left_out_by_transformers(hf, found.llm_int8_skip_modules)
         hf.hf_quantizer = quantizer
         hf.is_loaded_in_8bit = True
 
@@ -444,14 +254,14 @@ def _enough_for_transformers(model: Any, skip_modules: list[str] | None) -> list
     """The list by which transformers leaves out just what is no int8 layer of the model."""
     int8, floats = set[str](), set[str]()
     for prefix, module in walk(model):
-        if isinstance(module, Int8Linear) or _is_bitsandbytes(module):
+        if isinstance(module, Int8Linear) or is_bitsandbytes(module):
             int8.add(prefix[:-1])
-        elif type(module) is nn.Linear or _has_base(module, "Conv1D", "transformers."):
+        elif type(module) is nn.Linear or has_base(module, "Conv1D", "transformers."):
             floats.add(prefix[:-1])
 
     def tells_apart(patterns: list[str] | None) -> bool:
-        out = _left_out_by_transformers(model, patterns)
-        left = {name for name in int8 | floats if any(_named_by_transformers(name, pattern) for pattern in out)}
+        out = left_out_by_transformers(model, patterns)
+        left = {name for name in int8 | floats if any(named_by_transformers(name, pattern) for pattern in out)}
         return left == floats
 
     given = skip_modules
@@ -460,7 +270,7 @@ def _enough_for_transformers(model: Any, skip_modules: list[str] | None) -> list
         given = [pattern for pattern in given if _is_expression(pattern)]
     if tells_apart(given):
         return given
-    known = _left_out_by_transformers(model) if given is None else given
+    known = left_out_by_transformers(model) if given is None else given
     more = [*known, *sorted(floats.difference(known))]
     return more if tells_apart(more) else [f"{re.escape(name)}$" for name in sorted(floats)]
 

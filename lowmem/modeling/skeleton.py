@@ -17,6 +17,7 @@ from .failures import refusing
 from .generation import read_generation
 from .hf_rules import TransformersRules
 from .int8 import Int8Layers, swap
+from .int8_choice import has_base
 from .request import ModelRequest
 from .rules import Rules
 from .targets import Target, join_declared, read_targets
@@ -115,7 +116,7 @@ def with_int8(skeleton: Skeleton, names: Collection[str]) -> Skeleton:
         ModelError: the model itself is one of them.
     """
     model = skeleton.model
-    turned = {name for name in names if type(model.get_submodule(name)).__name__ == "Conv1D"}
+    turned = {name for name in names if has_base(model.get_submodule(name), "Conv1D", "transformers.")}
     layers = swap(model, names)
     targets = read_targets(checked_modules(model, hf.is_transformers_model(model)))
     targets.update({f"{name}.weight": replace(targets[f"{name}.weight"], turned=True) for name in turned})

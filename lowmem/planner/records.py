@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .._mounts import is_on_local_disk
 from ..checkpoint import Checkpoint, TensorEntry
 from ..mapping import NO_RULES, KeyMapping, KeyRules, Link, whole
-from ..modeling.int8 import NO_INT8, Int8Request
+from ..modeling.int8_choice import NO_INT8, Int8Request
 from .moves import Move, Placement, Read, cut, join
 
 if TYPE_CHECKING:

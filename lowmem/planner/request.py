@@ -18,7 +18,7 @@ import torch
 from ..dtypes import parse_dtype
 from ..errors import OptionError
 from ..mapping.records import KeyRules, RenameRule
-from ..modeling.int8 import Int8Request
+from ..modeling.int8_choice import Int8Request
 from ..sizes import parse_size, shown
 from .budget import MIN_STAGING
 from .devices import device_name, parse_device_map, parse_max_memory
