@@ -76,15 +76,15 @@ def test_the_product_is_as_near_as_its_dtype_allows(size: tuple[int, int], bias:
         check_product(of, torch.randn(*shape, size[0]).to(dtype))
 
 
-def test_the_bound_of_the_product_is_one_that_can_fail() -> None:
+def test_the_bound_of_the_product_is_one_that_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     of = layer(64, 48)
     good = of.SCB.clone()
     of.SCB.mul_(1.02)
     x = torch.randn(5, 64, dtype=torch.bfloat16)
     expected = of(x)
     of.SCB.copy_(good)
-    with pytest.raises(AssertionError), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Int8Linear, "forward", lambda self, x: expected)
+    monkeypatch.setattr(Int8Linear, "forward", lambda self, x: expected)
+    with pytest.raises(AssertionError):
         check_product(of, x)
 
 
@@ -231,15 +231,21 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(4096, 8192, 1), (8192, 4096, 64), (2048, 2048, 2048)], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 8192, 1), (8192, 4096, 64)], ids=str)
 def test_the_product_takes_a_few_mib_whatever_the_size(shape: tuple[int, int, int], dtype: str) -> None:
-    """8 MiB of blocks; what the libraries of products pack for themselves comes on top."""
-    assert beside(shape, dtype) <= 12 * MIB
+    """8 MiB of blocks, with 2 MiB of what libraries pack for themselves."""
+    assert beside(shape, dtype) <= 10 * MIB
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_many_rows_take_a_few_mib_too(backward: bool) -> None:
+    """The libraries pack up to 10 MiB more for these."""
+    assert beside((2048, 2048, 2048), "float32", backward=backward) <= 24 * MIB
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_take_a_few_mib_too(dtype: str) -> None:
-    assert beside((8192, 4096, 64), dtype, backward=True) <= 14 * MIB
+    assert beside((8192, 4096, 64), dtype, backward=True) <= 12 * MIB
 
 
 def test_a_whole_copy_of_the_weight_would_be_seen() -> None:

@@ -12,10 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from .rows import STEP
 
-# What of the weight is made floats at once, in elements: 2 MiB in fp32.
-_AT_ONCE = 512 * 1024
+# Elements of the weight that are made floats at once: 4 MiB in fp32.
+_AT_ONCE = 1024 * 1024
 # Elements of the product, or of inputs in another dtype, that are made at once.
 _PRODUCT = 256 * 1024
+# Inputs of fewer rows take less time than making floats of the weight, which is quicker for fp32 than for bfloat16.
+_FEW = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FORMAT = "weight_format"
 
@@ -35,9 +37,10 @@ class FrozenParameter(nn.Parameter):
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8, by rows.
 
-    Its memory beside inputs and outputs is a few MiB, forward and backward, whatever its size: the weight is made
-    floats some rows at a time. It has gradients for its input and its bias. A cast of the model leaves weight and
-    scales as they are; they move between devices. A state dict of it is one of `Linear8bitLt`, and the other way round.
+    Its memory beside inputs and outputs is at most 8 MiB, forward and backward, whatever its size (16 MiB in float64),
+    and what the libraries of products pack for themselves: the weight is made floats some rows at a time. It has
+    gradients for its input and its bias. A cast of the model leaves weight and scales as they are; they move between
+    devices. A state dict of it is one of `Linear8bitLt`, and the other way round.
 
     Attributes:
         weight: int8 [out_features, in_features], without gradient.
@@ -213,8 +216,11 @@ def _multiply(
 
 
 def _computed_in(x: torch.Tensor) -> torch.dtype:
+    if x.device.type != "cpu":
+        return x.dtype
     # Most processors have no product in fp16, and those that have are little faster for it.
-    return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
+    few = x.dtype == torch.bfloat16 and x.shape[0] < _FEW
+    return torch.float32 if few or x.dtype == torch.float16 else x.dtype
 
 
 def _blocks(
@@ -223,11 +229,12 @@ def _blocks(
     """Rows (`over` 0) or columns (1) of the weight as floats, times the scales if they are given, in one buffer."""
     total, others = weight.shape[over], weight.shape[1 - over]
     step = min(max(1, _AT_ONCE // max(1, others)), max(1, total))
-    work = torch.empty(step * others, dtype=torch.float32, device=weight.device)
-    cast = work if dtype == torch.float32 else work.to(dtype)
+    last = torch.empty(step * others, dtype=dtype, device=weight.device)
+    # The scales are fp32, and so is what they scale.
+    first = last if scales is None or dtype == torch.float32 else last.to(torch.float32)
     for at in range(0, total, step):
         part = weight.narrow(over, at, min(step, total - at))
-        full = work[: part.numel()].view(part.shape).copy_(part)
+        block = first[: part.numel()].view(part.shape).copy_(part)
         if scales is not None:
-            full.mul_((scales[at : at + step] if over == 0 else scales).unsqueeze(1)).mul_(STEP)
-        yield at, full if cast is work else cast[: part.numel()].view(part.shape).copy_(full)
+            block.mul_((scales[at : at + step] if over == 0 else scales).unsqueeze(1)).mul_(STEP)
+        yield at, block if first is last else last[: part.numel()].view(part.shape).copy_(block)
