@@ -278,6 +278,21 @@ def test_a_graph_that_is_kept_keeps_no_weight(tmp_path: Path, train: bool) -> No
     check_nothing_stays(found)
 
 
+def test_activations_of_another_dtype_leave_the_bias_as_it_is_stored(tmp_path: Path) -> None:
+    """bitsandbytes casts the parameter itself; here it is brought anew for each forward."""
+    model: Any = llama(torch.float32)
+    found = spread(model, tmp_path)
+    layer, reference = (one.model.layers[0].mlp.down_proj for one in (found, model))
+    x = torch.randn(3, 112)
+    with torch.inference_mode():
+        wanted = reference(x)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+        assert torch.equal(layer(x), wanted)
+    assert layer.bias.dtype == torch.float32
+    assert torch.equal(layer(x).detach(), wanted)
+    check_nothing_stays(found)
+
+
 def test_a_layer_that_failed_is_mended_by_the_next_forward(tmp_path: Path) -> None:
     model: Any = llama()
     found = spread(model, tmp_path)
