@@ -73,3 +73,33 @@ def test_auto_fills_the_gpu_first_and_keeps_to_max_memory(llama: Path, tmp_path:
     with torch.no_grad():
         out: Any = result.model(torch.arange(1, 5, device="cuda:0")[None])
     assert torch.isfinite(out.logits).all()
+
+
+def test_int8_is_made_on_the_host_and_is_the_same_on_the_device(llama: Path) -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(0)
+    torch.cuda.reset_peak_memory_stats(0)
+    on_device = lowmem.load(llama, device_map="cuda:0", quantize="int8")
+    added = torch.cuda.max_memory_allocated(0) - before
+    assert added <= on_device.plan.devices["cuda:0"].peak + 1024 * len(on_device.plan.placements)
+    expected = lowmem.load(llama, quantize="int8").model.state_dict()
+    state = on_device.model.state_dict()
+    assert state.keys() == expected.keys()
+    for key, tensor in state.items():
+        assert torch.equal(tensor.cpu(), expected[key]), key
+        assert tensor.device.type == "cuda" or key.endswith("weight_format")
+
+
+@pytest.mark.parametrize("waits", ["cpu", "disk"])
+def test_int8_layers_that_wait_elsewhere_give_the_logits_of_the_gpu(llama: Path, tmp_path: Path, waits: str) -> None:
+    ids = torch.arange(1, 9, device="cuda:0")[None]
+    whole: Any = lowmem.load(llama, device_map="cuda:0", quantize="int8").model
+    layers = whole.config.num_hidden_layers
+    parts = {f"model.layers.{i}": "cuda:0" if i % 2 else waits for i in range(layers)}
+    device_map = {"model.embed_tokens": "cuda:0", "model.norm": "cuda:0", "model.rotary_emb": "cuda:0", **parts}
+    device_map["lm_head"] = "cuda:0"
+    split: Any = lowmem.load(llama, device_map=device_map, quantize="int8", offload_folder=tmp_path).model
+    with torch.no_grad():
+        expected = whole(ids).logits
+        for _ in range(2):
+            assert torch.equal(split(ids).logits, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,9 @@ from lowmem.offload import MappedWeights, offload_index
 from lowmem.planner import Placement
 
 
-def link_of(link: Link, scales: Any) -> Any:
+def link_of(link: Link, scales: Any) -> Link:
     """A link whose int8 entry becomes floats."""
-    slots = {name: getattr(link, name) for name in ("entry", "target", "region", "whole")}
-    return SimpleNamespace(**slots, scales=scales)
+    return replace(link, scales=scales)
 
 
 def float_of(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,11 +9,14 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
 from .._collector import paused_collector
+from ..int8.linear import FrozenParameter
 from ..modeling.targets import walk
 from ..planner import Placement
 
 # accelerate quantises the weights of these (bitsandbytes) once they reach an accelerator.
 _QUANTISED_THERE = frozenset({"Linear8bitLt", "Linear4bit"})
+# Classes of parameters that are made of a tensor and the flag alone.
+_PLAIN = (nn.Parameter, FrozenParameter)
 
 
 class Snapshot:
@@ -74,9 +77,10 @@ def replace_tensor(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> torch.T
             return _replace_by_accelerate(owner, leaf, tensor)
         owner._buffers[leaf] = tensor
         return tensor
-    if type(old) is not nn.Parameter or old.shape != tensor.shape or type(owner).__name__ in _QUANTISED_THERE:
+    kind = type(old)
+    if kind not in _PLAIN or old.shape != tensor.shape or type(owner).__name__ in _QUANTISED_THERE:
         return _replace_by_accelerate(owner, leaf, tensor)
-    fresh = nn.Parameter(tensor, old.requires_grad and _may_require_grad(tensor))
+    fresh = kind(tensor, old.requires_grad and _may_require_grad(tensor))
     # What the model's author hung on the parameter (`no_decay`, say) is the model's, not the weights'.
     fresh.__dict__.update(vars(old))
     owner._parameters[leaf] = fresh
