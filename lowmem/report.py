@@ -169,7 +169,7 @@ def tensor_table(checkpoint: Checkpoint) -> Table:
 
 
 def plan_tables(plan: LoadPlan) -> Iterator[Table]:
-    """A plan for people: bytes per device, per dtype where some are int8, the host's budget, and how to read if asked."""
+    """A plan for people: bytes per device, by dtype if some are int8, the host's budget, what was asked of reading."""
     opened = f" of {plan.checkpoint.opened!r}" if plan.checkpoint.opened else ""
     devices = _table(f"{plan.checkpoint.source}: {len(plan.placements)} tensors{opened}")
     for title in ("device", "weights", "mapped", "resident", "staging", "peak"):
