@@ -285,7 +285,7 @@ def _quantization(given: dict[str, Any], options: Mapping[str, Any]) -> Any:
     """
     wanted = parse_quantization_config(given.pop("quantization_config", None))
     for name in ("quantize", "skip_modules", "dequantize", "int8_threshold"):
-        if wanted is not None and options.get(name) not in (None, False):
+        if wanted is not None and options.get(name) is not None and options[name] is not False:
             raise OptionError(f"quantization_config: {name}= is about int8 too, or against it; leave one of them out")
     return wanted
 
