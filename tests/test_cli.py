@@ -164,6 +164,16 @@ def test_int8_becomes_floats_in_the_shell(tmp_path: Path, capsys: pytest.Capture
         assert run_json(capsys, *asked)["dtypes"] == {"int8": 32, "float32": 32}
         assert run_json(capsys, *asked, "--dequantize")["dtypes"] == {"float32": 144}
         assert "float32 " not in run(capsys, *asked, "--dequantize")[1]
+        # What is no linear layer cannot be int8, and what would mend it is an option of `diff` too.
+        (tmp_path / "small_int8.py").write_text(
+            "import torch\nclass Own(torch.nn.Linear):\n    pass\nmake = lambda: torch.nn.Sequential(Own(8, 4))\n"
+        )
+        patch.delitem(sys.modules, "small_int8", raising=False)
+        asked = ("diff", "int8.safetensors", "--model", "small_int8:make")
+        code, _, err = run(capsys, *asked)
+        assert code == 1
+        assert "(--dequantize)" in err
+        assert run_json(capsys, *asked, "--dequantize")["matched"] == 2
 
 
 @pytest.mark.parametrize(

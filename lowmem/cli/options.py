@@ -116,6 +116,7 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="the model's tensors that may be fed from another shape of as many elements, a,b,...",
     )
+    add("--dequantize", action="store_true", help="make floats of what is int8 in the checkpoint")
     add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run")
 
 
@@ -131,6 +132,7 @@ def fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "auto_class": arguments.auto_class,
         "attn_implementation": arguments.attn_implementation,
         "reshape": None if arguments.reshape is None else split(arguments.reshape),
+        "dequantize": arguments.dequantize,
         "trust_remote_code": arguments.trust_remote_code,
     }
 
@@ -175,7 +177,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_int8_options(parser: argparse.ArgumentParser) -> None:
-    """What becomes int8, and what stays so."""
+    """What becomes int8."""
     add = parser.add_argument
     add("--quantize", choices=("int8",), help="make the linear layers int8 while they are read")
     add(
@@ -184,7 +186,6 @@ def add_int8_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="linear layers that --quantize leaves floats, a,b,... (default: as transformers)",
     )
-    add("--dequantize", action="store_true", help="make floats of what is int8 in the checkpoint")
     add(
         "--int8-threshold",
         metavar="NUMBER",
@@ -201,7 +202,6 @@ def int8_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "quantize": arguments.quantize,
         "skip_modules": None if arguments.skip_modules is None else split(arguments.skip_modules),
-        "dequantize": arguments.dequantize,
         "int8_threshold": _read_number(arguments.int8_threshold, "--int8-threshold"),
     }
 
