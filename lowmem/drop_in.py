@@ -26,7 +26,8 @@ from .errors import KeysError, LowmemError, ModelError, OptionError, SourceError
 from .loader import LoadResult, load
 from .modeling.hf_conversions import reported
 from .modeling.quantization_config import (
-    default_device,
+    accelerator,
+    device_in_use,
     kept_off_the_gpu,
     leave_on,
     left_out_by_default,
@@ -295,9 +296,9 @@ def _settle_int8(wanted: Any, source: str | os.PathLike[str], asked: ModelReques
 
     None where it is not quantised by this load, or not by a `quantization_config`.
     """
-    device = default_device() if options["device_map"] is None and not options.get("dequantize") else None
+    kind = accelerator() if options["device_map"] is None and not options.get("dequantize") else None
     quantised = options.get("quantize") is not None
-    if wanted is not None or (device is not None and not quantised):
+    if wanted is not None or (kind is not None and not quantised):
         chosen = {name: options[name] for name in ("variant", "subfolder", "revision", "download") if name in options}
         found = survey(source, **chosen).glance(make_wish(options.get("weights"), options.get("ema")))
         if any(entry.dtype == "int8" and scales_of(found, key) for key, entry in found.items()):
@@ -315,8 +316,8 @@ def _settle_int8(wanted: Any, source: str | os.PathLike[str], asked: ModelReques
                 skip_modules=_left_floats(wanted, found, asked, options),
                 int8_threshold=wanted.llm_int8_threshold,
             )
-    if quantised and device is not None:
-        options["device_map"] = device
+    if quantised and kind is not None:
+        options["device_map"] = device_in_use(kind)
     return wanted
 
 

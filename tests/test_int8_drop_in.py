@@ -200,7 +200,8 @@ def test_an_int8_model_without_a_device_map_goes_to_the_gpu(
     """As `update_device_map` of transformers' quantiser has it, and nothing else does."""
     model = lowmem.from_pretrained(AutoModelForCausalLM, saved("llama"), quantization_config=in_8bit())
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(drop_in, "default_device", lambda: "cuda:7")
+    monkeypatch.setattr(drop_in, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(drop_in, "device_in_use", lambda kind: f"{kind}:7")
     there = pytest.raises(lowmem.PlacementError, match="cuda:7 is not on this machine")
     for folder, options in (
         (saved("llama"), {"quantization_config": in_8bit()}),

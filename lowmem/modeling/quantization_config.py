@@ -84,14 +84,19 @@ def left_out_by_default(model: Any) -> list[str]:
     return sorted(names.intersection(HfQuantizer.get_modules_to_not_convert(model)))
 
 
-def default_device() -> str | None:
-    """Where a quantised model goes that has no device map: the accelerator in use, if there is one."""
+def accelerator() -> str | None:
+    """The kind of accelerator that a quantised model without a device map goes to, if there is one."""
     for kind in ("cuda", "npu", "xpu"):
         # torch.npu is there only after torch_npu was imported.
         module = getattr(torch, kind, None)
         if module is not None and module.is_available():
-            return f"{kind}:{module.current_device()}"
+            return kind
     return None
+
+
+def device_in_use(kind: str) -> str:
+    """The current device of a kind; asking for it takes some memory there."""
+    return f"{kind}:{getattr(torch, kind).current_device()}"
 
 
 def leave_on(model: nn.Module, config: Any) -> None:
