@@ -12,17 +12,29 @@ import inspect
 import logging
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .checkpoint import Checkpoint, make_wish, survey
 from .checkpoint.file_names import canonical_index, canonical_name
+from .checkpoint.int8 import scales_of
 from .errors import KeysError, LowmemError, ModelError, OptionError, SourceError, UnsupportedError
 from .loader import LoadResult, load
 from .modeling.hf_conversions import reported
+from .modeling.quantization_config import (
+    accelerator,
+    device_in_use,
+    kept_off_the_gpu,
+    leave_on,
+    left_out_by_default,
+    parse_quantization_config,
+)
 from .modeling.request import ModelRequest, make_model_request
+from .modeling.skeleton import find_origin, make_skeleton
 from .planner.request import flag
 from .sizes import shown
 
@@ -37,10 +49,6 @@ _HOW_PICKLES_ARE_READ = ("weights_only",)
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "state_dict": ((None,), "lowmem loads from files; give the model its tensors with load_state_dict(assign=True)"),
     "gguf_file": ((None,), "GGUF files are not read; bring the model's safetensors"),
-    "quantization_config": (
-        (None,),
-        "lowmem does not quantise; load in bf16 or fp16, or use from_pretrained itself for this checkpoint",
-    ),
     "tp_plan": ((None,), "a load goes to one process; use from_pretrained itself under torchrun"),
     "tp_size": ((None,), "a load goes to one process; use from_pretrained itself under torchrun"),
     "device_mesh": ((None,), "a load goes to one process; use from_pretrained itself under torchrun"),
@@ -78,6 +86,7 @@ _OWN = (
     "rename",
     "reshape",
     "progress",
+    *("quantize", "skip_modules", "dequantize", "int8_threshold"),
 )
 # How the plan says of keys what transformers' report says too.
 _OF_KEYS = ("are not in the model and are not read", "are initialised by the model's own rule")
@@ -97,6 +106,7 @@ _SERVED = (
     "max_memory",
     "offload_folder",
     "output_loading_info",
+    "quantization_config",
     "revision",
     "subfolder",
     "torch_dtype",
@@ -118,6 +128,12 @@ def from_pretrained(
     `ignore_mismatched_sizes`. Nothing is fetched without `download=True`. What else the plan warns of, such as an
     adapter that was not applied, goes to the logger `lowmem`.
 
+    `quantization_config` is a `BitsAndBytesConfig(load_in_8bit=True)` or the equal dictionary, and works without
+    bitsandbytes too. Of a checkpoint that is int8 already its own settings count, with a warning as there. Where there
+    is a GPU, an int8 model without a `device_map` goes to it, as there. int8 runs on the CPU and from disk too, which
+    transformers refuses for a part of a model; with `llm_int8_enable_fp32_cpu_offload=True` the modules that a table
+    `device_map` puts on `"cpu"` or `"disk"` stay floats, as there.
+
     Keys under a prefix that transformers does not know are found as `load` finds them, where it would leave the model
     untrained; a checkpoint of which next to nothing fits is refused.
 
@@ -127,7 +143,7 @@ def from_pretrained(
         model_args: what the model's `__init__` is given behind the config.
         kwargs: arguments of `from_pretrained`, and of `load`: `ram`, `staging`, `keep_fp32`, `residency`, `io`,
             `prefetch`, `keep_cache`, `no_split`, `weights`, `ema`, `download`, `only`, `skip`, `rename`, `reshape`,
-            `progress`.
+            `progress`, `quantize`, `skip_modules`, `dequantize`, `int8_threshold`.
 
     Returns:
         The model in eval mode; with `output_loading_info=True` the model and the dictionary that `from_pretrained`
@@ -157,9 +173,11 @@ def from_pretrained(
     options["ignore_mismatched_sizes"] = given.pop("ignore_mismatched_sizes", False)
     asked = None
     try:
+        wanted = _quantization(given, options)
         source = _source(pretrained_model_name_or_path, given, options)
         _refuse(given)
         asked = _model(cls, name, model_args, given)
+        wanted = _settle_int8(wanted, source, asked, options)
         result = load(source, model=asked, strict="shapes", **options)
     except LowmemError as error:
         known = _as_there(error, cls, asked)
@@ -167,6 +185,8 @@ def from_pretrained(
             raise
         raise known from error.__cause__
     model = result.model
+    if wanted is not None:
+        leave_on(model, wanted)
     info = _loading_info(result, asked)
     _report(model, name, info, options["ignore_mismatched_sizes"])
     _say(result)
@@ -255,6 +275,62 @@ def _file_in(folder: Path, variant: str | None, safetensors: bool) -> Path:
     if found is None:
         raise SourceError(f"{folder}: expected {' or '.join(names)}, found neither; leave use_safetensors= out")
     return found
+
+
+def _quantization(given: dict[str, Any], options: Mapping[str, Any]) -> Any:
+    """The `BitsAndBytesConfig` that was given, or None.
+
+    Raises:
+        OptionError: an option says the same, or the opposite.
+        UnsupportedError: it asks for something else than int8.
+    """
+    wanted = parse_quantization_config(given.pop("quantization_config", None))
+    for name in ("quantize", "skip_modules", "dequantize", "int8_threshold"):
+        if wanted is not None and options.get(name) is not None and options[name] is not False:
+            raise OptionError(f"quantization_config: {name}= is about int8 too, or against it; leave one of them out")
+    return wanted
+
+
+def _settle_int8(wanted: Any, source: str | os.PathLike[str], asked: ModelRequest, options: dict[str, Any]) -> Any:
+    """Fill in the options of int8, and the device. What comes back is what the model is to say of itself.
+
+    None where it is not quantised by this load, or not by a `quantization_config`.
+    """
+    kind = accelerator() if options["device_map"] is None and not options.get("dequantize") else None
+    quantised = options.get("quantize") is not None
+    if wanted is not None or (kind is not None and not quantised):
+        chosen = {name: options[name] for name in ("variant", "subfolder", "revision", "download") if name in options}
+        found = survey(source, **chosen).glance(make_wish(options.get("weights"), options.get("ema")))
+        if any(entry.dtype == "int8" and scales_of(found, key) for key, entry in found.items()):
+            quantised = True
+            if wanted is not None:
+                warnings.warn(
+                    "quantization_config: the checkpoint is int8 already, and what its own config says counts",
+                    stacklevel=3,
+                )
+            wanted = None
+        elif wanted is not None:
+            quantised = True
+            options.update(
+                quantize="int8",
+                skip_modules=_left_floats(wanted, found, asked, options),
+                int8_threshold=wanted.llm_int8_threshold,
+            )
+    if quantised and kind is not None:
+        options["device_map"] = device_in_use(kind)
+    return wanted
+
+
+def _left_floats(wanted: Any, found: Checkpoint, asked: ModelRequest, options: Mapping[str, Any]) -> list[str] | None:
+    """Modules that do not become int8; None for transformers' own list."""
+    skipped: list[str] | None = wanted.llm_int8_skip_modules
+    kept = kept_off_the_gpu(wanted, options["device_map"])
+    if not kept:
+        return skipped
+    if skipped is None:
+        # The list is the model's, and there is none yet.
+        skipped = left_out_by_default(make_skeleton(find_origin(found, asked), found, "auto").model)
+    return [*skipped, *kept]
 
 
 def _key_mapping(mapping: Any) -> dict[str, str]:

@@ -261,6 +261,7 @@ def diff(
     skip: Names = None,
     rename: Renames = None,
     reshape: str | Iterable[str] | None = None,
+    dequantize: bool = False,
 ) -> KeyDiff:
     """What differs between the keys and shapes of a checkpoint and those of a model, and what would mend it.
 
@@ -272,7 +273,7 @@ def diff(
     asked = _asked(
         model, auto_class, config, attn_implementation, experts_implementation, model_kwargs, trust_remote_code
     )
-    request = make_request(prefix=prefix, only=only, skip=skip, rename=rename, reshape=reshape)
+    request = make_request(prefix=prefix, only=only, skip=skip, rename=rename, reshape=reshape, dequantize=dequantize)
     wish = make_wish(weights, ema)
     with paused_collector(), _Exchanged() as exchanged:
         found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)

@@ -169,7 +169,7 @@ def tensor_table(checkpoint: Checkpoint) -> Table:
 
 
 def plan_tables(plan: LoadPlan) -> Iterator[Table]:
-    """A plan for people: bytes per device, then the host's budget, then what was asked of the reading, if anything."""
+    """A plan for people: bytes per device, by dtype if some are int8, the host's budget, what was asked of reading."""
     opened = f" of {plan.checkpoint.opened!r}" if plan.checkpoint.opened else ""
     devices = _table(f"{plan.checkpoint.source}: {len(plan.placements)} tensors{opened}")
     for title in ("device", "weights", "mapped", "resident", "staging", "peak"):
@@ -178,6 +178,8 @@ def plan_tables(plan: LoadPlan) -> Iterator[Table]:
         values = (device.weights, device.mapped, device.resident, device.staging, device.peak)
         devices.add_row(name, *map(format_size, values))
     yield devices
+    if "int8" in plan.dtypes:
+        yield _dtype_table(plan)
     host = plan.host
     budget = _table(None)
     budget.add_column("host memory")
@@ -207,6 +209,21 @@ def plan_tables(plan: LoadPlan) -> Iterator[Table]:
         asked.add_row("keep_cache", "on")
     if asked.row_count:
         yield asked
+
+
+def _dtype_table(plan: LoadPlan) -> Table:
+    scales = sum(p.nbytes for p in plan.placements if p.target.rpartition(".")[2] == "SCB")
+    table = _table(None)
+    table.add_column("dtype")
+    table.add_column("weights", justify="right")
+    for dtype, size in plan.dtypes.items():
+        parts = [(dtype, size)]
+        if dtype == "float32" and scales:
+            parts = [("float32 (scales of int8)", scales), (dtype, size - scales)]
+        for name, part in parts:
+            if part:
+                table.add_row(name, format_size(part))
+    return table
 
 
 def report_table(report: LoadReport) -> Table:

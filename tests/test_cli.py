@@ -125,6 +125,74 @@ def rows_of(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip()]
 
 
+def test_int8_in_the_shell(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (
+        "--quantize",
+        "int8",
+        "--skip-modules",
+        "lm_head,q_proj",
+        "--skip-modules",
+        "k_proj",
+        "--int8-threshold",
+        "0",
+    )
+    shown = run_json(capsys, "plan", llama, *asked)
+    assert {"lm_head", "q_proj", "k_proj"}.isdisjoint(
+        part for t in shown["tensors"] if t["dtype"] == "int8" for part in t["name"].split(".")
+    )
+    plan = lowmem.plan(llama, quantize="int8", skip_modules=["lm_head", "q_proj", "k_proj"], int8_threshold=0)
+    assert shown["dtypes"] == plan.dtypes
+    assert set(plan.dtypes) == {"int8", "float32", "bfloat16"}
+    assert sum(plan.dtypes.values()) == sum(p.nbytes for p in plan.placements)
+    loaded = run_json(capsys, "load", llama, *asked)
+    assert loaded["dtypes"] == plan.dtypes
+    table = run(capsys, "plan", llama, *asked)[1]
+    for dtype, size in plan.dtypes.items():
+        (line,) = (line for line in table.splitlines() if line.strip().startswith(dtype))
+        assert line.split()[-2:] == format_size(size).split()
+    assert "float32 (scales of int8)" in table
+    assert "bfloat16" not in run(capsys, "plan", llama)[1], "a model without int8 needs no table of dtypes"
+
+
+def test_int8_becomes_floats_in_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {"weight": torch.ones(4, 8, dtype=torch.int8), "SCB": torch.ones(4), "bias": torch.ones(4)}
+    save_file({f"0.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "int8.safetensors")
+    (tmp_path / "small_int8.py").write_text("import torch\nmake = lambda: torch.nn.Sequential(torch.nn.Linear(8, 4))\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        asked = ("plan", "int8.safetensors", "--model", "small_int8:make")
+        assert run_json(capsys, *asked)["dtypes"] == {"int8": 32, "float32": 32}
+        assert run_json(capsys, *asked, "--dequantize")["dtypes"] == {"float32": 144}
+        assert "float32 " not in run(capsys, *asked, "--dequantize")[1]
+        # What is no linear layer cannot be int8, and what would mend it is an option of `diff` too.
+        (tmp_path / "small_int8.py").write_text(
+            "import torch\nclass Own(torch.nn.Linear):\n    pass\nmake = lambda: torch.nn.Sequential(Own(8, 4))\n"
+        )
+        patch.delitem(sys.modules, "small_int8", raising=False)
+        asked = ("diff", "int8.safetensors", "--model", "small_int8:make")
+        code, _, err = run(capsys, *asked)
+        assert code == 1
+        assert "(--dequantize)" in err
+        assert run_json(capsys, *asked, "--dequantize")["matched"] == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--int8-threshold", "much"), "--int8-threshold: expected a number such as 6.0, found 'much'"),
+        (("--int8-threshold", "-1"), "int8_threshold: expected a number, 0 or more"),
+        (("--skip-modules", "lm_head"), "skip_modules: it is about layers that quantize='int8' makes int8"),
+        (("--quantize", "int8", "--dequantize"), "quantize and dequantize: the one makes int8"),
+    ],
+)
+def test_what_means_nothing_about_int8_is_wrong_usage(
+    argv: tuple[str, ...], said: str, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "plan", llama, *argv)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
 def test_every_option_reaches_the_plan(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "map.json"
     table.write_text(json.dumps({"": "cpu", "model.layers": "disk"}))

@@ -748,7 +748,7 @@ SERVED = {
     *("config", "ignore_mismatched_sizes", "local_files_only", "token", "revision", "use_safetensors", "weights_only"),
     *("disable_mmap", "tqdm_class", "output_loading_info", "_from_pipeline", "_from_auto", "dtype", "torch_dtype"),
     *("device_map", "max_memory", "offload_folder", "subfolder", "variant", "generation_config", "trust_remote_code"),
-    *("key_mapping", "attn_implementation", "experts_implementation"),
+    *("key_mapping", "attn_implementation", "experts_implementation", "quantization_config"),
 }
 
 
@@ -762,7 +762,6 @@ def test_every_argument_of_from_pretrained_is_served_or_refused_or_ignored_as_th
 ASKS_FOR_SOMETHING: dict[str, Any] = {
     "state_dict": {},
     "gguf_file": "model.gguf",
-    "quantization_config": {"load_in_8bit": True},
     "tp_plan": "auto",
     "tp_size": 2,
     "device_mesh": object(),

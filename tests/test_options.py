@@ -215,6 +215,28 @@ def test_odd_values_are_refused_in_a_short_message(option: str, value: Any) -> N
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize("value", ODD, ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("option", ["quantize", "skip_modules", "dequantize", "int8_threshold"])
+def test_odd_values_about_int8_are_refused_in_a_short_message(option: str, value: Any) -> None:
+    if option == "skip_modules" and isinstance(value, str):
+        pytest.skip("any text is a name")
+    with pytest.raises(OptionError, match=f"^{option}: expected") as caught:
+        make_request(**{"quantize": "int8" if option == "skip_modules" else None, option: value})
+    assert len(str(caught.value)) < 500
+
+
+def test_what_is_said_of_int8_must_agree() -> None:
+    asked = make_request(quantize="int8", skip_modules="lm_head", int8_threshold=0).int8
+    assert (asked.quantize, asked.skip_modules, asked.dequantize, asked.threshold) == (True, ("lm_head",), False, 0.0)
+    assert make_request(quantize="int8").int8.skip_modules is None
+    for options in ({"skip_modules": ["a"]}, {"quantize": "int8", "dequantize": True}, {"quantize": "int4"}):
+        with pytest.raises(OptionError, match=r"^(skip_modules|quantize)"):
+            make_request(**options)  # type: ignore[arg-type]
+    for threshold in (-1, True, "6", float("inf")):
+        with pytest.raises(OptionError, match=r"^int8_threshold: expected a number, 0 or more"):
+            make_request(int8_threshold=threshold)  # type: ignore[arg-type]
+
+
 def test_what_is_shown_is_short_and_always_there() -> None:
     assert shown("a") == "'a'"
     assert shown(Mute()).startswith(("<Mute", "a Mute"))

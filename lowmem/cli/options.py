@@ -116,6 +116,7 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="the model's tensors that may be fed from another shape of as many elements, a,b,...",
     )
+    add("--dequantize", action="store_true", help="make floats of what is int8 in the checkpoint")
     add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run")
 
 
@@ -131,6 +132,7 @@ def fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "auto_class": arguments.auto_class,
         "attn_implementation": arguments.attn_implementation,
         "reshape": None if arguments.reshape is None else split(arguments.reshape),
+        "dequantize": arguments.dequantize,
         "trust_remote_code": arguments.trust_remote_code,
     }
 
@@ -169,8 +171,39 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     add("--keep-cache", action="store_true", help="leave in the page cache what the load read")
     add("--no-split", metavar="CLASSES", action="append", help="module classes that stay on one device, A,B,...")
     add_fit_options(parser)
+    add_int8_options(parser)
     add("--no-strict", dest="strict", action="store_false", help="initialise what is missing or mismatched")
     add("--ignore-mismatched-sizes", action="store_true", help="initialise what is mismatched only")
+
+
+def add_int8_options(parser: argparse.ArgumentParser) -> None:
+    """What becomes int8."""
+    add = parser.add_argument
+    add("--quantize", choices=("int8",), help="make the linear layers int8 while they are read")
+    add(
+        "--skip-modules",
+        metavar="NAMES",
+        action="append",
+        help="linear layers that --quantize leaves floats, a,b,... (default: as transformers)",
+    )
+    add(
+        "--int8-threshold",
+        metavar="NUMBER",
+        help="magnitude from which bitsandbytes computes in fp16, not int8 (default: the config's, or 6)",
+    )
+
+
+def int8_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments that `add_int8_options` stands for.
+
+    Raises:
+        OptionError: a text that is no number.
+    """
+    return {
+        "quantize": arguments.quantize,
+        "skip_modules": None if arguments.skip_modules is None else split(arguments.skip_modules),
+        "int8_threshold": _read_number(arguments.int8_threshold, "--int8-threshold"),
+    }
 
 
 def options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -182,6 +215,7 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         **source_options(arguments),
         **fit_options(arguments),
+        **int8_options(arguments),
         "dtype": arguments.dtype,
         "device_map": _read_device_map(arguments.device_map),
         "max_memory": _read_max_memory(arguments.max_memory),
@@ -202,6 +236,13 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
 def split(values: Sequence[str]) -> list[str]:
     """Names given as `a,b` or by an option that stands there several times."""
     return [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+
+def _read_number(text: str | None, option: str) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError as error:
+        raise OptionError(f"{option}: expected a number such as 6.0, found {shown(text)}") from error
 
 
 def _read_device_map(text: str | None) -> Any:

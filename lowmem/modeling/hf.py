@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.int8 import has_scales
 from ..errors import ModelError, OptionError, UnsupportedError
 from .classes import Chosen, choose
 from .failures import refusing
-from .quantised import refuse_quantised
+from .quantised import int8_config, refuse_quantised
 from .request import ModelRequest
 from .targets import dtype_name
 
@@ -88,8 +89,23 @@ def read_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> Blueprint:
         with refusing(f"{where}: transformers cannot write it down"):
             table = chosen.config.to_dict()
         refuse_quantised(checkpoint, where, table)
+        _refuse_int8_of_floats(checkpoint, where, table)
     chosen.config.name_or_path = _name_of(checkpoint) if request.name is None else request.name
     return Blueprint(chosen, request, where, tuple(_left_alone(checkpoint.folder, request)))
+
+
+def _refuse_int8_of_floats(checkpoint: Checkpoint, where: str, table: Mapping[str, Any]) -> None:
+    """A config that is given must not say that floats are int8: what is saved with it could not be loaded.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    if int8_config(table, where) is not None and not has_scales(checkpoint):
+        raise UnsupportedError(
+            f"{where}: quantization_config says that the weights are int8, and {checkpoint.source} has none that are; "
+            "remove it from the config, and give quantize='int8' to load, or quantization_config= to from_pretrained, "
+            "to make them so"
+        )
 
 
 def _name_of(checkpoint: Checkpoint) -> str:

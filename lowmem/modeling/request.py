@@ -155,6 +155,11 @@ def _model_kwargs(value: Any) -> dict[str, Any]:
             f"model_kwargs: expected names with values, such as {{'num_labels': 3}}, found {shown(value)}"
         )
     for name in value:
+        if name == "quantization_config":
+            raise OptionError(
+                "model_kwargs: 'quantization_config' is an option of its own; give quantize='int8' to load, "
+                "or quantization_config= to from_pretrained"
+            )
         if name in _NOT_OF_THE_MODEL:
             raise OptionError(
                 f"model_kwargs: {name!r} is no attribute of a config but an option; give it to load itself, if it "

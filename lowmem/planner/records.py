@@ -312,6 +312,14 @@ class LoadPlan:
         return sources + sum(p.source_bytes for p in self.placements if self._moves_bytes(p))
 
     @property
+    def dtypes(self) -> dict[str, int]:
+        """Bytes of the model's tensors by dtype, the most first; scales of int8 are float32."""
+        sizes: dict[str, int] = {}
+        for placement in self.placements:
+            sizes[placement.dtype] = sizes.get(placement.dtype, 0) + placement.nbytes
+        return dict(sorted(sizes.items(), key=lambda pair: -pair[1]))
+
+    @property
     def bytes_written(self) -> int:
         """Bytes that the load will write into the offload folder."""
         return 0 if self.offload is None or self.offload.reused else self.offload.nbytes
@@ -369,6 +377,7 @@ class LoadPlan:
             "reading": {name: getattr(self.reading, name) for name in ("io", "keep_cache", "prefetch")},
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
+            "dtypes": self.dtypes,
             "offload": None if self.offload is None else _offload_dict(self.offload),
             "missing": [*self.mapping.missing, *self.mapping.excused],
             "unexpected": list(self.mapping.unexpected),

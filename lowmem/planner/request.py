@@ -6,9 +6,9 @@ import difflib
 import errno
 import functools
 import inspect
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
@@ -137,7 +137,7 @@ def make_int8_request(
     if skip_modules is not None and quantize is None:
         raise OptionError("skip_modules: it is about layers that quantize='int8' makes int8; give that too")
     is_number = isinstance(int8_threshold, (int, float)) and not isinstance(int8_threshold, bool)
-    if int8_threshold is not None and not (is_number and 0 <= int8_threshold < math.inf):
+    if int8_threshold is not None and not (is_number and 0 <= int8_threshold <= sys.float_info.max):
         raise OptionError(f"int8_threshold: expected a number, 0 or more, found {shown(int8_threshold)}")
     return Int8Request(
         quantize=quantize is not None,
