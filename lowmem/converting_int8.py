@@ -88,7 +88,7 @@ def _to_int8(checkpoint: Checkpoint, request: ConvertRequest, int8: Int8Request,
             "quantize='int8'"
         )
     origin = find_origin(checkpoint, make_model_request(trust_remote_code=trust_remote_code))
-    skeleton = make_skeleton(origin, checkpoint, "auto")
+    skeleton = make_skeleton(origin, checkpoint, request.dtype)
     mapping = match(checkpoint, skeleton, rules=request.rules)
     choice = choose_layers(checkpoint, skeleton, mapping, int8, ())
     keys, left = floats_that_become_int8(skeleton, mapping, choice.names)

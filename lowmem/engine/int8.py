@@ -34,6 +34,7 @@ class RowsDestination:
         self._made = made
         self._known = known
         self._dtype: torch.dtype = getattr(torch, placement.dtype)
+        self._through: torch.dtype | None = getattr(torch, placement.through) if placement.through else None
         self._tensor = base.tensor if isinstance(base, MemoryDestination) and placement.device == "cpu" else None
         if placement.is_measured:
             assert placement.scales is not None
@@ -82,12 +83,12 @@ class RowsDestination:
             assert self._placement.scales is not None
             rows = self._known[self._placement.scales][grid.rows]
             self._check(move, rows, grid)
-            quantise_by(grid.source, rows, result, scratch.work)
+            quantise_by(grid.source, rows, result, scratch.work, self._through)
         else:
             assert self._made is not None
             # A few KiB from the heap.
             rows = torch.empty(len(grid.source), dtype=torch.float32)
-            quantise(grid.source, result, rows, scratch.work)
+            quantise(grid.source, result, rows, scratch.work, self._through)
             self._check(move, rows, grid)
             self._made.put(Region(grid.rows.start, tuple(rows.shape), (1,)), rows)
         if room:
@@ -122,13 +123,14 @@ class MeasuringDestination(MemoryDestination):
     def __init__(self, placement: Placement) -> None:
         super().__init__(placement)
         self.tensor.zero_()
+        self._through: torch.dtype | None = getattr(torch, placement.through) if placement.through else None
         self._turn = threading.Lock()
 
     def end(self, move: Move, scratch: Scratch, at: int) -> None:
         """Look at the rows."""
         grid = _Grid(move, viewed(scratch.elements(move, scratch.place_of(move, at)), move.source))
         found = torch.zeros(len(grid.source))
-        measure(grid.source, found, scratch.work)
+        measure(grid.source, found, scratch.work, self._through)
         with self._turn:
             rows = self.tensor[grid.rows]
             torch.maximum(rows, found, out=rows)

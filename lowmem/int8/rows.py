@@ -31,7 +31,13 @@ def work_size(columns: int) -> int:
     return _WORK * max(columns, _AT_ONCE)
 
 
-def quantise(source: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, work: torch.Tensor) -> None:
+def quantise(
+    source: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    work: torch.Tensor,
+    through: torch.dtype | None = None,
+) -> None:
     """Rows of floats to int8.
 
     Args:
@@ -40,10 +46,11 @@ def quantise(source: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, w
         scales: fp32 [rows], filled: the largest magnitude of each row, in fp16. It is not finite if the row has a NaN
             or what is infinite in fp16 (65520 and above); such a row cannot be quantised, and its values mean nothing.
         work: uint8, at least `work_size(columns)`.
+        through: bfloat16 where the model has the weight so: the source is rounded to it before all else.
     """
-    rounded = source.dtype != torch.bfloat16
+    rounded = torch.bfloat16 not in (source.dtype, through)
     for half, full, rows, found, into in _blocks(work, source, scales, values):
-        _floats(rows, half, full, rounded=rounded)
+        _floats(rows, half, full, rounded=rounded, through=through)
         _largest(full, found)
         low, high = _range(found)
         if not rounded and not _FP16_IS_EXACT[0] <= low <= high <= _FP16_IS_EXACT[1]:
@@ -53,16 +60,17 @@ def quantise(source: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, w
         _scale(full, found, into, exact=0 < low <= high < math.inf)
 
 
-def measure(source: torch.Tensor, scales: torch.Tensor, work: torch.Tensor) -> None:
+def measure(source: torch.Tensor, scales: torch.Tensor, work: torch.Tensor, through: torch.dtype | None = None) -> None:
     """Raise `scales` to the largest magnitudes of these rows, for rows that come in several parts.
 
     Args:
         source: floats [rows, columns], some of the columns of the rows.
         scales: fp32 [rows], zeros before the first part. What is not finite stays so; see `quantise`.
         work: uint8, at least `work_size(columns)`.
+        through: as of `quantise`.
     """
     for half, full, rows, known in _blocks(work, source, scales):
-        _floats(rows, half, full, rounded=False)
+        _floats(rows, half, full, rounded=False, through=through)
         found = torch.empty_like(known)
         _largest(full, found)
         # Rounding keeps the order, so the largest stays it.
@@ -70,7 +78,13 @@ def measure(source: torch.Tensor, scales: torch.Tensor, work: torch.Tensor) -> N
         torch.maximum(known, found, out=known)
 
 
-def quantise_by(source: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, work: torch.Tensor) -> None:
+def quantise_by(
+    source: torch.Tensor,
+    scales: torch.Tensor,
+    values: torch.Tensor,
+    work: torch.Tensor,
+    through: torch.dtype | None = None,
+) -> None:
     """Parts of rows to int8, by the `scales` that `measure` found in all the parts.
 
     Args:
@@ -78,11 +92,13 @@ def quantise_by(source: torch.Tensor, scales: torch.Tensor, values: torch.Tensor
         scales: fp32 [rows].
         values: int8 [rows, columns], filled as by `quantise`.
         work: uint8, at least `work_size(columns)`.
+        through: as of `quantise`.
     """
+    by_fp16 = torch.bfloat16 not in (source.dtype, through)
     for half, full, rows, known, into in _blocks(work, source, scales, values):
         low, high = _range(known)
         exact = _FP16_IS_EXACT[0] <= low <= high <= _FP16_IS_EXACT[1]
-        _floats(rows, half, full, rounded=source.dtype != torch.bfloat16 or not exact)
+        _floats(rows, half, full, rounded=by_fp16 or not exact, through=through)
         _scale(full, known, into, exact=0 < low <= high < math.inf)
 
 
@@ -118,15 +134,19 @@ def _blocks(work: torch.Tensor, *of: torch.Tensor) -> Iterator[tuple[torch.Tenso
         yield (half, full, *blocks) if size == step else (half[:size], full[:size], *blocks)
 
 
-def _floats(source: torch.Tensor, half: torch.Tensor, full: torch.Tensor, *, rounded: bool) -> None:
-    """`source` in fp32, as fp16 has it if `rounded`."""
-    if rounded and source.dtype not in (torch.bfloat16, torch.float16):
+def _floats(
+    source: torch.Tensor, half: torch.Tensor, full: torch.Tensor, *, rounded: bool, through: torch.dtype | None
+) -> None:
+    """`source` in fp32, as `through` has it, and as fp16 has that if `rounded`."""
+    if rounded and through is None and source.dtype not in (torch.bfloat16, torch.float16):
         half.copy_(source)
         full.copy_(half)
         return
     # PyTorch converts bfloat16 to fp16 an element at a time; by way of fp32 it takes a quarter of the time.
     full.copy_(source)
-    if rounded and source.dtype == torch.bfloat16:
+    if through is not None:
+        full.copy_(half.view(through).copy_(full))
+    if rounded and source.dtype != torch.float16:
         full.copy_(half.copy_(full))
 
 

@@ -168,9 +168,22 @@ def check_floats(mapping: KeyMapping, request: Int8Request) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class ToInt8:
+    """How a tensor of the checkpoint becomes int8.
+
+    Attributes:
+        turned: it is the transpose of the weight of a linear layer.
+        floats: the dtype that the model would have it as.
+    """
+
+    turned: bool
+    floats: str
+
+
 def floats_that_become_int8(
     skeleton: Skeleton, mapping: KeyMapping, names: Sequence[str]
-) -> tuple[dict[str, bool], list[str]]:
+) -> tuple[dict[str, ToInt8], list[str]]:
     """Of layers that are to be int8, the keys that are floats, and the layers whose weight is no tensor of its own.
 
     Args:
@@ -179,7 +192,7 @@ def floats_that_become_int8(
         names: of the layers.
 
     Returns:
-        Key → whether it is the transpose of the weight of a linear layer; and names.
+        Key → how it becomes int8; and names.
     """
     layers = {f"{name}.weight": name for name in names}
     parts: dict[str, list[Link]] = {}
@@ -192,5 +205,6 @@ def floats_that_become_int8(
         if len(links) > 1 or not links[0].whole:
             left.append(name)
         elif is_floating(entry.dtype):
-            keys[entry.key] = has_base(skeleton.model.get_submodule(name), "Conv1D", "transformers.")
+            turned = has_base(skeleton.model.get_submodule(name), "Conv1D", "transformers.")
+            keys[entry.key] = ToInt8(turned, skeleton.targets[f"{name}.weight"].dtype)
     return keys, left

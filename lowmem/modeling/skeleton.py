@@ -20,7 +20,7 @@ from .int8 import Int8Layers, swap
 from .int8_choice import has_base
 from .request import ModelRequest
 from .rules import Rules
-from .targets import Target, join_declared, read_targets
+from .targets import Target, dtype_name, join_declared, read_targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +116,12 @@ def with_int8(skeleton: Skeleton, names: Collection[str]) -> Skeleton:
         ModelError: the model itself is one of them.
     """
     model = skeleton.model
-    turned = {name for name in names if has_base(model.get_submodule(name), "Conv1D", "transformers.")}
+    old = {name: model.get_submodule(name) for name in names}
     layers = swap(model, names)
     targets = read_targets(checked_modules(model, hf.is_transformers_model(model)))
-    targets.update({f"{name}.weight": replace(targets[f"{name}.weight"], turned=True) for name in turned})
+    for name, module in old.items():
+        floats, turned = dtype_name(module.weight.dtype), has_base(module, "Conv1D", "transformers.")
+        targets[f"{name}.weight"] = replace(targets[f"{name}.weight"], floats=floats, turned=turned)
     return replace(skeleton, targets=join_declared(targets, skeleton.rules.declared_ties()), int8=layers)
 
 

@@ -28,6 +28,7 @@ class Target:
         tie: name of the first target that shares its tensor; its own name when nothing does.
         real: whether it has values already, that is, does not lie on the meta device.
         scales: of the weight of an `Int8Linear`, the name of the target with its row scales; else empty.
+        floats: of such a weight, the dtype that it had when it was floats; else empty.
         turned: a checkpoint's floats for it are its transpose, as those of GPT-2's `Conv1D` are.
     """
 
@@ -39,6 +40,7 @@ class Target:
     tie: str
     real: bool
     scales: str = ""
+    floats: str = ""
     turned: bool = False
 
 

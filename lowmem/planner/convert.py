@@ -19,12 +19,12 @@ from ..dtypes import is_floating, itemsize
 from ..errors import KeysError
 from ..limits import host_memory
 from ..mapping import KeyMapping, KeyRules, Link, whole
-from ..mapping.int8 import transposed
+from ..mapping.int8 import ToInt8, transposed
 from ..mapping.names import named_entries
 from ..sizes import KIB, MIB, format_size
 from . import budget
 from .final_dtypes import check_cast, nbytes_of
-from .moves import Placement
+from .moves import Placement, rounds_through
 from .placing import check_rows, passing_scales
 from .records import IO, DevicePlan, HostPlan, LoadPlan, OffloadFile, OffloadPlan, Reading, Staging
 
@@ -42,13 +42,13 @@ _PER_ENTRY = 4 * KIB
 class ConvertRequest:
     """What the user asked of a conversion, parsed. Sizes in bytes; `staging` None means that lowmem decides.
 
-    `to_int8` are the keys of weights that become int8, and whether they are transposed for it; `from_int8` is the dtype
+    `to_int8` are the keys of weights that become int8, and how; `from_int8` is the dtype
     of the floats that int8 becomes, None where it stays int8; `in_fp32` are the keys of floats that are fp32 then.
     """
 
     dtype: str = "auto"
     max_shard_size: int = 5 * 1024**3
-    to_int8: Mapping[str, bool] = field(default_factory=dict)
+    to_int8: Mapping[str, ToInt8] = field(default_factory=dict)
     from_int8: str | None = None
     in_fp32: Collection[str] = ()
     rules: KeyRules = field(default_factory=KeyRules)
@@ -187,7 +187,7 @@ def _place(name: str, entry: TensorEntry, wanted: str, scales: TensorEntry | Non
     return Placement(name, (name,), entry.shape, dtype, nbytes_of(entry.shape, dtype), "disk", "write", links)
 
 
-def _place_int8(name: str, entry: TensorEntry, turned: bool, taken: Collection[str]) -> Iterator[Placement]:
+def _place_int8(name: str, entry: TensorEntry, how: ToInt8, taken: Collection[str]) -> Iterator[Placement]:
     """A weight as bitsandbytes saves it (`Linear8bitLt._save_to_state_dict`): itself, its scales, its format.
 
     Raises:
@@ -202,12 +202,13 @@ def _place_int8(name: str, entry: TensorEntry, turned: bool, taken: Collection[s
                 f"{entry.file}: tensor {entry.key!r}: expected a name beside which its scales can be {names[0]!r}, and "
                 f"{what}; rename it by rename= (--rename)"
             )
-    if turned:
+    if how.turned:
         entry = transposed(entry)
     rows = entry.shape[:1]
     scales = Placement(names[0], names[:1], rows, "float32", nbytes_of(rows, "float32"), "disk", "write", ())
     links = (Link(entry, name, whole(entry.shape)),)
-    yield Placement(name, (name,), entry.shape, "int8", nbytes_of(entry.shape, "int8"), "disk", "write", links, scales)
+    size, through = nbytes_of(entry.shape, "int8"), rounds_through(entry.dtype, how.floats)
+    yield Placement(name, (name,), entry.shape, "int8", size, "disk", "write", links, scales, through=through)
     yield scales
     # Fresh files are zeros, and 0 says that rows lie as torch has them.
     yield Placement(names[1], names[1:], (), "uint8", 1, "disk", "write", ())
@@ -306,6 +307,7 @@ def _fingerprint(checkpoint: Checkpoint, placements: list[Placement], files: tup
             [e.key, e.dtype, e.file.name, origin_of(e, shards[e.file]), e.strides, e.swapped]
             for e in (link.entry for link in links)
         ],
+        "through": sorted({p.through for p in placements}),
         "files": [[file.name, file.size, hashlib.sha256(file.head).hexdigest()] for file in files],
     }
     return hashlib.sha256(json.dumps(table, separators=(",", ":")).encode()).hexdigest()

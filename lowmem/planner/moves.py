@@ -51,6 +51,7 @@ class Placement:
             the checkpoint).
         links: what feeds it, one link a region; none for `init`, and for what is computed.
         scales: of int8 that floats become on the way, where the scales of its rows go; they have no links.
+        through: a dtype to which floats are rounded before they become int8; empty for none.
         measures: elements of a row of the weight whose links these are: what is wanted of each row is its largest
             magnitude. 0 for all else.
     """
@@ -65,6 +66,7 @@ class Placement:
     links: tuple[Link, ...]
     scales: Placement | None = None
     measures: int = 0
+    through: str = ""
 
     @property
     def source_bytes(self) -> int:
@@ -161,6 +163,14 @@ def is_one(links: tuple[Link, ...], shape: tuple[int, ...], dtype: str | None = 
         and link.region.dense
         and link.region.count == math.prod(shape)
     )
+
+
+def rounds_through(source: str, floats: str) -> str:
+    """What changes floats before they become int8, where the model would have them as `floats`: bfloat16 or nothing.
+
+    int8 is made of fp16, so that fp32 changes nothing, and fp16 is not passed twice.
+    """
+    return floats if floats == "bfloat16" and source != floats else ""
 
 
 def has_whole_rows(link: Link, row: int) -> bool:

@@ -83,7 +83,12 @@ def _fingerprint(
             [str(s.file.resolve()), s.size, s.mtime_ns, s.data_offset] for s in checkpoint.shards if s.file in used
         ],
         "tensors": [
-            [p.target, p.dtype, p.shape, [_link_row(link, shards[link.entry.file]) for link in _links_of(p, made)]]
+            [
+                p.target,
+                p.through or p.dtype,
+                p.shape,
+                [_link_row(link, shards[link.entry.file]) for link in _links_of(p, made)],
+            ]
             for p in written
         ],
     }

@@ -21,7 +21,7 @@ from ..sizes import format_size
 from .computed import group_of
 from .devices import DeviceMap
 from .final_dtypes import nbytes_of
-from .moves import Placement, Residency, has_parts_of_rows, has_whole_rows, is_one
+from .moves import Placement, Residency, has_parts_of_rows, has_whole_rows, is_one, rounds_through
 from .records import Group, LoadRequest
 
 
@@ -72,13 +72,16 @@ def place(draft: Draft, devices: DeviceMap) -> tuple[list[Placement], list[Group
     def add(names: tuple[str, ...], device: str, residency: Residency, links: tuple[Link, ...]) -> None:
         name = names[0]
         shape, dtype = targets[name].shape, final[name]
-        scales = None
+        scales, through = None, ""
         if targets[name].scales in draft.mapping.made:
+            through = rounds_through(links[0].entry.dtype, _floats_of(draft, name))
             other = targets[name].scales
             size = nbytes_of(targets[other].shape, final[other])
             scales = Placement(other, (other,), targets[other].shape, final[other], size, device, residency, ())
         nbytes = nbytes_of(shape, dtype)
-        placements.append(Placement(name, names, shape, dtype, nbytes, device, residency, links, scales))
+        placements.append(
+            Placement(name, names, shape, dtype, nbytes, device, residency, links, scales, through=through)
+        )
         if scales is not None:
             placements.append(scales)
 
@@ -111,6 +114,13 @@ def place(draft: Draft, devices: DeviceMap) -> tuple[list[Placement], list[Group
         # What has no file yet cannot stay on disk.
         add(tuple(names), "cpu" if device == "disk" else device, "init", ())
     return placements, groups, warnings
+
+
+def _floats_of(draft: Draft, name: str) -> str:
+    """The dtype that a weight would have, were it not int8; empty for that of the checkpoint."""
+    if draft.skeleton.rules.owns_dtypes:
+        return draft.skeleton.targets[name].floats
+    return "" if draft.request.dtype == "auto" else draft.request.dtype
 
 
 def _by_target(mapping: KeyMapping) -> dict[str, tuple[Link, ...]]:

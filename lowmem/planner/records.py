@@ -296,7 +296,12 @@ class LoadPlan:
                 made = placement.scales
                 assert made is not None
                 found[made] = replace(
-                    made, device="cpu", residency="copy", links=placement.links, measures=placement.shape[1]
+                    made,
+                    device="cpu",
+                    residency="copy",
+                    links=placement.links,
+                    measures=placement.shape[1],
+                    through=placement.through,
                 )
         return found
 
