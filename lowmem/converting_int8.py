@@ -60,11 +60,11 @@ def find_change(
         UnsupportedError: nothing is int8 that could become floats.
     """
     if int8.dequantize:
-        return _to_floats(checkpoint, request)
+        return _to_floats(checkpoint, request, trust_remote_code)
     return _to_int8(checkpoint, request, int8, trust_remote_code) if int8.quantize else Change(request)
 
 
-def _to_floats(checkpoint: Checkpoint, request: ConvertRequest) -> Change:
+def _to_floats(checkpoint: Checkpoint, request: ConvertRequest, trust_remote_code: bool) -> Change:
     int8 = [e for e in checkpoint.values() if e.dtype == "int8" and scales_of(checkpoint, e.key) is not None]
     if not int8:
         raise UnsupportedError(
@@ -77,7 +77,20 @@ def _to_floats(checkpoint: Checkpoint, request: ConvertRequest) -> Change:
         scales = {scales_of(checkpoint, entry.key) for entry in int8}
         floats = (e.dtype for e in checkpoint.values() if is_floating(e.dtype) and e not in scales)
         dtype = named if isinstance(named, str) and named in CASTABLE else next(floats, "float32")
-    return Change(replace(request, from_int8=dtype), NOTHING)
+    turned: set[str] = set()
+    warnings: tuple[str, ...] = ()
+    if checkpoint.config is not None:
+        try:
+            origin = find_origin(checkpoint, make_model_request(trust_remote_code=trust_remote_code))
+            skeleton = make_skeleton(origin, checkpoint, request.dtype)
+        except (ModelError, UnsupportedError) as error:
+            warnings = (
+                f"dequantize: weights are written as those of linear layers, for the model is unknown ({error})",
+            )
+        else:
+            sources = match(checkpoint, skeleton, rules=request.rules).sources
+            turned = {key for name, key in sources.items() if skeleton.targets[name].turned}
+    return Change(replace(request, from_int8=dtype, turned=turned), NOTHING, warnings)
 
 
 def _to_int8(checkpoint: Checkpoint, request: ConvertRequest, int8: Int8Request, trust_remote_code: bool) -> Change:

@@ -147,6 +147,9 @@ class _Grid:
 
     def __init__(self, move: Move, source: torch.Tensor) -> None:
         region, row = move.region, move.row
+        if move.scales is not None and not region.dense:
+            self.source, self.rows, self.region = source.view(region.shape), slice(0, 0), region
+            return
         if region.dense and region.count % row == 0 and region.offset % row == 0:
             self.source = source.reshape(-1, row)
             first, step, along = region.offset // row, 1, 1

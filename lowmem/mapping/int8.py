@@ -9,10 +9,10 @@ from ..checkpoint import Checkpoint, TensorEntry
 from ..checkpoint.int8 import check_float, check_pair, companions_of, has_scales, scales_of
 from ..dtypes import is_floating
 from ..errors import CheckpointError, UnsupportedError
-from ..modeling.int8_choice import Int8Request, existing_int8, has_base, layers_to_quantise, sizes_of
+from ..modeling.int8_choice import Int8Request, existing_int8, layers_to_quantise, sizes_of
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
-from .records import KeyMapping, Link
+from .records import KeyMapping, Link, Region
 
 
 @dataclass
@@ -82,10 +82,19 @@ def _paired(link: Link, target: Target, fed: set[str], checkpoint: Checkpoint, f
     return replace(link, scales=scales)
 
 
-def turned(entry: TensorEntry, target: Target) -> TensorEntry:
-    """The floats of a `Conv1D`, which are the transpose of a linear layer's weight, as that weight."""
-    fits = is_floating(entry.dtype) and entry.shape == target.shape[::-1]
-    return transposed(entry) if fits else entry
+def turned(entry: TensorEntry, target: Target) -> tuple[TensorEntry, Region | None]:
+    """What feeds a `Conv1D`, whose floats are the transpose of a linear layer's weight, and whose int8 is not.
+
+    Returns:
+        The entry as it feeds the target; and the region of it that it feeds, if that is not the whole as it lies.
+    """
+    if target.scales:
+        fits = is_floating(entry.dtype) and entry.shape == target.shape[::-1]
+        return (transposed(entry) if fits else entry), None
+    if entry.dtype == "int8" and entry.shape == target.shape[::-1]:
+        rows, columns = entry.shape
+        return entry, Region(0, (rows, columns), (1, rows))
+    return entry, None
 
 
 def transposed(entry: TensorEntry) -> TensorEntry:
@@ -117,9 +126,7 @@ def choose_layers(
     """
     own = existing_int8(skeleton.model)
     if not own and not request.quantize and not any(link.scales for link in mapping.links):
-        turned = [m for m in mapping.mismatched if m.dtype == "int8"]
-        if not turned:
-            return Choice(())
+        return Choice(())
     modules = dict(skeleton.model.named_modules(remove_duplicate=False))
     chosen: dict[str, None] = {}
     if not request.dequantize:
@@ -205,6 +212,6 @@ def floats_that_become_int8(
         if len(links) > 1 or not links[0].whole:
             left.append(name)
         elif is_floating(entry.dtype):
-            turned = has_base(skeleton.model.get_submodule(name), "Conv1D", "transformers.")
-            keys[entry.key] = ToInt8(turned, skeleton.targets[f"{name}.weight"].dtype)
+            target = skeleton.targets[f"{name}.weight"]
+            keys[entry.key] = ToInt8(target.turned, target.dtype)
     return keys, left

@@ -199,7 +199,10 @@ def _link(named: _Named, state: Mapping[str, Target], skeleton: Skeleton) -> _Li
             raise KeysError(collision(entry.file, key, sources[name], name))
         sources[name] = key
         if target.turned:
-            entry = turned(entry, target)
+            entry, region = turned(entry, target)
+            if region is not None:
+                found.links.append(Link(entry, name, region))
+                continue
         if entry.shape == target.shape:
             found.links.append(Link(entry, name, whole(target.shape)))
         elif not fits(entry, target):

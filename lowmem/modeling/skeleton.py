@@ -17,7 +17,6 @@ from .failures import refusing
 from .generation import read_generation
 from .hf_rules import TransformersRules
 from .int8 import Int8Layers, swap
-from .int8_choice import has_base
 from .request import ModelRequest
 from .rules import Rules
 from .targets import Target, dtype_name, join_declared, read_targets
@@ -120,8 +119,9 @@ def with_int8(skeleton: Skeleton, names: Collection[str]) -> Skeleton:
     layers = swap(model, names)
     targets = read_targets(checked_modules(model, hf.is_transformers_model(model)))
     for name, module in old.items():
-        floats, turned = dtype_name(module.weight.dtype), has_base(module, "Conv1D", "transformers.")
-        targets[f"{name}.weight"] = replace(targets[f"{name}.weight"], floats=floats, turned=turned)
+        weight = f"{name}.weight"
+        turned = skeleton.targets[weight].turned
+        targets[weight] = replace(targets[weight], floats=dtype_name(module.weight.dtype), turned=turned)
     return replace(skeleton, targets=join_declared(targets, skeleton.rules.declared_ties()), int8=layers)
 
 

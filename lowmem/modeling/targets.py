@@ -29,7 +29,8 @@ class Target:
         real: whether it has values already, that is, does not lie on the meta device.
         scales: of the weight of an `Int8Linear`, the name of the target with its row scales; else empty.
         floats: of such a weight, the dtype that it had when it was floats; else empty.
-        turned: a checkpoint's floats for it are its transpose, as those of GPT-2's `Conv1D` are.
+        turned: it is the weight of a `Conv1D` (GPT-2's), whose floats are the transpose of a linear layer's weight, and
+            whose int8 is not.
     """
 
     name: str
@@ -49,21 +50,31 @@ def read_targets(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     first: dict[int, str] = {}
 
-    def add(name: str, tensor: torch.Tensor, kind: str, persistent: bool, scales: str = "") -> None:
+    def add(
+        name: str, tensor: torch.Tensor, kind: str, persistent: bool, scales: str = "", turned: bool = False
+    ) -> None:
         tie = first.setdefault(id(tensor), name)
-        dtype = dtype_name(tensor.dtype)
-        targets[name] = Target(name, tuple(tensor.shape), dtype, kind, persistent, tie, not tensor.is_meta, scales)
+        dtype, real = dtype_name(tensor.dtype), not tensor.is_meta
+        targets[name] = Target(name, tuple(tensor.shape), dtype, kind, persistent, tie, real, scales, turned=turned)
 
     # Shared modules count under each of their names, as in the state dict.
     for prefix, module in modules:
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                scaled = leaf == "weight" and isinstance(module, Int8Linear)
-                add(prefix + leaf, parameter, "parameter", True, f"{prefix}SCB" if scaled else "")
+                scales, turned = "", False
+                if leaf == "weight":
+                    scales = f"{prefix}SCB" if isinstance(module, Int8Linear) else ""
+                    turned = _is_turned(type(module))
+                add(prefix + leaf, parameter, "parameter", True, scales, turned)
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 add(prefix + leaf, buffer, "buffer", leaf not in module._non_persistent_buffers_set)
     return targets
+
+
+@functools.cache
+def _is_turned(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -18,7 +18,7 @@ from ..checkpoint.safetensors import layout
 from ..dtypes import is_floating, itemsize
 from ..errors import KeysError
 from ..limits import host_memory
-from ..mapping import KeyMapping, KeyRules, Link, whole
+from ..mapping import KeyMapping, KeyRules, Link, Region, whole
 from ..mapping.int8 import ToInt8, transposed
 from ..mapping.names import named_entries
 from ..sizes import KIB, MIB, format_size
@@ -43,13 +43,14 @@ class ConvertRequest:
     """What the user asked of a conversion, parsed. Sizes in bytes; `staging` None means that lowmem decides.
 
     `to_int8` are the keys of weights that become int8, and how; `from_int8` is the dtype
-    of the floats that int8 becomes, None where it stays int8; `in_fp32` are the keys of floats that are fp32 then.
+    of the floats that int8 becomes, None where it stays int8, and `turned` the keys of those that are transposed for it; `in_fp32` are the keys of floats that are fp32 then.
     """
 
     dtype: str = "auto"
     max_shard_size: int = 5 * 1024**3
     to_int8: Mapping[str, ToInt8] = field(default_factory=dict)
     from_int8: str | None = None
+    turned: Collection[str] = ()
     in_fp32: Collection[str] = ()
     rules: KeyRules = field(default_factory=KeyRules)
     staging: int | None = None
@@ -168,7 +169,8 @@ def _place_all(checkpoint: Checkpoint, kept: list[tuple[str, TensorEntry]], requ
                 # These belong to int8, whatever is asked for the rest.
                 placements.append(_place(name, entry, "auto"))
         elif request.from_int8 is not None and entry.key in int8:
-            placements.append(_place(name, entry, request.from_int8, check_pair(checkpoint, entry)))
+            scales = check_pair(checkpoint, entry)
+            placements.append(_place(name, entry, request.from_int8, scales, entry.key in request.turned))
         elif entry.key in request.to_int8:
             placements += _place_int8(name, entry, request.to_int8[entry.key], taken)
         else:
@@ -178,13 +180,18 @@ def _place_all(checkpoint: Checkpoint, kept: list[tuple[str, TensorEntry]], requ
     return placements
 
 
-def _place(name: str, entry: TensorEntry, wanted: str, scales: TensorEntry | None = None) -> Placement:
+def _place(
+    name: str, entry: TensorEntry, wanted: str, scales: TensorEntry | None = None, turned: bool = False
+) -> Placement:
     floats = is_floating(entry.dtype) or scales is not None
     dtype = wanted if wanted != "auto" and floats else entry.dtype
     if scales is None:
         check_cast(entry.key, entry.dtype, dtype)
-    links = (Link(entry, name, whole(entry.shape), scales=scales),)
-    return Placement(name, (name,), entry.shape, dtype, nbytes_of(entry.shape, dtype), "disk", "write", links)
+    shape, region = entry.shape, whole(entry.shape)
+    if turned:
+        shape, region = shape[::-1], Region(0, shape, (1, shape[0]))
+    links = (Link(entry, name, region, scales=scales),)
+    return Placement(name, (name,), shape, dtype, nbytes_of(shape, dtype), "disk", "write", links)
 
 
 def _place_int8(name: str, entry: TensorEntry, how: ToInt8, taken: Collection[str]) -> Iterator[Placement]:
@@ -307,7 +314,9 @@ def _fingerprint(checkpoint: Checkpoint, placements: list[Placement], files: tup
             [e.key, e.dtype, e.file.name, origin_of(e, shards[e.file]), e.strides, e.swapped]
             for e in (link.entry for link in links)
         ],
-        "through": sorted({p.through for p in placements}),
         "files": [[file.name, file.size, hashlib.sha256(file.head).hexdigest()] for file in files],
     }
+    through = sorted({p.through for p in placements if p.through})
+    if through:
+        table["through"] = through
     return hashlib.sha256(json.dumps(table, separators=(",", ":")).encode()).hexdigest()
