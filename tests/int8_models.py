@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import model_class, outputs_of, same
+from torch import nn
 
 import lowmem
 from bench.comparison import differences_of
@@ -84,3 +85,18 @@ def write_shards(state: dict[str, torch.Tensor], folder: Path, shards: int, endi
         table.update(dict.fromkeys(part, file))
     index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": table}
     (folder / f"{name}.{ending}.index.json").write_text(json.dumps(index))
+
+
+class Holder(nn.Module):
+    """A linear layer of any size in a module."""
+
+    def __init__(self, rows: int, columns: int, bias: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.Linear(columns, rows, bias=bias)
+        self.norm = nn.LayerNorm(4)
+
+
+def expected_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bitsandbytes' own rounding."""
+    values, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+    return values, scales

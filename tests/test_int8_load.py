@@ -19,10 +19,9 @@ import bitsandbytes as bnb
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from int8_models import as_bin, assert_bytes_as_planned, assert_same_int8, int8_of, theirs_of
+from int8_models import Holder, as_bin, assert_bytes_as_planned, assert_same_int8, expected_of, int8_of, theirs_of
 from safetensors.torch import save_file
 from tiny_models import Saved, same
-from torch import nn
 from torch_files import rewritten
 
 import lowmem
@@ -115,21 +114,6 @@ def test_an_output_embedding_becomes_int8_if_nothing_is_to_be_skipped(saved: Sav
 
 
 # ---- rows and chunks ----
-
-
-class Holder(nn.Module):
-    """A linear layer of any size in a module."""
-
-    def __init__(self, rows: int, columns: int, bias: bool = False) -> None:
-        super().__init__()
-        self.layer = nn.Linear(columns, rows, bias=bias)
-        self.norm = nn.LayerNorm(4)
-
-
-def expected_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """bitsandbytes' own rounding."""
-    values, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
-    return values, scales
 
 
 def check_holder(file: Path, weight: torch.Tensor, **options: Any) -> lowmem.LoadResult:
