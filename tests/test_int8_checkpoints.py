@@ -92,8 +92,12 @@ def test_dtype_acts_on_the_rest(eight: Callable[..., Path], kind: str, dtype: st
     for name, (weight, scales) in int8_of(theirs).items():
         assert same(int8_of(ours.model)[name][0], weight)
         assert same(int8_of(ours.model)[name][1], scales)
-    if dtype == "float32":
-        assert_same_int8(ours.model, theirs, ignore=())
+    # transformers leaves the rest of such a checkpoint as it is, whatever dtype is given.
+    for name, tensor in theirs.named_parameters():
+        if tensor.is_floating_point():
+            final = torch.float32 if name in kept else getattr(torch, dtype)
+            final = torch.float32 if "wo.weight" in name else final
+            assert same(ours.model.get_parameter(name).data, tensor.data.to(final)), name
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
@@ -102,7 +106,8 @@ def test_weights_and_scales_in_different_shards(
     eight: Callable[..., Path], tmp_path: Path, shards: int, ending: str
 ) -> None:
     state = load_file(eight("llama") / "model.safetensors")
-    shutil.copy(eight("llama") / "config.json", tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(eight("llama") / name, tmp_path)
     # All weights first: no weight is beside its scales.
     order = sorted(state, key=lambda key: (key.endswith("SCB"), key))
     write_shards({key: state[key].clone() for key in order}, tmp_path, shards, ending)
@@ -199,12 +204,12 @@ def test_scales_in_fp16_are_cast(mine: Path) -> None:
 
 def test_scales_beside_floats(mine: Path) -> None:
     floats = torch.randn(48, 32, dtype=torch.bfloat16)
-    change(mine, **{LAYER + "weight": floats})
+    change(mine, **{LAYER + "weight": floats, LAYER + "weight_format": None})
     text = rf"tensor '{KEY}weight' is bfloat16, and '{KEY}SCB' beside it.*skip=\['{KEY}SCB'\]"
     for options in ({}, {"dequantize": True}, {"quantize": "int8"}):
         with pytest.raises(lowmem.CheckpointError, match=text):
             lowmem.load(mine, **options)
-    skip = ["model.layers.1.mlp.up_proj.SCB", "model.layers.1.mlp.up_proj.weight_format"]
+    skip = ["model.layers.1.mlp.up_proj.SCB"]
     layer = lowmem.load(mine, skip=skip).model.model.layers[1].mlp.up_proj
     assert same(layer.weight, floats)
     assert "model.layers.1.mlp.up_proj" in int8_of(lowmem.load(mine, skip=skip, quantize="int8").model)
@@ -212,7 +217,7 @@ def test_scales_beside_floats(mine: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"dequantize": True}], ids=str)
 def test_the_order_of_the_elements(mine: Path, options: dict[str, Any]) -> None:
-    text = rf"tensor '{KEY}weight_format'.*of '{KEY}weight': expected 0 \(row\), found {{}}; save the model anew"
+    text = rf"tensor '{KEY}weight_format'.*of '{KEY}weight': expected 0 \(row\), found {{}}.*; save the model anew"
     for number, name in ((1, r"1 \(col32\)"), (2, r"2 \(col_turing\)"), (3, r"3 \(col_ampere\)"), (77, "77")):
         change(mine, **{LAYER + "weight_format": torch.tensor(number, dtype=torch.uint8)})
         with pytest.raises(lowmem.UnsupportedError, match=text.format(name)):

@@ -148,6 +148,10 @@ class _Grid:
         if region.dense and region.count % row == 0 and region.offset % row == 0:
             self.source = source.reshape(-1, row)
             first, step, along = region.offset // row, 1, 1
+        elif move.scales is not None:
+            self.source, self.region = source.view(region.shape), region
+            self.rows = slice(move.at_row, move.at_row + region.shape[0])
+            return
         else:
             across = [(i, n, stride) for i, (n, stride) in enumerate(_sides(region)) if n > 1 and stride % row == 0]
             inside = [(i, n, stride) for i, (n, stride) in enumerate(_sides(region)) if n > 1 and stride % row]

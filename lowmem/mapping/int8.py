@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 from ..checkpoint import Checkpoint, TensorEntry
@@ -12,7 +13,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..modeling.int8 import Int8Request, existing_int8, is_linear, layers_to_quantise
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
-from .records import KeyMapping, Link
+from .records import KeyMapping, Link, Region, whole
 
 
 @dataclass
@@ -30,8 +31,16 @@ class Pairs:
     companions: set[str] = field(default_factory=set)
 
 
-def pair(links: Sequence[Link], state: Mapping[str, Target], checkpoint: Checkpoint) -> Pairs:
+def pair(
+    links: Sequence[Link], state: Mapping[str, Target], checkpoint: Checkpoint, left_out: AbstractSet[str] = frozenset()
+) -> Pairs:
     """Give int8 that becomes floats its scales, and check that int8 has some and floats none.
+
+    Args:
+        links: what feeds what.
+        state: every target.
+        checkpoint: the entries.
+        left_out: keys that the user does not want, which may lie beside floats.
 
     Raises:
         CheckpointError: scales are missing, of another shape, or beside floats.
@@ -45,7 +54,7 @@ def pair(links: Sequence[Link], state: Mapping[str, Target], checkpoint: Checkpo
         if entry.dtype == "int8":
             found.links[i] = _paired(link, target, fed, checkpoint, found)
             continue
-        if scaled and len(target.shape) >= 2:
+        if scaled and len(target.shape) >= 2 and not _is_left(checkpoint, entry.key, left_out):
             check_float(checkpoint, entry)
         if target.scales:
             if not is_floating(entry.dtype):
@@ -55,6 +64,11 @@ def pair(links: Sequence[Link], state: Mapping[str, Target], checkpoint: Checkpo
                 )
             found.made[target.scales] = link.target
     return found
+
+
+def _is_left(checkpoint: Checkpoint, key: str, left_out: AbstractSet[str]) -> bool:
+    scales = scales_of(checkpoint, key)
+    return scales is not None and scales.key in left_out
 
 
 def _paired(link: Link, target: Target, fed: set[str], checkpoint: Checkpoint, found: Pairs) -> Link:
@@ -82,13 +96,19 @@ def _paired(link: Link, target: Target, fed: set[str], checkpoint: Checkpoint, f
     return replace(link, scales=scales)
 
 
-def turned(entry: TensorEntry, target: Target) -> TensorEntry:
-    """The floats of a `Conv1D`, which are the transpose of a linear layer's weight, as that weight."""
+def turned(entry: TensorEntry, target: Target) -> Link | None:
+    """The link of a `Conv1D`, whose floats are the transpose of a linear layer's weight and whose int8 are that weight.
+
+    None where nothing has to be turned, or it does not fit.
+    """
     rows, columns = target.shape
-    if not is_floating(entry.dtype) or entry.shape != (columns, rows):
-        return entry
-    along, across = entry.strides or (rows, 1)
-    return replace(entry, shape=target.shape, strides=(across, along))
+    if entry.shape != (columns, rows) or is_floating(entry.dtype) != bool(target.scales):
+        return None
+    if target.scales:
+        along, across = entry.strides or (rows, 1)
+        entry = replace(entry, shape=target.shape, strides=(across, along))
+        return Link(entry, target.name, whole(target.shape))
+    return Link(entry, target.name, Region(0, entry.shape, (1, columns))) if entry.dtype == "int8" else None
 
 
 @dataclass(frozen=True)

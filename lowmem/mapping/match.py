@@ -44,7 +44,7 @@ def match(
     state = {name: target for name, target in skeleton.targets.items() if target.persistent}
     named = _resolve(checkpoint, skeleton, state, rules)
     found = _link(named, state, skeleton)
-    pairs = pair(found.links, state, checkpoint)
+    pairs = pair(found.links, state, checkpoint, set(named.given.left_out.values()))
     links, tied, doubled = _resolve_ties(
         replace(found, links=pairs.links), state, untied, set(skeleton.rules.declared_ties().values())
     )
@@ -198,9 +198,10 @@ def _link(named: _Named, state: Mapping[str, Target], skeleton: Skeleton) -> _Li
         if name in sources:
             raise KeysError(collision(entry.file, key, sources[name], name))
         sources[name] = key
-        if target.turned:
-            entry = turned(entry, target)
-        if entry.shape == target.shape:
+        link = turned(entry, target) if target.turned else None
+        if link is not None:
+            found.links.append(link)
+        elif entry.shape == target.shape:
             found.links.append(Link(entry, name, whole(target.shape)))
         elif not fits(entry, target):
             found.mismatched.append(Mismatch(key, name, entry.shape, target.shape, entry.dtype))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ModelError
-from .targets import walk
+from .targets import is_bitsandbytes, walk
 
 # What these packages do to a state dict on the way in is for files of older versions: keys renamed, dropped or
 # resized (torchvision's MLP and FrozenBatchNorm2d, torch's weight_norm). Keys of the model's own names pass unchanged,
@@ -46,7 +46,7 @@ def checked_modules(model: nn.Module, transformers: bool) -> Iterator[tuple[str,
         kind = type(module)
         if kind not in problems:
             problems[kind] = _problem_of(kind, transformers)
-        if problem := problems[kind]:
+        if (problem := problems[kind]) and not is_bitsandbytes(module):
             raise ModelError(f"{_place(prefix, module)}: {problem}")
         if "_hf_hook" in vars(module):
             raise ModelError(
@@ -56,7 +56,7 @@ def checked_modules(model: nn.Module, transformers: bool) -> Iterator[tuple[str,
             )
         _check_names(prefix, module)
         _check_tensors(prefix, module)
-        if module._load_state_dict_pre_hooks and not transformers:
+        if module._load_state_dict_pre_hooks and not transformers and not is_bitsandbytes(module):
             _check_hooks(_place(prefix, module), module._load_state_dict_pre_hooks.values())
         yield prefix, module
 

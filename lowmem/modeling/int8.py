@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..int8 import Int8Linear
 from .empty import real_tensors
 from .hf import is_transformers_model
-from .targets import walk
+from .targets import is_bitsandbytes, is_conv1d, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def layers_to_quantise(model: nn.Module, request: Int8Request, keep_fp32: Collec
     floats: set[int] = set()
     linear: list[tuple[str, nn.Module]] = []
     for name, module in modules:
-        if _sizes(module) is None or _is_bitsandbytes(module):
+        if _sizes(module) is None or is_bitsandbytes(module):
             continue
         linear.append((name, module))
         weight = f"{name}.weight" if name else "weight"
@@ -164,9 +164,9 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
 
     A layer that holds more than a weight and a bias is none: what it holds besides would be lost.
     """
-    if _is_bitsandbytes(module):
+    if is_bitsandbytes(module):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    transposed = _has_base(module, "Conv1D", "transformers.")
+    transposed = is_conv1d(module)
     if not transposed and type(module) is not nn.Linear:
         return None
     weight = module._parameters.get("weight")
@@ -183,20 +183,9 @@ def is_linear(module: nn.Module) -> bool:
     return _sizes(module) is not None
 
 
-def _is_bitsandbytes(module: nn.Module) -> bool:
-    """Whether it is a `Linear8bitLt` whose weight is int8."""
-    if not _has_base(module, "Linear8bitLt", "bitsandbytes."):
-        return False
-    return not getattr(module.__dict__.get("state"), "has_fp16_weights", True)
-
-
-def _has_base(module: nn.Module, name: str, package: str) -> bool:
-    return any(base.__name__ == name and base.__module__.startswith(package) for base in type(module).__mro__)
-
-
 def existing_int8(model: nn.Module) -> list[str]:
     """Names of the modules that are bitsandbytes' `Linear8bitLt` already, with int8 weights or a place for them."""
-    return [prefix[:-1] for prefix, module in walk(model) if _is_bitsandbytes(module)]
+    return [prefix[:-1] for prefix, module in walk(model) if is_bitsandbytes(module)]
 
 
 def bitsandbytes_here() -> bool:
@@ -271,7 +260,7 @@ class Int8Layers:
         """
         here = bitsandbytes_here()
         for exchange in self._exchanges:
-            if _is_bitsandbytes(exchange.old):
+            if is_bitsandbytes(exchange.old):
                 _fill(exchange.old, exchange.stand_in)
                 exchange.put(exchange.old)
             elif here:
@@ -306,7 +295,7 @@ def swap(model: nn.Module, names: Collection[str]) -> Int8Layers:
             if id(module) not in exchanges:
                 exchange = exchanges[id(module)] = _Exchange(module, _stand_in(name, module))
                 exchange.held.update(module._parameters)
-                if _is_bitsandbytes(module):
+                if is_bitsandbytes(module):
                     exchange.state.update({key: getattr(module.state, key) for key in ("CB", "SCB")})
     if wanted:
         raise ModelError(f"expected a linear layer {min(wanted)!r} to make int8, found no such module in the model")
@@ -420,9 +409,9 @@ def _enough_for_transformers(model: Any, skip_modules: list[str] | None) -> list
     """The list by which transformers leaves out just what is no int8 layer of the model."""
     int8, floats = set[str](), set[str]()
     for prefix, module in walk(model):
-        if isinstance(module, Int8Linear) or _is_bitsandbytes(module):
+        if isinstance(module, Int8Linear) or is_bitsandbytes(module):
             int8.add(prefix[:-1])
-        elif type(module) is nn.Linear or _has_base(module, "Conv1D", "transformers."):
+        elif type(module) is nn.Linear or is_conv1d(module):
             floats.add(prefix[:-1])
 
     def tells_apart(patterns: list[str] | None) -> bool:

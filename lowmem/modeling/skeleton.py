@@ -19,7 +19,7 @@ from .hf_rules import TransformersRules
 from .int8 import Int8Layers, swap
 from .request import ModelRequest
 from .rules import Rules
-from .targets import Target, join_declared, read_targets
+from .targets import Target, is_conv1d, join_declared, read_targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def with_int8(skeleton: Skeleton, names: Collection[str]) -> Skeleton:
         ModelError: the model itself is one of them.
     """
     model = skeleton.model
-    turned = {name for name in names if type(model.get_submodule(name)).__name__ == "Conv1D"}
+    turned = {name for name in names if is_conv1d(model.get_submodule(name))}
     layers = swap(model, names)
     targets = read_targets(checked_modules(model, hf.is_transformers_model(model)))
     targets.update({f"{name}.weight": replace(targets[f"{name}.weight"], turned=True) for name in turned})

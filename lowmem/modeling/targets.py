@@ -28,7 +28,8 @@ class Target:
         tie: name of the first target that shares its tensor; its own name when nothing does.
         real: whether it has values already, that is, does not lie on the meta device.
         scales: of the weight of an `Int8Linear`, the name of the target with its row scales; else empty.
-        turned: a checkpoint's floats for it are its transpose, as those of GPT-2's `Conv1D` are.
+        turned: the weight of GPT-2's `Conv1D`, or of what stands in its place: the floats of a checkpoint are the
+            transpose of its int8.
     """
 
     name: str
@@ -47,21 +48,41 @@ def read_targets(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     first: dict[int, str] = {}
 
-    def add(name: str, tensor: torch.Tensor, kind: str, persistent: bool, scales: str = "") -> None:
+    def add(
+        name: str, tensor: torch.Tensor, kind: str, persistent: bool, scales: str = "", turned: bool = False
+    ) -> None:
         tie = first.setdefault(id(tensor), name)
         dtype = dtype_name(tensor.dtype)
-        targets[name] = Target(name, tuple(tensor.shape), dtype, kind, persistent, tie, not tensor.is_meta, scales)
+        shape = tuple(tensor.shape)
+        targets[name] = Target(name, shape, dtype, kind, persistent, tie, not tensor.is_meta, scales, turned)
 
     # Shared modules count under each of their names, as in the state dict.
     for prefix, module in modules:
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 scaled = leaf == "weight" and isinstance(module, Int8Linear)
-                add(prefix + leaf, parameter, "parameter", True, f"{prefix}SCB" if scaled else "")
+                across = leaf == "weight" and is_conv1d(module)
+                add(prefix + leaf, parameter, "parameter", True, f"{prefix}SCB" if scaled else "", across)
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 add(prefix + leaf, buffer, "buffer", leaf not in module._non_persistent_buffers_set)
     return targets
+
+
+def _has_base(module: nn.Module, name: str, package: str) -> bool:
+    return any(base.__name__ == name and base.__module__.startswith(package) for base in type(module).__mro__)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is a `Conv1D` of transformers: a linear layer that keeps the transpose of its weight."""
+    return _has_base(module, "Conv1D", "transformers.")
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether it is a `Linear8bitLt` whose weight is int8."""
+    if not _has_base(module, "Linear8bitLt", "bitsandbytes."):
+        return False
+    return not getattr(module.__dict__.get("state"), "has_fp16_weights", True)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -229,6 +229,12 @@ def _residency(draft: Draft, device: str, name: str, links: tuple[Link, ...]) ->
             f"{draft.checkpoint.source}: {name!r} would be on disk, and it becomes int8 while loading: expected a file "
             "to write it into; give offload_folder= (--offload-folder DIR), or another device"
         )
+    if device == "disk" and draft.request.offload_folder is None and any(link.scales is not None for link in links):
+        raise PlacementError(
+            f"{draft.checkpoint.source}: {name!r} would be on disk, and its int8 becomes floats while loading: "
+            "expected a file to write it into; give offload_folder= (--offload-folder DIR), or another device, or load "
+            "it as int8"
+        )
     lies = is_one(links, draft.skeleton.targets[name].shape, final)
     if device == "disk":
         # Without a folder to write to, it is put together and cast whenever it is used.
