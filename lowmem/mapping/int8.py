@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+
+from torch import nn
 
 from ..checkpoint import Checkpoint, TensorEntry
 from ..checkpoint.int8 import check_float, check_pair, companions_of, has_scales, scales_of
@@ -32,13 +34,13 @@ class Pairs:
 
 
 def pair(
-    links: Sequence[Link], state: Mapping[str, Target], checkpoint: Checkpoint, left_out: AbstractSet[str] = frozenset()
+    links: Sequence[Link], skeleton: Skeleton, checkpoint: Checkpoint, left_out: AbstractSet[str] = frozenset()
 ) -> Pairs:
     """Give int8 that becomes floats its scales, and check that int8 has some and floats none.
 
     Args:
         links: what feeds what.
-        state: every target.
+        skeleton: the model.
         checkpoint: the entries.
         left_out: keys that the user does not want, which may lie beside floats.
 
@@ -46,12 +48,15 @@ def pair(
         CheckpointError: scales are missing, of another shape, or beside floats.
         UnsupportedError: int8 in another order than torch's, or a part of it that becomes floats.
     """
-    found = Pairs(list(links))
+    found, state = Pairs(list(links)), skeleton.targets
     scaled = has_scales(checkpoint)
     fed = {link.target for link in links}
     for i, link in enumerate(found.links):
         entry, target = link.entry, state[link.target]
         if entry.dtype == "int8":
+            if not scaled and not target.scales and not _is_linear(skeleton.model, link.target):
+                # Integers of the model's own.
+                continue
             found.links[i] = _paired(link, target, fed, checkpoint, found)
             continue
         if scaled and len(target.shape) >= 2 and not _is_left(checkpoint, entry.key, left_out):
@@ -64,6 +69,11 @@ def pair(
                 )
             found.made[target.scales] = link.target
     return found
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and is_linear(model.get_submodule(path))
 
 
 def _is_left(checkpoint: Checkpoint, key: str, left_out: AbstractSet[str]) -> bool:
@@ -133,16 +143,15 @@ def choose_layers(
     """
     own = existing_int8(skeleton.model)
     if not own and not request.quantize and not any(link.scales for link in mapping.links):
-        turned = [m for m in mapping.mismatched if m.dtype == "int8"]
-        if not turned:
-            return Choice(())
+        return Choice(())
+    mismatched = {m.target for m in mapping.mismatched}
     modules = dict(skeleton.model.named_modules(remove_duplicate=False))
     chosen: dict[str, None] = {}
     if not request.dequantize:
         for target, key in mapping.sources.items():
-            name = target.removesuffix(".weight")
+            name, _, leaf = target.rpartition(".")
             entry = checkpoint.get(key)
-            module = modules.get(name) if name != target else None
+            module = modules.get(name) if leaf == "weight" and target not in mismatched else None
             is_int8 = entry is not None and entry.dtype == "int8" and scales_of(checkpoint, key) is not None
             if is_int8 and module is not None and is_linear(module):
                 chosen[name] = None
@@ -152,10 +161,10 @@ def choose_layers(
         found = layers_to_quantise(skeleton.model, request, keep_fp32)
         wanted += found.names
         warnings += found.warnings
-    fed = {link.target for link in mapping.links} | {m.target for m in mapping.mismatched}
+    fed = {link.target for link in mapping.links}
     left = []
     for name in wanted:
-        if f"{name}.weight" in fed:
+        if (f"{name}.weight" if name else "weight") in fed:
             chosen[name] = None
         elif name not in chosen:
             left.append(name)

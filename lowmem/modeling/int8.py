@@ -175,7 +175,8 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
     if module._buffers or module._modules or not set(module._parameters) <= {"weight", "bias"}:
         return None
     inner, outer = weight.shape if transposed else reversed(weight.shape)
-    return inner, outer
+    # A row of no element has no largest magnitude.
+    return (inner, outer) if inner else None
 
 
 def is_linear(module: nn.Module) -> bool:
