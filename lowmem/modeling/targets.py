@@ -56,12 +56,17 @@ def read_targets(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Target]:
         shape = tuple(tensor.shape)
         targets[name] = Target(name, shape, dtype, kind, persistent, tie, not tensor.is_meta, scales, turned)
 
+    # Models have few classes, and calls are what reading them costs.
+    transposed: dict[type, bool] = {}
     # Shared modules count under each of their names, as in the state dict.
     for prefix, module in modules:
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 scaled = leaf == "weight" and isinstance(module, Int8Linear)
-                across = leaf == "weight" and is_conv1d(module)
+                kind = type(module)
+                if kind not in transposed:
+                    transposed[kind] = is_conv1d(module)
+                across = leaf == "weight" and transposed[kind]
                 add(prefix + leaf, parameter, "parameter", True, f"{prefix}SCB" if scaled else "", across)
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
