@@ -147,12 +147,13 @@ class _Grid:
 
     def __init__(self, move: Move, source: torch.Tensor) -> None:
         region, row = move.region, move.row
-        if move.scales is not None and not region.dense:
-            self.source, self.rows, self.region = source.view(region.shape), slice(0, 0), region
-            return
         if region.dense and region.count % row == 0 and region.offset % row == 0:
             self.source = source.reshape(-1, row)
             first, step, along = region.offset // row, 1, 1
+        elif move.scales is not None:
+            self.source, self.region = source.view(region.shape), region
+            self.rows = slice(move.at_row, move.at_row + region.shape[0])
+            return
         else:
             across = [(i, n, stride) for i, (n, stride) in enumerate(_sides(region)) if n > 1 and stride % row == 0]
             inside = [(i, n, stride) for i, (n, stride) in enumerate(_sides(region)) if n > 1 and stride % row]

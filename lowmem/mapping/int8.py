@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+
+from torch import nn
 
 from ..checkpoint import Checkpoint, TensorEntry
 from ..checkpoint.int8 import check_float, check_pair, companions_of, has_scales, scales_of
@@ -12,7 +15,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..modeling.int8_choice import Int8Request, existing_int8, layers_to_quantise, sizes_of
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
-from .records import KeyMapping, Link, Region
+from .records import KeyMapping, Link, Region, whole
 
 
 @dataclass
@@ -30,22 +33,33 @@ class Pairs:
     companions: set[str] = field(default_factory=set)
 
 
-def pair(links: Sequence[Link], state: Mapping[str, Target], checkpoint: Checkpoint) -> Pairs:
+def pair(
+    links: Sequence[Link], skeleton: Skeleton, checkpoint: Checkpoint, left_out: AbstractSet[str] = frozenset()
+) -> Pairs:
     """Give int8 that becomes floats its scales, and check that int8 has some and floats none.
+
+    Args:
+        links: what feeds what.
+        skeleton: the model.
+        checkpoint: the entries.
+        left_out: keys that the user does not want, which may lie beside floats.
 
     Raises:
         CheckpointError: scales are missing, of another shape, or beside floats.
         UnsupportedError: int8 in another order than torch's, or a part of it that becomes floats.
     """
-    found = Pairs(list(links))
+    found, state = Pairs(list(links)), skeleton.targets
     scaled = has_scales(checkpoint)
     fed = {link.target for link in links}
     for i, link in enumerate(found.links):
         entry, target = link.entry, state[link.target]
         if entry.dtype == "int8":
+            if not scaled and not target.scales and not _is_linear(skeleton.model, link.target):
+                # Integers of the model's own.
+                continue
             found.links[i] = _paired(link, target, fed, checkpoint, found)
             continue
-        if scaled and len(target.shape) >= 2:
+        if scaled and len(target.shape) >= 2 and not _is_left(checkpoint, entry.key, left_out):
             check_float(checkpoint, entry)
         if target.scales:
             if not is_floating(entry.dtype):
@@ -55,6 +69,16 @@ def pair(links: Sequence[Link], state: Mapping[str, Target], checkpoint: Checkpo
                 )
             found.made[target.scales] = link.target
     return found
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and sizes_of(model.get_submodule(path)) is not None
+
+
+def _is_left(checkpoint: Checkpoint, key: str, left_out: AbstractSet[str]) -> bool:
+    scales = scales_of(checkpoint, key)
+    return scales is not None and scales.key in left_out
 
 
 def _paired(link: Link, target: Target, fed: set[str], checkpoint: Checkpoint, found: Pairs) -> Link:
@@ -82,19 +106,16 @@ def _paired(link: Link, target: Target, fed: set[str], checkpoint: Checkpoint, f
     return replace(link, scales=scales)
 
 
-def turned(entry: TensorEntry, target: Target) -> tuple[TensorEntry, Region | None]:
-    """What feeds a `Conv1D`, whose floats are the transpose of a linear layer's weight, and whose int8 is not.
+def turned(entry: TensorEntry, target: Target) -> Link | None:
+    """The link of a `Conv1D`, whose floats are the transpose of a linear layer's weight and whose int8 are that weight.
 
-    Returns:
-        The entry as it feeds the target; and the region of it that it feeds, if that is not the whole as it lies.
+    None where nothing has to be turned, or it does not fit.
     """
+    if entry.shape != target.shape[::-1] or is_floating(entry.dtype) != bool(target.scales):
+        return None
     if target.scales:
-        fits = is_floating(entry.dtype) and entry.shape == target.shape[::-1]
-        return (transposed(entry) if fits else entry), None
-    if entry.dtype == "int8" and entry.shape == target.shape[::-1]:
-        rows, columns = entry.shape
-        return entry, Region(0, (rows, columns), (1, rows))
-    return entry, None
+        return Link(transposed(entry), target.name, whole(target.shape))
+    return Link(entry, target.name, Region(0, entry.shape, (1, entry.shape[0]))) if entry.dtype == "int8" else None
 
 
 def transposed(entry: TensorEntry) -> TensorEntry:
@@ -127,13 +148,14 @@ def choose_layers(
     own = existing_int8(skeleton.model)
     if not own and not request.quantize and not any(link.scales for link in mapping.links):
         return Choice(())
+    mismatched = {m.target for m in mapping.mismatched}
     modules = dict(skeleton.model.named_modules(remove_duplicate=False))
     chosen: dict[str, None] = {}
     if not request.dequantize:
         for target, key in mapping.sources.items():
-            name = target.removesuffix(".weight")
+            name, _, leaf = target.rpartition(".")
             entry = checkpoint.get(key)
-            module = modules.get(name) if name != target else None
+            module = modules.get(name) if leaf == "weight" and target not in mismatched else None
             is_int8 = entry is not None and entry.dtype == "int8" and scales_of(checkpoint, key) is not None
             if is_int8 and module is not None and sizes_of(module) is not None:
                 chosen[name] = None
@@ -143,10 +165,10 @@ def choose_layers(
         found = layers_to_quantise(skeleton.model, request, keep_fp32)
         wanted += found.names
         warnings += found.warnings
-    fed = {link.target for link in mapping.links} | {m.target for m in mapping.mismatched}
+    fed = {link.target for link in mapping.links}
     left = []
     for name in wanted:
-        if f"{name}.weight" in fed:
+        if (f"{name}.weight" if name else "weight") in fed:
             chosen[name] = None
         elif name not in chosen:
             left.append(name)

@@ -44,11 +44,13 @@ def match(
     state = {name: target for name, target in skeleton.targets.items() if target.persistent}
     named = _resolve(checkpoint, skeleton, state, rules)
     found = _link(named, state, skeleton)
-    pairs = pair(found.links, state, checkpoint)
+    pairs = pair(found.links, skeleton, checkpoint, set(named.given.left_out.values()))
     links, tied, doubled = _resolve_ties(
         replace(found, links=pairs.links), state, untied, set(skeleton.rules.declared_ties().values())
     )
-    missing = [name for name in state if name not in found.sources and name not in tied and name not in pairs.made]
+    # A module at several places has scales under several names.
+    made = {state[name].tie for name in pairs.made}
+    missing = [n for n in state if n not in found.sources and n not in tied and not (made and state[n].tie in made)]
     excused = skeleton.rules.may_miss(missing)
     if found.mismatched:
         # What is tied to a tensor of another shape shares its fate and is not missing.
@@ -198,12 +200,10 @@ def _link(named: _Named, state: Mapping[str, Target], skeleton: Skeleton) -> _Li
         if name in sources:
             raise KeysError(collision(entry.file, key, sources[name], name))
         sources[name] = key
-        if target.turned:
-            entry, region = turned(entry, target)
-            if region is not None:
-                found.links.append(Link(entry, name, region))
-                continue
-        if entry.shape == target.shape:
+        link = turned(entry, target) if target.turned else None
+        if link is not None:
+            found.links.append(link)
+        elif entry.shape == target.shape:
             found.links.append(Link(entry, name, whole(target.shape)))
         elif not fits(entry, target):
             found.mismatched.append(Mismatch(key, name, entry.shape, target.shape, entry.dtype))

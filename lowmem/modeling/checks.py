@@ -12,13 +12,12 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import ModelError
 from ..int8 import Int8Linear
-from .targets import walk
+from .targets import is_bitsandbytes, walk
 
 # What these packages do to a state dict on the way in is for files of older versions: keys renamed, dropped or
 # resized (torchvision's MLP and FrozenBatchNorm2d, torch's weight_norm). Keys of the model's own names pass unchanged,
-# and any others are a KeysError here. bitsandbytes' look at `weight_format`, which is looked at here too.
-_HARMLESS = ("torch", "torchvision", "timm", "torchmetrics", "transformers", "bitsandbytes")
-_LINEAR_8BIT = ("Linear8bitLt", "bitsandbytes.nn.modules")
+# and any others are a KeysError here.
+_HARMLESS = ("torch", "torchvision", "timm", "torchmetrics", "transformers")
 _INSTEAD = "load the checkpoint with torch's load_state_dict"
 
 
@@ -48,7 +47,7 @@ def checked_modules(model: nn.Module, transformers: bool) -> Iterator[tuple[str,
         kind = type(module)
         if kind not in problems:
             problems[kind] = _problem_of(kind, transformers)
-        if problem := problems[kind]:
+        if (problem := problems[kind]) and not is_bitsandbytes(module):
             raise ModelError(f"{_place(prefix, module)}: {problem}")
         if "_hf_hook" in vars(module):
             raise ModelError(
@@ -58,7 +57,7 @@ def checked_modules(model: nn.Module, transformers: bool) -> Iterator[tuple[str,
             )
         _check_names(prefix, module)
         _check_tensors(prefix, module)
-        if module._load_state_dict_pre_hooks and not transformers:
+        if module._load_state_dict_pre_hooks and not transformers and not is_bitsandbytes(module):
             _check_hooks(_place(prefix, module), module._load_state_dict_pre_hooks.values())
         yield prefix, module
 
@@ -72,8 +71,8 @@ def _problem_of(kind: type[nn.Module], transformers: bool) -> str | None:
     """What forbids modules of this class, or None."""
     if issubclass(kind, torch.jit.ScriptModule):
         return "expected a torch.nn.Module in Python, found TorchScript, whose weights cannot be replaced from outside"
-    if issubclass(kind, Int8Linear) or (kind.__name__, kind.__module__) == _LINEAR_8BIT:
-        # What these add to a state dict is known here.
+    if issubclass(kind, Int8Linear):
+        # What it adds to a state dict is known here.
         return None
     if kind.set_extra_state is not nn.Module.set_extra_state:
         return f"it keeps extra state (set_extra_state), which lowmem cannot fill; {_INSTEAD}"

@@ -19,15 +19,8 @@ from ..errors import ModelError
 from ..int8 import Int8Linear
 from .empty import real_tensors
 from .hf import is_transformers_model
-from .int8_choice import (
-    Int8Request,
-    has_base,
-    is_bitsandbytes,
-    left_out_by_transformers,
-    named_by_transformers,
-    sizes_of,
-)
-from .targets import walk
+from .int8_choice import Int8Request, left_out_by_transformers, named_by_transformers, sizes_of
+from .targets import is_bitsandbytes, is_conv1d, walk
 
 # That of transformers' BitsAndBytesConfig.
 _THRESHOLD = 6.0
@@ -256,7 +249,7 @@ def _enough_for_transformers(model: Any, skip_modules: list[str] | None) -> list
     for prefix, module in walk(model):
         if isinstance(module, Int8Linear) or is_bitsandbytes(module):
             int8.add(prefix[:-1])
-        elif type(module) is nn.Linear or has_base(module, "Conv1D", "transformers."):
+        elif type(module) is nn.Linear or is_conv1d(module):
             floats.add(prefix[:-1])
 
     def tells_apart(patterns: list[str] | None) -> bool:

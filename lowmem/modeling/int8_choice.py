@@ -15,7 +15,7 @@ from torch import nn
 from .._patterns import name_matches
 from ..int8 import Int8Linear
 from .hf import is_transformers_model
-from .targets import walk
+from .targets import is_bitsandbytes, is_conv1d, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def sizes_of(module: nn.Module) -> tuple[int, int] | None:
     """
     if is_bitsandbytes(module):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    transposed = has_base(module, "Conv1D", "transformers.")
+    transposed = is_conv1d(module)
     if not transposed and type(module) is not nn.Linear:
         return None
     weight = module._parameters.get("weight")
@@ -207,18 +207,6 @@ def sizes_of(module: nn.Module) -> tuple[int, int] | None:
         return None
     inner, outer = weight.shape if transposed else reversed(weight.shape)
     return inner, outer
-
-
-def is_bitsandbytes(module: nn.Module) -> bool:
-    """Whether it is a `Linear8bitLt` whose weight is int8."""
-    if not has_base(module, "Linear8bitLt", "bitsandbytes."):
-        return False
-    return not getattr(module.__dict__.get("state"), "has_fp16_weights", True)
-
-
-def has_base(module: nn.Module, name: str, package: str) -> bool:
-    """Whether a module is of the class `name`, told without importing the package that it is from."""
-    return any(base.__name__ == name and base.__module__.startswith(package) for base in type(module).__mro__)
 
 
 def existing_int8(model: nn.Module) -> list[str]:

@@ -29,8 +29,8 @@ class Target:
         real: whether it has values already, that is, does not lie on the meta device.
         scales: of the weight of an `Int8Linear`, the name of the target with its row scales; else empty.
         floats: of such a weight, the dtype that it had when it was floats; else empty.
-        turned: it is the weight of a `Conv1D` (GPT-2's), whose floats are the transpose of a linear layer's weight, and
-            whose int8 is not.
+        turned: the weight of GPT-2's `Conv1D`, or of what stands in its place: the floats of a checkpoint are the
+            transpose of its int8.
     """
 
     name: str
@@ -57,24 +57,38 @@ def read_targets(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Target]:
         dtype, real = dtype_name(tensor.dtype), not tensor.is_meta
         targets[name] = Target(name, tuple(tensor.shape), dtype, kind, persistent, tie, real, scales, turned=turned)
 
+    # Models have few classes, and calls are what reading them costs.
+    transposed: dict[type, bool] = {}
     # Shared modules count under each of their names, as in the state dict.
     for prefix, module in modules:
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                scales, turned = "", False
-                if leaf == "weight":
-                    scales = f"{prefix}SCB" if isinstance(module, Int8Linear) else ""
-                    turned = _is_turned(type(module))
-                add(prefix + leaf, parameter, "parameter", True, scales, turned)
+                scaled = leaf == "weight" and isinstance(module, Int8Linear)
+                kind = type(module)
+                if kind not in transposed:
+                    transposed[kind] = is_conv1d(module)
+                across = leaf == "weight" and transposed[kind]
+                add(prefix + leaf, parameter, "parameter", True, f"{prefix}SCB" if scaled else "", across)
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 add(prefix + leaf, buffer, "buffer", leaf not in module._non_persistent_buffers_set)
     return targets
 
 
-@functools.cache
-def _is_turned(kind: type) -> bool:
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+def _has_base(module: nn.Module, name: str, package: str) -> bool:
+    return any(base.__name__ == name and base.__module__.startswith(package) for base in type(module).__mro__)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is a `Conv1D` of transformers: a linear layer that keeps the transpose of its weight."""
+    return _has_base(module, "Conv1D", "transformers.")
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether it is a `Linear8bitLt` whose weight is int8."""
+    if not _has_base(module, "Linear8bitLt", "bitsandbytes."):
+        return False
+    return not getattr(module.__dict__.get("state"), "has_fp16_weights", True)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

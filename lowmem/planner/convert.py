@@ -42,8 +42,9 @@ _PER_ENTRY = 4 * KIB
 class ConvertRequest:
     """What the user asked of a conversion, parsed. Sizes in bytes; `staging` None means that lowmem decides.
 
-    `to_int8` are the keys of weights that become int8, and how; `from_int8` is the dtype
-    of the floats that int8 becomes, None where it stays int8, and `turned` the keys of those that are transposed for it; `in_fp32` are the keys of floats that are fp32 then.
+    `to_int8` are the keys of weights that become int8, and how; `from_int8` is the dtype of the floats that int8
+    becomes, None where it stays int8, and `turned` the keys of those that are transposed for it; `in_fp32` are the keys
+    of floats that are fp32 then.
     """
 
     dtype: str = "auto"

@@ -177,9 +177,10 @@ def has_whole_rows(link: Link, row: int) -> bool:
     """Whether rows of `row` elements lie one behind the other in the checkpoint, and no larger than a chunk."""
     region, entry = link.region, link.entry
     whole = region.dense and region.offset % row == 0 and region.count % row == 0
-    # What becomes floats may go into columns.
-    into_columns = link.scales is not None and len(region.shape) == 2 and region.shape[1] == row
-    return (whole or into_columns) and entry.strides is None and row * itemsize(entry.dtype) <= CHUNK
+    if link.scales is not None and not region.dense:
+        # Of int8 that becomes floats, rows may go anywhere.
+        whole = len(region.shape) == 2 and region.shape[1] == row
+    return whole and entry.strides is None and row * itemsize(entry.dtype) <= CHUNK
 
 
 def has_parts_of_rows(link: Link, row: int) -> bool:
