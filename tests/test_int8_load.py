@@ -123,7 +123,7 @@ def check_holder(file: Path, weight: torch.Tensor, **options: Any) -> lowmem.Loa
     return result
 
 
-SHAPES = [(1, 1), (1, 300_001), (100_003, 3), (2049, 1025), (3, 1_048_576), (5, 65_537), (0, 4)]
+SHAPES = [(1, 1), (1, 300_001), (100_003, 3), (2049, 1025), (3, 1_048_576), (5, 65_537)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
