@@ -78,8 +78,9 @@ def _expected(case: Case, source: Path, key: str, stored: torch.Tensor) -> Itera
 
 def _read(source: Path, key: str) -> torch.Tensor:
     """A tensor of a checkpoint, in whichever file it is."""
-    import lowmem
     from safetensors import safe_open
+
+    import lowmem
 
     with safe_open(lowmem.inspect(source)[key].file, framework="pt") as opened:
         found: torch.Tensor = opened.get_tensor(key)

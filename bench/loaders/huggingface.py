@@ -51,17 +51,19 @@ class Transformers(Loader):
             # It reads the files into memory instead of mapping them.
             options["disable_mmap"] = True
         if case.dtype == "int8" != case.stored:
-            options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+            make: Any = transformers.BitsAndBytesConfig
+            options["quantization_config"] = make(load_in_8bit=True)
         if case.has_config:
             name = transformers.AutoConfig.from_pretrained(job.source).architectures[0]
             architecture = getattr(transformers, name)
         else:
             architecture, options["config"] = _plain_class(job)
         with _cut(architecture, phases):
-            model: Model = architecture.from_pretrained(job.source, **options)
+            model: Any = architecture.from_pretrained(job.source, **options)
             if case.stored == "int8" != case.dtype:
                 model.dequantize()
-        return model
+        loaded: Model = model
+        return loaded
 
 
 @contextmanager
