@@ -94,8 +94,8 @@ CASES = (
         'Llama 1B to int8, device_map="auto"',
         "llama-1b",
         80 * MIB,
-        # The embedding is 501 MiB, all layers are 928 MiB: about half of them stay in memory.
-        {"device_map": "auto", "max_memory": {"cpu": "1000MiB"}, "quantize": "int8", "offload_folder": "OFFLOAD"},
+        # The embedding is 501 MiB, each of 16 layers 58 MiB, and room for one is left: 8 stay in memory.
+        {"device_map": "auto", "max_memory": {"cpu": "1040MiB"}, "quantize": "int8", "offload_folder": "OFFLOAD"},
         peers=(),
     ),
 )
