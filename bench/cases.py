@@ -89,8 +89,8 @@ class Case:
         """Bytes of a tensor when it is loaded, with what is made beside it."""
         if not self.is_int8:
             return entry.nbytes // itemsize(self.stored) * itemsize(self.dtype)
-        if self.dtype != "int8" and entry.key.endswith(BESIDE_INT8):
-            return 0
+        if entry.key.endswith(BESIDE_INT8):
+            return entry.nbytes if self.dtype == "int8" and entry.key.endswith(".SCB") else 0
         if self.stored != "int8" and becomes_int8(entry.key):
             return math.prod(entry.shape) + entry.shape[0] * itemsize("float32")
         if entry.dtype == "int8" != self.dtype:
