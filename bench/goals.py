@@ -139,7 +139,5 @@ _GOALS: dict[str, tuple[Goal, ...]] = {
     "small-map": (_seconds(1.0), _best(1, *_PEERS), _times(3, "transformers", "accelerate")),
     "small-copy": (_times(3, "transformers", "accelerate"),),
     "int8-quantise": (_times(4, "transformers"),),
-    "int8-stored": (_best(1, "transformers"),),
-    "int8-dequantise": (_best(1, "transformers"),),
     "staging-16": (_staging("staging-64", 1.1),),
 }
