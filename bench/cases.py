@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lowmem import Checkpoint
+from lowmem import Checkpoint, TensorEntry
 from lowmem.dtypes import itemsize
 
 # Checkpoints that transformers has a class for; the others are plain modules.
 WITH_CONFIG = ("llama-1b", "llama-3b", "llama-125m", "qwen3-moe", "many-experts")
+# Ends of keys that stand beside int8 weights: their scales, and bitsandbytes' word for how they lie.
+BESIDE_INT8 = (".SCB", ".weight_format")
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Case:
         title: for tables.
         group: cases of one table.
         checkpoint: a name of `bench.make_checkpoint`.
-        stored: dtype of the checkpoint.
-        dtype: dtype of the loaded weights.
+        stored: dtype of the checkpoint; `int8` for one whose linear layers are int8 and the rest bfloat16.
+        dtype: dtype of the loaded weights; `int8` likewise.
         residency: `map` (pages of the files), `copy` (memory of its own) or `any` (as the loader likes best).
         on_disk: whether the decoder's layers stay on disk.
         written: whether those are cast once and written, and not cast at each use.
@@ -31,6 +34,7 @@ class Case:
         staging: bound on lowmem's buffers, for the cases that compare it.
         least_memory: whether the smallest kernel limit is looked for.
         shard: largest file of the checkpoint.
+        repeats: most loads in a process, for what takes long; None for as many as the run wants.
     """
 
     name: str
@@ -46,11 +50,22 @@ class Case:
     staging: str | None = None
     least_memory: bool = False
     shard: str = "1GB"
+    repeats: int | None = None
 
     @property
     def casts(self) -> bool:
         """Whether the bytes change."""
         return self.stored != self.dtype
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether int8 is loaded, or what it is made from."""
+        return "int8" in (self.stored, self.dtype)
+
+    @property
+    def float_dtype(self) -> str:
+        """Dtype of what is no int8 when it is loaded."""
+        return next((dtype for dtype in (self.dtype, self.stored) if dtype != "int8"), "bfloat16")
 
     @property
     def has_config(self) -> bool:
@@ -65,12 +80,32 @@ class Case:
         if self.residency == "any" and not self.casts:
             # Experts are fused, which is no page of a file; the rest may be.
             kept = [entry for entry in kept if ".experts." in entry.key]
-        return sum(entry.nbytes // itemsize(self.stored) * itemsize(self.dtype) for entry in kept)
+        if self.residency == "any" and self.is_int8:
+            # The rest may be pages of the file still.
+            kept = [entry for entry in kept if becomes_int8(entry.key)]
+        return sum(self._size(entry) for entry in kept)
+
+    def _size(self, entry: TensorEntry) -> int:
+        """Bytes of a tensor when it is loaded, with what is made beside it."""
+        if not self.is_int8:
+            return entry.nbytes // itemsize(self.stored) * itemsize(self.dtype)
+        if entry.key.endswith(BESIDE_INT8):
+            return entry.nbytes if self.dtype == "int8" and entry.key.endswith(".SCB") else 0
+        if self.stored != "int8" and becomes_int8(entry.key):
+            return math.prod(entry.shape) + entry.shape[0] * itemsize("float32")
+        if entry.dtype == "int8" != self.dtype:
+            return entry.nbytes * itemsize(self.dtype)
+        return entry.nbytes
 
 
 def is_layer(key: str) -> bool:
     """Whether a key belongs to a decoder layer, which the cases on disk leave there."""
     return re.match(r"model\.layers\.\d+\.", key) is not None
+
+
+def becomes_int8(key: str) -> bool:
+    """Whether a key is the weight of a layer that transformers makes int8, in the checkpoints with a Llama."""
+    return is_layer(key) and key.endswith("_proj.weight")
 
 
 _MAIN = (
@@ -93,6 +128,11 @@ _DISK = (
         written=True,
     ),
 )
+_INT8 = (
+    Case("int8-quantise", "bf16 to int8", "int8", dtype="int8", residency="any", repeats=2),
+    Case("int8-stored", "int8 from an int8 checkpoint", "int8", stored="int8", dtype="int8", residency="any"),
+    Case("int8-dequantise", "int8 to bf16", "int8", stored="int8", residency="any", repeats=3),
+)
 _SHAPES = (
     Case("experts-bf16", "fused experts, bf16", "other shapes", checkpoint="qwen3-moe", residency="any"),
     Case("experts-fp32", "fused experts, bf16 to fp32", "other shapes", checkpoint="qwen3-moe", dtype="float32"),
@@ -111,7 +151,7 @@ _STAGING = tuple(
     for size in (16, 64)
 )
 # Those of one checkpoint together: what loaders converted is removed after the last of them.
-CASES = (*_MAIN[:3], *_COLD, *_DISK, *_STAGING, _MAIN[3], *_SHAPES)
+CASES = (*_MAIN[:3], *_COLD, *_DISK, *_STAGING, _MAIN[3], *_INT8, *_SHAPES)
 
 QUICK = tuple(replace(case, checkpoint="llama-125m", shard="100MB") for case in (*_MAIN[:3], _COLD[1], _DISK[1]))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import bisect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from bench.cases import Case, is_layer
+from bench.cases import BESIDE_INT8, Case, becomes_int8, is_layer
 from bench.models import Weights
 
 # Elements that are compared at once, so that a check needs little memory.
@@ -28,25 +28,63 @@ class WrongMemoryError(Exception):
 def check_values(case: Case, source: Path, model: nn.Module | Mapping[str, torch.Tensor]) -> int:
     """Compare every tensor with safetensors, cast where the case casts; returns how many there were.
 
+    int8 and floats are made of one another by bitsandbytes itself.
+
     Raises:
         WrongResultError: names the first tensor that differs.
     """
     from safetensors import safe_open
 
-    dtype = getattr(torch, case.dtype)
     weights = Weights(model)
     count = 0
     for file in sorted(source.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - it is no mapping
-                expected = opened.get_tensor(key)
-                try:
-                    found = weights.find(key)
-                except KeyError:
-                    raise WrongResultError(f"{key}: not there") from None
-                _compare(key, expected, found, dtype)
-                count += 1
+                for name, expected, dtype in _expected(case, source, key, opened.get_tensor(key)):
+                    try:
+                        found = weights.find(name)
+                    except KeyError:
+                        raise WrongResultError(f"{name}: not there") from None
+                    _compare(name, expected, found, dtype)
+                    count += 1
     return count
+
+
+_Expected = tuple[str, torch.Tensor, torch.dtype]
+
+
+def _expected(case: Case, source: Path, key: str, stored: torch.Tensor) -> Iterator[_Expected]:
+    """Names that a tensor of the checkpoint has in the model, with the values there, yet to be cast to the dtype."""
+    floats = getattr(torch, case.float_dtype)
+    if not case.is_int8:
+        yield key, stored, floats
+    elif key.endswith(BESIDE_INT8):
+        # How int8 lies is no value.
+        if case.dtype == "int8" and key.endswith(".SCB"):
+            yield key, stored, torch.float32
+    elif case.dtype == case.stored or not becomes_int8(key):
+        yield key, stored, stored.dtype if becomes_int8(key) else floats
+    else:
+        import bitsandbytes.functional as by_rows
+
+        scales = key.removesuffix("weight") + "SCB"
+        if case.dtype == "int8":
+            values, largest, _ = by_rows.int8_vectorwise_quant(stored.half())
+            yield key, values, torch.int8
+            yield scales, largest, torch.float32
+        else:
+            yield key, by_rows.int8_vectorwise_dequant(stored, _read(source, scales)), floats
+
+
+def _read(source: Path, key: str) -> torch.Tensor:
+    """A tensor of a checkpoint, in whichever file it is."""
+    from safetensors import safe_open
+
+    import lowmem
+
+    with safe_open(lowmem.inspect(source)[key].file, framework="pt") as opened:
+        found: torch.Tensor = opened.get_tensor(key)
+    return found
 
 
 def _compare(key: str, expected: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> None:
@@ -55,7 +93,7 @@ def _compare(key: str, expected: torch.Tensor, found: torch.Tensor, dtype: torch
     if found.dtype != dtype:
         raise WrongResultError(f"{key}: expected {dtype}, found {found.dtype}")
     a, b = expected.reshape(-1), found.reshape(-1)
-    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
     for start in range(0, a.numel(), _CHUNK):
         part = slice(start, start + _CHUNK)
         # As integers: NaN is equal to itself, and 0 is not -0.
@@ -79,6 +117,8 @@ def check_memory(case: Case, source: Path, model: nn.Module | Mapping[str, torch
     for file in sorted(source.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - it is no mapping
+                if case.is_int8 and key.endswith(BESIDE_INT8):
+                    continue
                 tensor = weights.declared(key)
                 if tensor.is_meta != (case.on_disk and is_layer(key)):
                     raise WrongMemoryError(f"{key} is {'not loaded' if tensor.is_meta else 'in memory, not on disk'}")

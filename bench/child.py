@@ -98,6 +98,8 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
     reason = loader.can(case)
     if case.staging is not None and not loader.has_staging:
         reason = "nothing bounds its buffers"
+    if case.is_int8 and not loader.has_int8:
+        reason = "it knows no int8 layers"
     if reason is not None:
         return {"status": "cannot", "reason": reason}
     source = Path(order["source"])

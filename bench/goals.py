@@ -138,5 +138,6 @@ _GOALS: dict[str, tuple[Goal, ...]] = {
     "experts-many": (_above_limit(2), _times(3, "transformers")),
     "small-map": (_seconds(1.0), _best(1, *_PEERS), _times(3, "transformers", "accelerate")),
     "small-copy": (_times(3, "transformers", "accelerate"),),
+    "int8-quantise": (_times(4, "transformers"),),
     "staging-16": (_staging("staging-64", 1.1),),
 }

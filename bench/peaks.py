@@ -31,13 +31,22 @@ _HELD = 32 * MIB
 
 @dataclass(frozen=True)
 class Case:
-    """One load with `options`. `bound`: bytes it may add above resident; `peers`: those that can do it."""
+    """One load with `options` of a checkpoint that is `stored` so.
+
+    `bound`: bytes it may add above resident; `peers`: those that can do it.
+    """
 
     name: str
     checkpoint: str
     bound: int
     options: dict[str, Any] = field(default_factory=dict)
     peers: tuple[str, ...] = PEERS
+    stored: str = "bfloat16"
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether int8 is loaded, or what it is made from."""
+        return self.stored == "int8" or "quantize" in self.options
 
 
 CASES = (
@@ -65,18 +74,45 @@ CASES = (
         {"device_map": "disk", "dtype": "float32", "offload_folder": "OFFLOAD"},
         peers=(),
     ),
+    Case("Llama 1B, bf16 to int8", "llama-1b", 80 * MIB, {"quantize": "int8"}, peers=("transformers",)),
+    Case(
+        "Llama 1B, int8 layers to disk",
+        "llama-1b",
+        80 * MIB,
+        {"device_map": LAYERS_TO_DISK, "quantize": "int8", "offload_folder": "OFFLOAD"},
+        peers=(),
+    ),
+    Case(
+        "Llama 1B int8, to bf16",
+        "llama-1b",
+        80 * MIB,
+        {"dequantize": True, "dtype": "bfloat16"},
+        peers=("transformers",),
+        stored="int8",
+    ),
+    Case(
+        'Llama 1B to int8, device_map="auto"',
+        "llama-1b",
+        80 * MIB,
+        # The embedding is 501 MiB, each of 16 layers 58 MiB, and room for one is left: 8 stay in memory.
+        {"device_map": "auto", "max_memory": {"cpu": "1040MiB"}, "quantize": "int8", "offload_folder": "OFFLOAD"},
+        peers=(),
+    ),
 )
 
 # Runs in the measured process: imports first, then one load, then one line of JSON.
 _CHILD = """
 import json, sys
 source, options, loader, limit = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+int8 = sys.argv[5] == "int8"
 import torch, accelerate, lowmem, lowmem.loader, lowmem.memory
 import gc, pathlib, transformers.generation.utils
 from transformers import AutoConfig
 named = pathlib.Path(source, "config.json")
 architecture = json.loads(named.read_text())["architectures"][0] if named.exists() else "LlamaForCausalLM"
 architecture = getattr(transformers, architecture)
+if int8:
+    import bitsandbytes, transformers.integrations.bitsandbytes, transformers.quantizers.quantizer_bnb_8bit
 before = lowmem.memory.anonymous_memory()
 if limit:
     from bench.kernel_limits import enter
@@ -102,7 +138,12 @@ def with_lowmem():
             "written": result.plan.bytes_written}
 
 def with_transformers():
+    dequantize = options.pop("dequantize", False)
+    if options.pop("quantize", None):
+        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     kept.append(architecture.from_pretrained(source, **options))
+    if dequantize:
+        kept[0].dequantize()
 
 def with_accelerate():
     with accelerate.init_empty_weights():
@@ -133,9 +174,9 @@ def run_case(
         if loader != "lowmem" and isinstance(options.get("device_map"), dict):
             # Their hooks take no module inside another.
             options["device_map"] = DISJOINT
-        argv = [sys.executable, "-c", _CHILD, str(source), json.dumps(options), loader, "0"]
-        if limit is not None:
-            argv[-1] = str(limit.size)
+        size = 0 if limit is None else limit.size
+        argv = [sys.executable, "-c", _CHILD, str(source), json.dumps(options), loader, str(size)]
+        argv.append("int8" if case.is_int8 else "floats")
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_OFFLINE": "1"}
         if limit is not None:
             environment["LOWMEM_BENCH_LIMIT"] = limit.kind
@@ -152,7 +193,7 @@ def measure_all(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     for case in CASES:
         if names and not any(name in case.name for name in names):
             continue
-        source = make_checkpoint(folder, case.checkpoint)
+        source = make_checkpoint(folder, case.checkpoint, case.stored)
         free = run_case(case, source, folder)
         allowed = free["resident"] + case.bound
         limit = find_limit(int(free["predicted"] * 1.05), free["before"], free["mapped"])

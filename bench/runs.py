@@ -63,10 +63,15 @@ def run(plan: Plan, children: Fresh | Forks, done: Callable[[Row], None], tell: 
             if case.least_memory and plan.least_memory and row["status"] == "ok" and loader != "limit":
                 row["least_memory"] = _least_memory(plan, children, case, source, row)
             done(row)
-        later = [(c.checkpoint, c.stored) for c in plan.cases[number + 1 :] if not c.on_disk and c.staging is None]
+        later = [(c.checkpoint, c.stored) for c in plan.cases[number + 1 :] if _takes_converted(c)]
         if (case.checkpoint, case.stored) not in later:
             for loader in CONVERTING:
                 shutil.rmtree(_converted(source, loader), ignore_errors=True)
+
+
+def _takes_converted(case: Case) -> bool:
+    """Whether a loader with a format of its own can do the case."""
+    return not case.on_disk and case.staging is None and not case.is_int8
 
 
 def _converted(source: Path, loader: str) -> Path:
@@ -95,6 +100,7 @@ def _ask(plan: Plan, children: Fresh | Forks, case: Case, source: Path, loader: 
             return reason
     # The limit of cold files tries many readers, each as often as its share of the repeats.
     repeats = max(2, plan.repeats // 2) if loader == "limit" and case.cold else plan.repeats
+    repeats = min(repeats, case.repeats or repeats)
     answer = children.ask({**order, "repeats": repeats, "peak": turn == 0 and not case.cold}, plan.seconds)
     # What a process that was ended has left.
     shutil.rmtree(plan.work / "offload", ignore_errors=True)

@@ -10,6 +10,7 @@ import atexit
 import functools
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +21,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+# What a load with int8 layers would import on the way.
+INT8_IMPORTS = (
+    ("transformers.integrations.bitsandbytes", "transformers.quantizers.quantizer_bnb_8bit", "bitsandbytes")
+    if importlib.util.find_spec("bitsandbytes") is not None
+    else ()
+)
 # What a load would import on the way.
 _IMPORTS = (
     "accelerate",
@@ -44,10 +51,10 @@ class JobError(Exception):
 
 
 class Server:
-    def __init__(self) -> None:
+    def __init__(self, more: tuple[str, ...]) -> None:
         environment = {**os.environ, "PYTHONPATH": f"{_ROOT}{os.pathsep}{Path(__file__).parent}", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+            [sys.executable, __file__, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
 
     def run(self, job: str, /, limit: tuple[str, int, int] | None = None, **args: Any) -> Any:
@@ -69,9 +76,9 @@ class Server:
 
 
 @functools.cache
-def server() -> Server:
-    """One for all tests: it takes seconds to start."""
-    made = Server()
+def server(*more: str) -> Server:
+    """One for all tests that import no more than this: it takes seconds to start."""
+    made = Server(more)
     atexit.register(made.close)
     return made
 
@@ -119,7 +126,7 @@ def _fork(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _serve() -> None:
-    for name in _IMPORTS:
+    for name in (*_IMPORTS, *sys.argv[1:]):
         importlib.import_module(name)
     # Imported when it is first asked for.
     from transformers import AutoConfig, LlamaForCausalLM  # noqa: F401

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lowmem
 from bench import runs
 from bench.__main__ import main
-from bench.cases import CASES, Case, find_cases
+from bench.cases import CASES, Case, becomes_int8, find_cases
 from bench.checks import WrongMemoryError, WrongResultError, check_memory, check_values
 from bench.children import Fresh
 from bench.goals import judge
@@ -27,6 +29,7 @@ from bench.make_checkpoint import RECIPES
 from bench.page_cache import cached_pages, drop
 from bench.phases import Phases
 from bench.results import Results, make_row
+from bench.sources import make_checkpoint
 from bench.tables import as_markdown
 from lowmem.sizes import MIB
 from lowmem.synthetic import llama_recipe, write_checkpoint
@@ -117,6 +120,80 @@ def test_a_wrong_result_is_named(folder: Path) -> None:
     ):
         with pytest.raises(WrongResultError, match=f"^{key}: {text}"):
             check_values(SMALL, source, wrong)
+
+
+INT8 = ("int8-quantise", "int8-stored", "int8-dequantise")
+
+
+@pytest.fixture(scope="module")
+def int8_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoint in bf16, and in int8 beside it as the bench writes it."""
+    pytest.importorskip("bitsandbytes")
+    own = tmp_path_factory.mktemp("bench-int8")
+    shutil.copytree(folder / "llama-125m", own / "llama-125m")
+    assert make_checkpoint(own, "llama-125m", "int8", "1MB") == own / "llama-125m-int8"
+    assert len(list((own / "llama-125m-int8").glob("*.safetensors"))) > 1
+    return own
+
+
+def int8_source(case: Case, folder: Path) -> Path:
+    return folder / ("llama-125m-int8" if case.stored == "int8" else "llama-125m")
+
+
+@pytest.mark.parametrize("loader", ["lowmem", "transformers"])
+@pytest.mark.parametrize("name", INT8)
+def test_int8_is_loaded_and_checked(int8_folder: Path, tmp_path: Path, name: str, loader: str) -> None:
+    from bench import child
+
+    (case,) = find_cases([name], quick=True)
+    recipe = llama_recipe(4 * MIB)
+    layers = sum(becomes_int8(key) for key, _ in recipe.tensors)
+    job = Job(case, int8_source(case, int8_folder), None, tmp_path / "offload", ())
+    LOADERS[loader].imports(job)
+    answer = child._time(LOADERS[loader], job, 1)
+    assert answer["status"] == "ok", answer
+    assert answer["checked"] == len(recipe.tensors) + (layers if case.dtype == "int8" else 0)
+
+
+def test_only_those_that_know_int8_are_asked(int8_folder: Path, tmp_path: Path) -> None:
+    from bench import child
+
+    (case,) = find_cases(["int8-stored"], quick=True)
+    for name, loader in LOADERS.items():
+        if not loader.has_int8:
+            answer = child._obey({"case": vars(case), "loader": name})
+            assert answer == {"status": "cannot", "reason": "it knows no int8 layers"}
+
+
+def test_int8_counts_as_what_it_takes(int8_folder: Path) -> None:
+    """As lowmem's own plan has it, but for buffers, which no checkpoint holds."""
+    options: dict[str, dict[str, Any]] = {
+        "int8-quantise": {"quantize": "int8"},
+        "int8-stored": {},
+        "int8-dequantise": {"dequantize": True, "dtype": "bfloat16"},
+    }
+    for case in find_cases(options, quick=True):
+        source = int8_source(case, int8_folder)
+        checkpoint = lowmem.inspect(source)
+        for residency, used in (("any", "map"), ("copy", "copy")):
+            plan = lowmem.plan(source, residency=used, **options[case.name])
+            kept = sum(p.nbytes for p in plan.placements if p.residency != "map" and "rotary_emb" not in p.target)
+            assert replace(case, residency=residency).resident(checkpoint) == kept
+
+
+def test_wrong_int8_is_named(int8_folder: Path) -> None:
+    stored, made = find_cases(["int8-stored", "int8-quantise"], quick=True)
+    good: dict[str, torch.Tensor] = {}
+    for file in (int8_folder / "llama-125m-int8").glob("*.safetensors"):
+        good.update(load_file(file))
+    for case, source in ((stored, "llama-125m-int8"), (made, "llama-125m")):
+        check_values(case, int8_folder / source, good)
+        for end in ("weight", "SCB"):
+            key = f"model.layers.0.self_attn.q_proj.{end}"
+            wrong = {**good, key: good[key].clone()}
+            wrong[key].view(-1)[0] += 1
+            with pytest.raises(WrongResultError, match=f"^{key}: values differ"):
+                check_values(case, int8_folder / source, wrong)
 
 
 def test_zero_and_minus_zero_differ(tmp_path: Path) -> None:

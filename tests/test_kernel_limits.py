@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cold_files import warm
-from fresh import JobError, big_checkpoint, server
-from test_budget import CAST, COPY, PREDICTED, with_folder
+from fresh import INT8_IMPORTS, JobError, big_checkpoint, server
+from test_budget import CAST, COPY, PREDICTED, TO_DISK, with_folder
 
 import lowmem
 from bench.kernel_limits import cgroup_kind
@@ -28,6 +29,19 @@ _LOAD = """
 import lowmem
 loaded = lowmem.load(args["source"], **args["options"])
 result = [loaded.plan.host.peak, loaded.report.peak]
+"""
+# The bits of the logits, and tokens: a forward of one length, and those of a generation.
+_GENERATE = """
+import hashlib
+import lowmem, torch
+loaded = lowmem.load(args["source"], **args["options"])
+ids = torch.arange(1, 9)[None]
+with torch.no_grad():
+    logits = loaded.model(ids).logits.float()
+    tokens = loaded.model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+devices = {p.device for p in loaded.plan.placements if p.dtype == "int8"}
+digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+result = [sorted(devices), bool(logits.isfinite().all()), digest, tokens.tolist()]
 """
 _ALLOCATE = """
 import torch
@@ -88,6 +102,39 @@ def test_a_load_lives_within_its_prediction(kind: str, case: str, tmp_path: Path
     )
     assert predicted <= plan.host.peak
     assert groups() <= before
+
+
+# What is int8 is 126 MiB, and 16 MiB in each of eight layers.
+INT8: dict[str, dict[str, Any]] = {
+    "disk": {"quantize": "int8", "device_map": TO_DISK, "offload_folder": "OFF"},
+    "auto": {"quantize": "int8", "device_map": "auto", "max_memory": {"cpu": "110MiB"}, "offload_folder": "OFF"},
+}
+# One weight as a forward computes with it, in fp32 and again as the product wants it, and the stack of a thread.
+_FORWARD = 48 * MIB
+
+
+@functools.cache
+def generated() -> Any:
+    """What the model computes with all of it in memory, and no limit."""
+    source, options = str(cached_checkpoint()), {"quantize": "int8"}
+    return server(*INT8_IMPORTS).run(_GENERATE, source=source, options=options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", INT8)
+def test_int8_is_loaded_and_computed_with_within_its_prediction(kind: str, case: str, tmp_path: Path) -> None:
+    source = str(cached_checkpoint())
+    options = with_folder(INT8[case], tmp_path)
+    plan = lowmem.plan(source, **options)
+    places = {p.device for p in plan.placements if p.dtype == "int8"}
+    assert places == ({"disk"} if case == "disk" else {"cpu", "disk"})
+    # Accelerate maps the whole file around each weight on disk that is no int8.
+    opened = max(shard.size for shard in plan.checkpoint.shards)
+    limit = (kind, int(plan.host.peak * 1.05) + _FORWARD, counted(plan) + opened)
+    found = server(*INT8_IMPORTS).run(_GENERATE, limit=limit, source=source, options=options)
+    where, finite, *results = generated()
+    assert (where, finite) == (["cpu"], True)
+    assert found == [sorted(places), True, *results]
 
 
 @pytest.mark.parametrize("kind", KINDS)

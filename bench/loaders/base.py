@@ -45,8 +45,8 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What to load at."""
-        dtype: torch.dtype = getattr(torch, self.case.dtype)
+        """What to load at; of int8 cases, all but the linear layers."""
+        dtype: torch.dtype = getattr(torch, self.case.float_dtype)
         return dtype
 
     @property
@@ -62,6 +62,7 @@ class Loader:
         packages: distributions whose versions belong to the result.
         converts: whether it reads a format of its own, written beforehand and not timed.
         has_staging: whether it takes a bound on its buffers, so that the cases of that are its own.
+        has_int8: whether it makes and reads int8 layers as bitsandbytes does.
     """
 
     name: ClassVar[str]
@@ -69,6 +70,7 @@ class Loader:
     packages: ClassVar[tuple[str, ...]] = ()
     converts: ClassVar[bool] = False
     has_staging: ClassVar[bool] = False
+    has_int8: ClassVar[bool] = False
 
     def can(self, case: Case) -> str | None:
         """Why it cannot do the case, None when it may; what shows only in the doing is not asked here."""
@@ -89,6 +91,11 @@ class Loader:
     def imports(self, job: Job) -> None:
         """Import all that `load` will use."""
         import_model(job.case, job.source)
+        if job.case.is_int8:
+            # With its absence the cases would be others: whoever loads computes with it.
+            import bitsandbytes  # noqa: F401
+            import transformers.integrations.bitsandbytes
+            import transformers.quantizers.quantizer_bnb_8bit  # noqa: F401
 
     def load(self, job: Job, phases: Phases) -> Model:
         """Load, and say in `phases` what building the model took."""

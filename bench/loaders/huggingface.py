@@ -27,9 +27,12 @@ class Transformers(Loader):
 
     name = "transformers"
     title = "transformers"
-    packages = ("transformers",)
+    packages = ("transformers", "bitsandbytes")
+    has_int8 = True
 
     def note(self, case: Case) -> str:
+        if case.stored == "int8" != case.dtype:
+            return "loads int8, and makes floats of it by `dequantize()`"
         return "copies with `disable_mmap=True`" if case.residency == "copy" and not case.casts else ""
 
     def imports(self, job: Job) -> None:
@@ -47,14 +50,20 @@ class Transformers(Loader):
         elif case.residency == "copy" and not case.casts:
             # It reads the files into memory instead of mapping them.
             options["disable_mmap"] = True
+        if case.dtype == "int8" != case.stored:
+            make: Any = transformers.BitsAndBytesConfig
+            options["quantization_config"] = make(load_in_8bit=True)
         if case.has_config:
             name = transformers.AutoConfig.from_pretrained(job.source).architectures[0]
             architecture = getattr(transformers, name)
         else:
             architecture, options["config"] = _plain_class(job)
         with _cut(architecture, phases):
-            model: Model = architecture.from_pretrained(job.source, **options)
-        return model
+            model: Any = architecture.from_pretrained(job.source, **options)
+            if case.stored == "int8" != case.dtype:
+                model.dequantize()
+        loaded: Model = model
+        return loaded
 
 
 @contextmanager

@@ -18,6 +18,7 @@ class Lowmem(Loader):
     title = "lowmem"
     packages = ("lowmem",)
     has_staging = True
+    has_int8 = True
 
     def can(self, case: Case) -> str | None:
         return None
@@ -33,10 +34,12 @@ class Lowmem(Loader):
 
         case = job.case
         residency = "copy" if case.residency == "copy" else "map"
-        options: dict[str, Any] = {"dtype": case.dtype, "residency": residency, "staging": case.staging}
+        options: dict[str, Any] = {"dtype": case.float_dtype, "residency": residency, "staging": case.staging}
         if case.on_disk:
             # Without a folder, what must be cast is cast at each use, as the others do it.
             options.update(device_map=LAYERS_TO_DISK, offload_folder=job.offload if case.written else None)
+        if case.is_int8 and case.casts:
+            options.update({"quantize": "int8"} if case.dtype == "int8" else {"dequantize": True})
         if not case.has_config:
             options["model"] = lambda: plain_module(job.shapes)
         result = lowmem.load(job.source, **options)
