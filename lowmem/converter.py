@@ -162,9 +162,10 @@ def convert(
         quantize: `"int8"`: make the linear layers of the transformers model int8, row by row, as transformers saves
             them with bitsandbytes; `config.json` says so, and names what stays floats where transformers would not
             know.
-        skip_modules: names or patterns of linear layers that stay floats then. Default: as in `load`.
+        skip_modules: names of linear layers that stay floats then, as in `load`.
         dequantize: make floats of what is int8, of `dtype`, or of that which `config.json` names.
-        trust_remote_code: whether Python files beside the checkpoint may run; only `quantize` asks for the model.
+        trust_remote_code: whether Python files beside the checkpoint may run; only `quantize` and `dequantize` ask for
+            the model.
         progress: called with a `Progress` from the calling thread, in bytes of the source.
 
     Returns:

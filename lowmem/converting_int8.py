@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .checkpoint.int8 import scales_of
+from .checkpoint.int8 import is_int8_weight, scales_of
 from .dtypes import CASTABLE, is_floating
-from .errors import ModelError, UnsupportedError
+from .errors import LowmemError, ModelError, UnsupportedError
 from .mapping import KeyMapping, choose_layers, match
 from .mapping.int8 import floats_that_become_int8
 from .modeling.int8 import mark_quantised, swap
 from .modeling.int8_choice import Int8Request
+from .modeling.quantised import DEFAULT_THRESHOLD
 from .modeling.request import make_model_request
 from .modeling.skeleton import Skeleton, find_origin, make_skeleton
 from .planner.convert import ConvertRequest
@@ -24,8 +25,6 @@ from .planner.convert import ConvertRequest
 Declared = Mapping[str, Any] | str
 KEEP, NOTHING = "keep", "nothing"
 _WHERE = "quantization_config"
-# Of transformers' BitsAndBytesConfig.
-_THRESHOLD = 6.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def find_change(
 
 
 def _to_floats(checkpoint: Checkpoint, request: ConvertRequest, trust_remote_code: bool) -> Change:
-    int8 = [e for e in checkpoint.values() if e.dtype == "int8" and scales_of(checkpoint, e.key) is not None]
+    int8 = [entry for entry in checkpoint.values() if is_int8_weight(checkpoint, entry)]
     if not int8:
         raise UnsupportedError(
             f"{checkpoint.source}: dequantize (--dequantize): expected int8 weights with their scales (SCB), found "
@@ -78,18 +77,20 @@ def _to_floats(checkpoint: Checkpoint, request: ConvertRequest, trust_remote_cod
         floats = (e.dtype for e in checkpoint.values() if is_floating(e.dtype) and e not in scales)
         dtype = named if isinstance(named, str) and named in CASTABLE else next(floats, "float32")
     turned: set[str] = set()
-    warnings: tuple[str, ...] = ()
+    unknown = "no config.json tells which"
     if checkpoint.config is not None:
         try:
             origin = find_origin(checkpoint, make_model_request(trust_remote_code=trust_remote_code))
             skeleton = make_skeleton(origin, checkpoint, request.dtype)
-        except (ModelError, UnsupportedError) as error:
-            warnings = (
-                f"dequantize: weights are written as those of linear layers, for the model is unknown ({error})",
-            )
-        else:
             sources = match(checkpoint, skeleton, rules=request.rules).sources
             turned = {key for name, key in sources.items() if skeleton.targets[name].turned}
+            unknown = ""
+        except LowmemError as error:
+            unknown = str(error)
+    warnings: tuple[str, ...] = ()
+    if unknown:
+        text = "dequantize: weights are written as those of linear layers (GPT-2's are the transpose)"
+        warnings = (f"{text}, for the model is unknown: {unknown}",)
     return Change(replace(request, from_int8=dtype, turned=turned), NOTHING, warnings)
 
 
@@ -104,7 +105,12 @@ def _to_int8(checkpoint: Checkpoint, request: ConvertRequest, int8: Int8Request,
     skeleton = make_skeleton(origin, checkpoint, request.dtype)
     mapping = match(checkpoint, skeleton, rules=request.rules)
     choice = choose_layers(checkpoint, skeleton, mapping, int8, ())
-    keys, left = floats_that_become_int8(skeleton, mapping, choice.names)
+    keys, left = floats_that_become_int8(checkpoint, skeleton, mapping, choice.names)
+    if not keys and choice.names and not left:
+        raise ModelError(
+            f"{checkpoint.source}: quantize='int8' (--quantize int8): its linear layers are int8 already; convert it "
+            "without"
+        )
     if not keys:
         raise ModelError(
             f"{checkpoint.source}: quantize='int8' (--quantize int8): expected linear layers to make int8, found none "
@@ -141,7 +147,7 @@ def _described(skeleton: Skeleton, names: list[str], int8: Int8Request) -> Mappi
     """What transformers saves in the config of a model whose layers `names` are int8."""
     swap(skeleton.model, names)
     skips = None if int8.skip_modules is None else list(int8.skip_modules)
-    mark_quantised(skeleton.model, skips, _THRESHOLD if int8.threshold is None else int8.threshold)
+    mark_quantised(skeleton.model, skips, DEFAULT_THRESHOLD if int8.threshold is None else int8.threshold)
     model: Any = skeleton.model
     table: Mapping[str, Any] = json.loads(json.dumps(model.config.quantization_config.to_dict()))
     return table

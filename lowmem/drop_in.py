@@ -19,22 +19,20 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import Checkpoint, make_wish, survey
+from .checkpoint import make_wish, survey
 from .checkpoint.file_names import canonical_index, canonical_name
-from .checkpoint.int8 import scales_of
+from .checkpoint.int8 import is_int8_weight
 from .errors import KeysError, LowmemError, ModelError, OptionError, SourceError, UnsupportedError
 from .loader import LoadResult, load
 from .modeling.hf_conversions import reported
+from .modeling.int8_choice import Int8Request
 from .modeling.quantization_config import (
     accelerator,
     device_in_use,
     kept_off_the_gpu,
-    leave_on,
-    left_out_by_default,
     parse_quantization_config,
 )
 from .modeling.request import ModelRequest, make_model_request
-from .modeling.skeleton import find_origin, make_skeleton
 from .planner.request import flag
 from .sizes import shown
 
@@ -177,7 +175,7 @@ def from_pretrained(
         source = _source(pretrained_model_name_or_path, given, options)
         _refuse(given)
         asked = _model(cls, name, model_args, given)
-        wanted = _settle_int8(wanted, source, asked, options)
+        asked = _int8_options(wanted, source, asked, options)
         result = load(source, model=asked, strict="shapes", **options)
     except LowmemError as error:
         known = _as_there(error, cls, asked)
@@ -185,8 +183,6 @@ def from_pretrained(
             raise
         raise known from error.__cause__
     model = result.model
-    if wanted is not None:
-        leave_on(model, wanted)
     info = _loading_info(result, asked)
     _report(model, name, info, options["ignore_mismatched_sizes"])
     _say(result)
@@ -291,46 +287,45 @@ def _quantization(given: dict[str, Any], options: Mapping[str, Any]) -> Any:
     return wanted
 
 
-def _settle_int8(wanted: Any, source: str | os.PathLike[str], asked: ModelRequest, options: dict[str, Any]) -> Any:
-    """Fill in the options of int8, and the device. What comes back is what the model is to say of itself.
-
-    None where it is not quantised by this load, or not by a `quantization_config`.
-    """
+def _int8_options(
+    wanted: Any, source: str | os.PathLike[str], asked: ModelRequest, options: dict[str, Any]
+) -> ModelRequest:
+    """Fill in the device of an int8 model, and let the request say what a `quantization_config` asks."""
     kind = accelerator() if options["device_map"] is None and not options.get("dequantize") else None
     quantised = options.get("quantize") is not None
-    if wanted is not None or (kind is not None and not quantised):
+    if wanted is not None or (kind is not None and not quantised and _may_be_int8(source, options)):
         chosen = {name: options[name] for name in ("variant", "subfolder", "revision", "download") if name in options}
         found = survey(source, **chosen).glance(make_wish(options.get("weights"), options.get("ema")))
-        if any(entry.dtype == "int8" and scales_of(found, key) for key, entry in found.items()):
+        if any(is_int8_weight(found, entry) for entry in found.values()):
             quantised = True
             if wanted is not None:
                 warnings.warn(
                     "quantization_config: the checkpoint is int8 already, and what its own config says counts",
                     stacklevel=3,
                 )
-            wanted = None
         elif wanted is not None:
             quantised = True
-            options.update(
-                quantize="int8",
-                skip_modules=_left_floats(wanted, found, asked, options),
-                int8_threshold=wanted.llm_int8_threshold,
+            skips = wanted.llm_int8_skip_modules
+            int8 = Int8Request(
+                quantize=True,
+                skip_modules=None if skips is None else tuple(skips),
+                threshold=wanted.llm_int8_threshold,
+                also_skip=tuple(kept_off_the_gpu(wanted, options["device_map"])),
+                config=wanted,
             )
+            asked = dataclasses.replace(asked, int8=int8)
     if quantised and kind is not None:
         options["device_map"] = device_in_use(kind)
-    return wanted
+    return asked
 
 
-def _left_floats(wanted: Any, found: Checkpoint, asked: ModelRequest, options: Mapping[str, Any]) -> list[str] | None:
-    """Modules that do not become int8; None for transformers' own list."""
-    skipped: list[str] | None = wanted.llm_int8_skip_modules
-    kept = kept_off_the_gpu(wanted, options["device_map"])
-    if not kept:
-        return skipped
-    if skipped is None:
-        # The list is the model's, and there is none yet.
-        skipped = left_out_by_default(make_skeleton(find_origin(found, asked), found, "auto").model)
-    return [*skipped, *kept]
+def _may_be_int8(source: str | os.PathLike[str], options: Mapping[str, Any]) -> bool:
+    """What a config in a folder does not rule out; its headers need not be looked at twice then."""
+    config = Path(os.fspath(source), options.get("subfolder") or "", "config.json")
+    try:
+        return b'"quantization_config"' in config.read_bytes()
+    except OSError:
+        return True
 
 
 def _key_mapping(mapping: Any) -> dict[str, str]:

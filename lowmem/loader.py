@@ -6,6 +6,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,20 @@ from torch import nn
 
 from ._collector import paused_collector
 from .checkpoint import Checkpoint, Survey, TensorEntry, Wish, make_wish, survey
+from .checkpoint.int8 import has_scales
 from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
-from .mapping import KeyDiff, KeyMapping, Link, check_floats, choose_layers, cover_of, diff_of, match, refuse
+from .mapping import KeyDiff, KeyMapping, Link, check_stays_int8, choose_layers, cover_of, diff_of, match, refuse
+from .mapping.int8 import check_formats
 from .memory import anonymous_memory, measure
-from .modeling.int8 import Int8Layers, settle_int8
-from .modeling.int8_choice import Int8Request
+from .modeling.int8 import bitsandbytes_here, finish_layers, mark, says_int8
+from .modeling.int8_choice import NO_INT8, Int8Request
 from .modeling.request import ModelRequest, ModelSource, make_model_request
 from .modeling.rules import Rules
 from .modeling.skeleton import Origin, Skeleton, find_origin, make_skeleton, with_int8
 from .offload import dispatch
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
+from .planner.placing import layers_not_by_rows
 from .planner.request import Names, Renames, checks_names, flag, make_request
 from .report import LoadReport
 from .sizes import shown
@@ -180,6 +184,8 @@ def load(
     )
     if progress is not None and not callable(progress):
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
+    if asked.int8 is not None:
+        request = replace(request, int8=asked.int8)
     wish = make_wish(weights, ema)
     clock = _Phases()
     held = anonymous_memory()
@@ -188,16 +194,18 @@ def load(
     clock.end("inspect")
     # Imports happen here: they are the program's, not the load's.
     origin = find_origin(found.glance(wish), asked)
+    if request.int8.quantize or has_scales(found.glance(wish)):
+        bitsandbytes_here()
     clock.end("import")
-    with measure() as memory, _Exchanged() as exchanged:
+    with measure() as memory, ExitStack() as undo:
         clock.begin()
-        skeleton, plan = _prepare(found, wish, origin, request, exchanged, settle_ties=True, clock=clock)
+        skeleton, plan = _prepare(found, wish, origin, request, undo, settle_ties=True, clock=clock)
         # All that was pickled is described in it.
         del found
         check_present(plan)
         clock.end("plan")
-        read = _execute(skeleton, plan, request.int8, progress, lambda file: memory.mark(file.name))
-        exchanged.layers = None
+        read = _execute(skeleton, plan, progress, lambda file: memory.mark(file.name), request.int8)
+        undo.pop_all()
         clock.end("weights")
     # The headers were read before the imports, and are the load's.
     memory.baseline -= held
@@ -233,10 +241,10 @@ def plan(
     )
     request = make_request(**options)
     wish = make_wish(weights, ema)
-    with paused_collector(), _Exchanged() as exchanged:
+    with paused_collector(), ExitStack() as undo:
         found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         origin = find_origin(found.glance(wish), asked)
-        return _prepare(found, wish, origin, request, exchanged, settle_ties=False, clock=_Phases())[1]
+        return _prepare(found, wish, origin, request, undo, settle_ties=False, clock=_Phases())[1]
 
 
 @checks_names
@@ -275,10 +283,10 @@ def diff(
     )
     request = make_request(prefix=prefix, only=only, skip=skip, rename=rename, reshape=reshape, dequantize=dequantize)
     wish = make_wish(weights, ema)
-    with paused_collector(), _Exchanged() as exchanged:
+    with paused_collector(), ExitStack() as undo:
         found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         origin = find_origin(found.glance(wish), asked)
-        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, exchanged, _Phases())
+        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, undo, _Phases())
         return replace(diff_of(mapping, checkpoint, skeleton), opened=checkpoint.opened)
 
 
@@ -302,20 +310,6 @@ def _asked(
     )
 
 
-class _Exchanged:
-    """int8 layers that stand in the place of a model's own; these come back when the block ends and has them still."""
-
-    def __init__(self) -> None:
-        self.layers: Int8Layers | None = None
-
-    def __enter__(self) -> _Exchanged:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.layers is not None:
-            self.layers.undo()
-
-
 class _Phases:
     """Seconds of each phase of a load."""
 
@@ -335,7 +329,7 @@ class _Phases:
 
 
 def _fit(
-    found: Survey, wish: Wish, origin: Origin, request: LoadRequest, exchanged: _Exchanged, clock: _Phases
+    found: Survey, wish: Wish, origin: Origin, request: LoadRequest, undo: ExitStack, clock: _Phases
 ) -> tuple[Skeleton, Checkpoint, KeyMapping]:
     """The model without weights, the checkpoint opened for it, and which key feeds what."""
     skeleton = make_skeleton(origin, found.glance(wish), request.dtype)
@@ -343,12 +337,41 @@ def _fit(
     checkpoint = found.open(wish, cover_of(skeleton, request.keys))
     mapping = match(checkpoint, skeleton, rules=request.keys)
     choice = choose_layers(checkpoint, skeleton, mapping, request.int8, request.keep_fp32)
-    if choice.names:
-        skeleton = with_int8(skeleton, choice.names)
-        exchanged.layers = skeleton.int8
+    plain, names, warnings = skeleton, list(choice.names), [*skeleton.warnings, *choice.warnings]
+    while names:
+        skeleton = with_int8(plain, names)
+        assert skeleton.int8 is not None
+        undo.callback(skeleton.int8.undo)
         mapping = match(checkpoint, skeleton, rules=request.keys)
-    check_floats(mapping, request.int8)
-    return replace(skeleton, warnings=(*skeleton.warnings, *choice.warnings)), checkpoint, mapping
+        odd = layers_not_by_rows(skeleton, mapping)
+        if not odd:
+            break
+        # Once more without these, whose weights come in another order than that of rows.
+        undo.close()
+        skeleton, names = plain, [name for name in names if name not in odd]
+        mapping = match(checkpoint, skeleton, rules=request.keys)
+        warnings.append(
+            f"{len(odd)} layers stay floats, because their rows are not in the checkpoint as they are in the model "
+            f"({odd[0]!r}{', …' if len(odd) > 1 else ''})"
+        )
+    check_stays_int8(mapping, request.int8)
+    check_formats(checkpoint, mapping)
+    warnings += _about_int8(skeleton, mapping, request.int8)
+    return replace(skeleton, warnings=tuple(warnings)), checkpoint, mapping
+
+
+def _about_int8(skeleton: Skeleton, mapping: KeyMapping, request: Int8Request) -> list[str]:
+    """What was said about int8 and means nothing here."""
+    warnings = []
+    if skeleton.int8 is None and request.threshold is not None:
+        warnings.append("int8_threshold: no layer is int8, so it does nothing (quantize='int8' makes layers int8)")
+    if request.dequantize and not any(link.scales for link in mapping.links):
+        warnings.append("dequantize: nothing in the checkpoint is int8, so it does nothing")
+    elif skeleton.int8 is None and not request.dequantize and says_int8(skeleton.model):
+        warnings.append(
+            "the config says that the weights are int8, and none is: they are floats, as the model says then"
+        )
+    return warnings
 
 
 def _prepare(
@@ -356,13 +379,13 @@ def _prepare(
     wish: Wish,
     origin: Origin,
     request: LoadRequest,
-    exchanged: _Exchanged,
+    undo: ExitStack,
     settle_ties: bool,
     clock: _Phases,
 ) -> tuple[Skeleton, LoadPlan]:
     """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
     with paused_collector():
-        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, exchanged, clock)
+        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, undo, clock)
         if settle_ties and mapping.doubled:
             untied = _differing(checkpoint, skeleton, mapping, request)
             mapping = match(checkpoint, skeleton, untied, request.keys)
@@ -437,9 +460,9 @@ def _accelerators() -> set[str]:
 def _execute(
     skeleton: Skeleton,
     plan: LoadPlan,
-    int8: Int8Request,
     progress: ProgressCallback | None,
     on_shard: Callable[[Path], None],
+    int8: Int8Request = NO_INT8,
 ) -> dict[str, int]:
     """Run the plan, and give bytes by the way they were read; on any error a borrowed model is as it was before."""
     before = Snapshot(skeleton.model) if skeleton.borrowed else None
@@ -450,8 +473,11 @@ def _execute(
             skeleton.rules.initialise(fresh)
         skeleton.rules.finish(_unfed(plan))
         skeleton.model.eval()
-        settle_int8(skeleton.model, skeleton.int8, int8)
+        if skeleton.int8 is not None:
+            finish_layers(skeleton.model, skeleton.int8, int8)
         dispatch(skeleton.model, plan, skeleton.rules)
+        # What fails leaves no mark on a model's config.
+        mark(skeleton.model, skeleton.int8, int8)
     except BaseException:
         if before is not None:
             undisturbed(before.restore)

@@ -117,7 +117,7 @@ def to_meta(module: nn.Module) -> None:
     for name, parameter in list(module._parameters.items()):
         if parameter is not None:
             empty = torch.empty_like(parameter.data, device="meta")
-            more = {"has_fp16_weights": False} if type(parameter) is not nn.Parameter else {}
+            more = {"has_fp16_weights": False} if type(parameter).__name__ == "Int8Params" else {}
             module._parameters[name] = type(parameter)(empty, requires_grad=parameter.requires_grad, **more)
 
 

@@ -6,11 +6,15 @@ Beside `X.weight` (int8 [out, in]) lie `X.SCB` (fp32 [out], the largest magnitud
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from ..dtypes import is_floating
 from ..errors import CheckpointError, UnsupportedError
 from .records import Checkpoint, TensorEntry
 
 _WEIGHT, _SCALES, _FORMAT = "weight", "SCB", "weight_format"
+_HAS_SCALES = "_has_scales"
 # The order of the rows, as numbers: `LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING` in bitsandbytes/utils.py. Only the first is a
 # tensor as torch has it; the others are layouts of GPUs that bitsandbytes gave up in 0.45.
 _FORMATS = {0: "row", 1: "col32", 2: "col_turing", 3: "col_ampere"}
@@ -18,7 +22,17 @@ _FORMATS = {0: "row", 1: "col32", 2: "col_turing", 3: "col_ampere"}
 
 def has_scales(checkpoint: Checkpoint) -> bool:
     """Whether any tensor bears the name of row scales."""
-    return any(key.endswith(_SCALES) for key in checkpoint)
+    # Asked several times, of tens of thousands of keys; kept with the checkpoint, so that nothing keeps that.
+    table = checkpoint.__dict__
+    if _HAS_SCALES not in table:
+        table[_HAS_SCALES] = any(key.endswith(_SCALES) for key in checkpoint)
+    found: bool = table[_HAS_SCALES]
+    return found
+
+
+def is_int8_weight(checkpoint: Checkpoint, entry: TensorEntry) -> bool:
+    """Whether it is an int8 weight with row scales beside it."""
+    return entry.dtype == "int8" and scales_of(checkpoint, entry.key) is not None
 
 
 def scales_of(checkpoint: Checkpoint, key: str) -> TensorEntry | None:
@@ -41,11 +55,8 @@ def _beside(checkpoint: Checkpoint, key: str, leaf: str) -> TensorEntry | None:
 def check_pair(checkpoint: Checkpoint, weight: TensorEntry) -> TensorEntry:
     """The row scales of an int8 weight, which fit it.
 
-    Reads the one byte that says in which order its elements are, where there is one.
-
     Raises:
         CheckpointError: they are missing, or of another shape or dtype than they must be.
-        UnsupportedError: the elements are in another order than torch's.
     """
     scales = scales_of(checkpoint, weight.key)
     if scales is None:
@@ -61,7 +72,6 @@ def check_pair(checkpoint: Checkpoint, weight: TensorEntry) -> TensorEntry:
             f"{weight.shape[:1]}, found {scales.dtype} of shape {scales.shape}; download the checkpoint again, or "
             "write it anew with the library that quantised it"
         )
-    _check_format(checkpoint, weight)
     return scales
 
 
@@ -80,24 +90,37 @@ def check_float(checkpoint: Checkpoint, weight: TensorEntry) -> None:
         )
 
 
-def _check_format(checkpoint: Checkpoint, weight: TensorEntry) -> None:
-    entry = _beside(checkpoint, weight.key, _FORMAT)
-    if entry is None or entry.packed or entry.nbytes != 1:
-        # What cannot be read as it lies is the text of a pickle's first versions, which knew one order.
-        number = 0 if entry is None or entry.packed else -1
-    else:
+def check_formats(checkpoint: Checkpoint, weights: Iterable[TensorEntry]) -> None:
+    """Look at what says in which order the elements of int8 weights are: a byte for each, which is read.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        UnsupportedError: the elements are in another order than torch's.
+    """
+    by_file: dict[Path, list[tuple[TensorEntry, TensorEntry]]] = {}
+    for weight in weights:
+        entry = _beside(checkpoint, weight.key, _FORMAT)
+        if entry is not None and not entry.packed:
+            by_file.setdefault(entry.file, []).append((entry, weight))
+    for file, pairs in by_file.items():
         try:
-            with entry.file.open("rb") as file:
-                file.seek(entry.offset)
-                number = file.read(1)[0]
+            with file.open("rb") as opened:
+                for entry, weight in pairs:
+                    number = -1
+                    if entry.nbytes == 1:
+                        opened.seek(entry.offset)
+                        number = opened.read(1)[0]
+                    _check_format(entry, weight, number)
         except (OSError, IndexError) as error:
-            raise CheckpointError(f"{entry.file}: tensor {entry.key!r} cannot be read: {error}") from error
+            raise CheckpointError(f"{file}: the formats of int8 weights cannot be read: {error}") from error
+
+
+def _check_format(entry: TensorEntry, weight: TensorEntry, number: int) -> None:
     if number == 0:
         return
-    assert entry is not None
-    found = f"{number} ({_FORMATS[number]})" if number in _FORMATS else f"{entry.dtype} of shape {entry.shape}"
-    if number > max(_FORMATS):
-        found = str(number)
+    found = f"{number} ({_FORMATS[number]})" if number in _FORMATS else str(number)
+    if number < 0:
+        found = f"{entry.dtype} of shape {entry.shape}"
     raise UnsupportedError(
         f"{entry.file}: tensor {entry.key!r}, the order of the elements of {weight.key!r}: expected 0 (row), found "
         f"{found}; save the model anew with bitsandbytes 0.45 or later"

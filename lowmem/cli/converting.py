@@ -31,9 +31,14 @@ def add_convert(verbs: Any) -> None:
     add("--max-shard-size", metavar="SIZE", default="5GiB", help="bytes of tensors in one file (default 5GiB)")
     add_key_options(parser)
     add("--quantize", choices=("int8",), help="make linear layers int8, as transformers saves them with bitsandbytes")
-    add("--skip-modules", metavar="NAMES", action="append", help="linear layers that stay floats then, a,b,...")
+    add(
+        "--skip-modules",
+        metavar="NAMES",
+        action="append",
+        help="linear layers that --quantize leaves floats, a,b,... (default: as transformers)",
+    )
     add("--dequantize", action="store_true", help="make floats of what is int8")
-    add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run, for --quantize")
+    add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run")
     add("--staging", metavar="SIZE", help="bound on the readers' buffers, at least 1MiB")
     add(
         "--io", choices=("auto", "buffered", "direct", "mmap"), default="auto", help="how files are read (default auto)"

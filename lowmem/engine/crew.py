@@ -7,6 +7,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from ..errors import BudgetError
 from ..planner import LoadPlan, Placement
 from ..planner.moves import Read
 from ..sizes import KIB, format_size
-from .cleanup import let_go
+from .cleanup import let_go, undisturbed
 from .destinations import Destination, Scratch
 from .feed import Feed, Job
 
@@ -166,6 +167,31 @@ class Crew:
         with turn:
             for move, destination, at in steps:
                 destination.end(move, scratch, at)
+
+
+def carry_out(
+    plan: LoadPlan, feed: Feed, take: Callable[[list[Done]], None], meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """All reads of a plan, by threads that have ended when this ends, however it does.
+
+    Args:
+        plan: what is read.
+        feed: of this plan.
+        take: called from the calling thread with reads that are in place.
+        meanwhile: called once when the threads have started.
+
+    Raises:
+        BaseException: whatever ended a thread, or `take` raises.
+    """
+    crew = Crew(plan, feed, at_once=False)
+    try:
+        crew.start()
+        meanwhile()
+        while (finished := crew.next()) is not None:
+            take(finished)
+        feed.finish()
+    finally:
+        undisturbed(crew.end)
 
 
 def is_for_one(read: Read) -> bool:

@@ -86,7 +86,7 @@ class RowsDestination:
             quantise_by(grid.source, rows, result, scratch.work, self._through)
         else:
             assert self._made is not None
-            # A few KiB from the heap.
+            # Planned: see `budget.needs_of`.
             rows = torch.empty(len(grid.source), dtype=torch.float32)
             quantise(grid.source, result, rows, scratch.work, self._through)
             self._check(move, rows, grid)

@@ -18,14 +18,13 @@ from ..planner import LoadPlan, Placement, Progress, ProgressCallback
 from ..planner.records import Group
 from .cleanup import trim_heap, undisturbed
 from .computing import compute
-from .crew import Crew, Done
+from .crew import Crew, Done, carry_out
 from .destinations import MemoryDestination, allocate
 from .feed import Feed, ShardCallback
 from .install import Installer
 from .int8 import RowsDestination
 from .mapping import map_shard, view_of
 from .offload_writer import OffloadWriter, settle
-from .scales import read_scales
 from .ways import Ways
 
 _PROGRESS_EVERY = 0.05
@@ -167,18 +166,14 @@ class _Run:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """All moves of a plan; `keep` gets each tensor that is whole, if it is not in a file."""
-        feed = Feed(plan, writer, on_shard=self._open, ways=self._ways, scales=read_scales(plan, self._ways))
-        crew = Crew(plan, feed, at_once=False)
-        try:
-            with paused_collector() if _is_all_small(plan) else nullcontext():
-                feed.prepare()
-                crew.start()
-                meanwhile()
-                while (finished := crew.next()) is not None:
-                    self._take(feed, finished, keep)
-            feed.finish()
-        finally:
-            undisturbed(crew.end)
+        scales: dict[Placement, torch.Tensor] = {}
+        if plan.scales:
+            self._move(plan.scales_plan(), None, scales.__setitem__)
+        known = {key: scales[placement] for key, placement in plan.scales.items()}
+        feed = Feed(plan, writer, on_shard=self._open, ways=self._ways, scales=known)
+        with paused_collector() if _is_all_small(plan) else nullcontext():
+            feed.prepare()
+            carry_out(plan, feed, lambda finished: self._take(feed, finished, keep), meanwhile)
 
     def _compute(self, group: Group, writer: OffloadWriter | None) -> None:
         """Read the sources of a group, run its operation, and bring what it gives to its places."""

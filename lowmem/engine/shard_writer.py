@@ -21,14 +21,12 @@ from ..mapping import Region
 from ..planner import LoadPlan, Move, Placement
 from ..planner.records import OffloadFile
 from ..sizes import MIB, format_size
-from .cleanup import undisturbed
-from .crew import Crew
-from .destinations import FileDestination, Scratch, write_at
+from .crew import Done, carry_out
+from .destinations import FileDestination, MemoryDestination, Scratch, write_at
 from .feed import Feed
 from .int8 import RowsDestination
 from .offload_writer import reserve
 from .read_back import Piece, ReadBack, checksum
-from .scales import read_scales
 
 # Bytes that are brought to the disk at once: less is more flushes of the disk, more leaves it idle at the beginning.
 _BATCH = 128 * MIB
@@ -307,21 +305,27 @@ def write_shard(plan: LoadPlan, shard: ShardFile, sealer: Sealer, moved: Callabl
         BudgetError: memory that the plan counted on was taken by others.
     """
     sealer.begin(shard)
-    feed = Feed(plan, shard, scales=read_scales(plan))
-    crew = Crew(plan, feed, at_once=False)
-    try:
-        crew.start()
-        while (finished := crew.next()) is not None:
-            for done in finished:
-                for _, destination in done.whole:
-                    made = destination.places if isinstance(destination, RowsDestination) else [destination]
-                    for place in made:
-                        if isinstance(place, ShardDestination):
-                            place.settle()
-            moves = [move for done in finished for move in done.read.moves]
-            sealer.add(sum(move.region.count * itemsize(move.placement.dtype) for move in moves))
-            moved(sum(done.read.nbytes for done in finished))
-        feed.finish()
-    finally:
-        undisturbed(crew.end)
+    scales: dict[Placement, torch.Tensor] = {}
+
+    def keep(finished: list[Done]) -> None:
+        for done in finished:
+            scales.update({p: place.tensor for p, place in done.whole if isinstance(place, MemoryDestination)})
+        moved(sum(done.read.nbytes for done in finished))
+
+    def take(finished: list[Done]) -> None:
+        for done in finished:
+            for _, destination in done.whole:
+                made = destination.places if isinstance(destination, RowsDestination) else [destination]
+                for place in made:
+                    if isinstance(place, ShardDestination):
+                        place.settle()
+        moves = [move for done in finished for move in done.read.moves]
+        sealer.add(sum(move.region.count * itemsize(move.placement.dtype) for move in moves))
+        moved(sum(done.read.nbytes for done in finished))
+
+    if plan.scales:
+        before = plan.scales_plan()
+        carry_out(before, Feed(before), keep)
+    known = {key: scales[placement] for key, placement in plan.scales.items()}
+    carry_out(plan, Feed(plan, shard, scales=known), take)
     sealer.close(shard)

@@ -37,10 +37,10 @@ class FrozenParameter(nn.Parameter):
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8, by rows.
 
-    Its memory beside inputs and outputs is at most 8 MiB, forward and backward, whatever its size (16 MiB in float64),
-    and what the libraries of products pack for themselves: the weight is made floats some rows at a time. It has
-    gradients for its input and its bias. A cast of the model leaves weight and scales as they are; they move between
-    devices. A state dict of it is one of `Linear8bitLt`, and the other way round.
+    Its memory beside inputs and outputs is at most 8 MiB, forward and backward, for rows up to 1 Mi elements (16 MiB in
+    float64), and what the libraries of products pack for themselves: the weight is made floats some rows at a time. It
+    has gradients for its input and its bias. A cast of the model leaves weight and scales as they are; they move
+    between devices. A state dict of it is one of `Linear8bitLt`, and the other way round.
 
     Attributes:
         weight: int8 [out_features, in_features], without gradient.
@@ -158,7 +158,7 @@ def _wrong(state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
     if layout not in (0, "row"):
         yield (
             f"{prefix}{_FORMAT}: expected 0 (row by row), found {layout!r}. "
-            "Save the model again with bitsandbytes 0.43 or newer, which writes rows."
+            "Save the model again with bitsandbytes 0.45 or later, which writes rows."
         )
 
 

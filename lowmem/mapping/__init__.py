@@ -2,7 +2,7 @@
 
 from .cover import cover_of
 from .diff import KeyDiff, KeyGroup, diff_of
-from .int8 import check_floats, choose_layers
+from .int8 import check_stays_int8, choose_layers
 from .match import match, refuse
 from .records import NO_RULES, Computation, KeyMapping, KeyRules, Link, Mismatch, Region, whole
 
@@ -16,7 +16,7 @@ __all__ = [
     "Link",
     "Mismatch",
     "Region",
-    "check_floats",
+    "check_stays_int8",
     "choose_layers",
     "cover_of",
     "diff_of",

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from ..checkpoint import Checkpoint, TensorEntry
-from ..checkpoint.int8 import check_float, check_pair, companions_of, has_scales, scales_of
+from ..checkpoint.int8 import check_float, check_pair, companions_of, has_scales, is_int8_weight, scales_of
+from ..checkpoint.int8 import check_formats as check_formats_of
 from ..dtypes import is_floating
 from ..errors import CheckpointError, UnsupportedError
-from ..modeling.int8_choice import Int8Request, existing_int8, layers_to_quantise, sizes_of
+from ..modeling.int8_choice import Choice, Int8Request, existing_int8, layers_to_quantise, sizes_of
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
 from .records import KeyMapping, Link, Region, whole
@@ -50,6 +51,8 @@ def pair(
     """
     found, state = Pairs(list(links)), skeleton.targets
     scaled = has_scales(checkpoint)
+    if not scaled and skeleton.int8 is None and not any(link.entry.dtype == "int8" for link in links):
+        return found
     fed = {link.target for link in links}
     for i, link in enumerate(found.links):
         entry, target = link.entry, state[link.target]
@@ -83,8 +86,12 @@ def _is_left(checkpoint: Checkpoint, key: str, left_out: AbstractSet[str]) -> bo
 
 def _paired(link: Link, target: Target, fed: set[str], checkpoint: Checkpoint, found: Pairs) -> Link:
     entry = link.entry
+    whole_entry = checkpoint[entry.key]
+    as_it_lies = _is_as_it_lies(link, whole_entry) and entry.strides is None
     if target.scales:
-        scales = check_pair(checkpoint, entry)
+        scales = check_pair(checkpoint, whole_entry)
+        if not as_it_lies or link.region != whole(target.shape):
+            raise _odd(link)
         if target.scales not in fed:
             raise CheckpointError(
                 f"{scales.file}: tensor {scales.key!r}, the row scales of {entry.key!r}: expected it to feed "
@@ -96,14 +103,20 @@ def _paired(link: Link, target: Target, fed: set[str], checkpoint: Checkpoint, f
         return link
     if scales_of(checkpoint, entry.key) is None and not target.name.endswith("weight"):
         return link
-    scales = check_pair(checkpoint, entry)
-    if not link.whole or entry.strides is not None:
-        raise UnsupportedError(
-            f"{entry.file}: tensor {entry.key!r} is int8, and only a part of it becomes {link.target!r}: expected all "
-            "of it, for the scales are of whole rows; load it with the library that wrote it, and save it as floats"
-        )
+    scales = check_pair(checkpoint, whole_entry)
+    if not as_it_lies:
+        raise _odd(link)
     found.companions |= companions_of(checkpoint, entry.key)
     return replace(link, scales=scales)
+
+
+def _odd(link: Link) -> UnsupportedError:
+    entry = link.entry
+    return UnsupportedError(
+        f"{entry.file}: tensor {entry.key!r} is int8, and {link.target!r} of the model is made of a part of it, or of "
+        "its elements in another order: expected all of it as it lies, for the scales are of whole rows; load it with "
+        "the library that wrote it, and save it as floats"
+    )
 
 
 def turned(entry: TensorEntry, target: Target) -> Link | None:
@@ -125,14 +138,6 @@ def transposed(entry: TensorEntry) -> TensorEntry:
     return replace(entry, shape=(columns, rows), strides=(across, along))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Names of the modules that are int8 in this load, and what the user should know."""
-
-    names: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
-
-
 def choose_layers(
     checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, request: Int8Request, keep_fp32: Sequence[str]
 ) -> Choice:
@@ -144,8 +149,16 @@ def choose_layers(
         mapping: what feeds what in that model.
         request: what the user wants.
         keep_fp32: what stays fp32 though the user wants int8.
+
+    Raises:
+        UnsupportedError: the user wants floats, and the model has layers of int8.
     """
     own = existing_int8(skeleton.model)
+    if own and request.dequantize:
+        raise UnsupportedError(
+            f"dequantize: module {own[0]!r} of the model is bitsandbytes' Linear8bitLt, which holds int8: expected "
+            "nn.Linear; build the model without quantization_config"
+        )
     if not own and not request.quantize and not any(link.scales for link in mapping.links):
         return Choice(())
     mismatched = {m.target for m in mapping.mismatched}
@@ -156,7 +169,7 @@ def choose_layers(
             name, _, leaf = target.rpartition(".")
             entry = checkpoint.get(key)
             module = modules.get(name) if leaf == "weight" and target not in mismatched else None
-            is_int8 = entry is not None and entry.dtype == "int8" and scales_of(checkpoint, key) is not None
+            is_int8 = entry is not None and is_int8_weight(checkpoint, entry)
             if is_int8 and module is not None and sizes_of(module) is not None:
                 chosen[name] = None
     warnings: list[str] = []
@@ -180,7 +193,7 @@ def choose_layers(
     return Choice(tuple(chosen), tuple(warnings))
 
 
-def check_floats(mapping: KeyMapping, request: Int8Request) -> None:
+def check_stays_int8(mapping: KeyMapping, request: Int8Request) -> None:
     """Refuse int8 that feeds floats, unless the user wants that.
 
     Raises:
@@ -210,12 +223,25 @@ class ToInt8:
     floats: str
 
 
+def check_formats(checkpoint: Checkpoint, mapping: KeyMapping) -> None:
+    """Refuse int8 whose elements are in another order than torch's; see `checkpoint.int8.check_formats`."""
+    check_formats_of(checkpoint, [link.entry for link in mapping.links if link.entry.dtype == "int8"])
+
+
+def _is_as_it_lies(link: Link, whole_entry: TensorEntry) -> bool:
+    """Whether what feeds a target is all of a tensor in its own order of elements."""
+    entry = link.entry
+    same = (entry.offset, entry.nbytes, entry.strides) == (whole_entry.offset, whole_entry.nbytes, whole_entry.strides)
+    return link.whole and same
+
+
 def floats_that_become_int8(
-    skeleton: Skeleton, mapping: KeyMapping, names: Sequence[str]
+    checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, names: Sequence[str]
 ) -> tuple[dict[str, ToInt8], list[str]]:
     """Of layers that are to be int8, the keys that are floats, and the layers whose weight is no tensor of its own.
 
     Args:
+        checkpoint: the entries.
         skeleton: the model, all of floats.
         mapping: what feeds what in it.
         names: of the layers.
@@ -231,7 +257,7 @@ def floats_that_become_int8(
     keys, left = {}, []
     for name, links in parts.items():
         entry = links[0].entry
-        if len(links) > 1 or not links[0].whole:
+        if len(links) > 1 or not _is_as_it_lies(links[0], checkpoint[entry.key]):
             left.append(name)
         elif is_floating(entry.dtype):
             target = skeleton.targets[f"{name}.weight"]

@@ -22,7 +22,7 @@ from ..checkpoint.int8 import has_scales
 from ..errors import ModelError, OptionError, UnsupportedError
 from .classes import Chosen, choose
 from .failures import refusing
-from .quantised import int8_config, refuse_quantised
+from .quantised import DEFAULT_THRESHOLD, int8_config, refuse_quantised
 from .request import ModelRequest
 from .targets import dtype_name
 
@@ -90,8 +90,22 @@ def read_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> Blueprint:
             table = chosen.config.to_dict()
         refuse_quantised(checkpoint, where, table)
         _refuse_int8_of_floats(checkpoint, where, table)
+    _check_int8(transformers, where, table)
     chosen.config.name_or_path = _name_of(checkpoint) if request.name is None else request.name
     return Blueprint(chosen, request, where, tuple(_left_alone(checkpoint.folder, request)))
+
+
+def _check_int8(transformers: Any, where: str, table: Mapping[str, Any]) -> None:
+    """What a config says of int8 becomes a `BitsAndBytesConfig` when all is loaded: it must be able to.
+
+    Raises:
+        ModelError: it is not.
+    """
+    said = table.get("quantization_config")
+    if isinstance(said, dict) and int8_config(table, where) is not None:
+        with refusing(f"{where}: quantization_config: BitsAndBytesConfig does not take it"):
+            threshold = float(said.get("llm_int8_threshold", DEFAULT_THRESHOLD))
+            transformers.BitsAndBytesConfig(**{**said, "llm_int8_threshold": threshold})
 
 
 def _refuse_int8_of_floats(checkpoint: Checkpoint, where: str, table: Mapping[str, Any]) -> None:

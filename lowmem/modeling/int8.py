@@ -6,7 +6,10 @@ What transformers does with bitsandbytes is read from `quantizers/base.py`, `qua
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -19,22 +22,30 @@ from ..errors import ModelError
 from ..int8 import Int8Linear
 from .empty import real_tensors
 from .hf import is_transformers_model
-from .int8_choice import Int8Request, left_out_by_transformers, named_by_transformers, sizes_of
+from .int8_choice import Int8Request, left_out_by_transformers, named_by_any, sizes_of
+from .quantised import DEFAULT_THRESHOLD, int8_config
 from .targets import is_bitsandbytes, is_conv1d, walk
 
-# That of transformers' BitsAndBytesConfig.
-_THRESHOLD = 6.0
+_LOGGER = logging.getLogger("lowmem")
 
 
+@functools.cache
 def bitsandbytes_here() -> bool:
     """Whether bitsandbytes can be imported and quantises a number. What stands in the way does not matter."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
     try:
+        # It says which of its optional kernels are not there, none of which is asked for here.
+        logger.setLevel(logging.ERROR)
         package = importlib.import_module("bitsandbytes")
         with real_tensors():
             values, scales, _ = package.functional.int8_vectorwise_quant(torch.ones(1, 1, dtype=torch.float16))
         return bool(values.item() == 127 and scales.item() == 1 and callable(package.nn.Linear8bitLt))
-    except Exception:  # whatever a package raises whose libraries do not fit this machine
+    except Exception as error:  # whatever a package raises whose libraries do not fit this machine
+        _LOGGER.debug("bitsandbytes is not used: %s", error)
         return False
+    finally:
+        logger.setLevel(level)
 
 
 # What the caller may have hung on a module that is called; state dicts have other keys afterwards.
@@ -43,6 +54,10 @@ _HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
 )
+
+
+# Attributes of `Conv1D` that say what the other layers say by others.
+_OF_A_LAYER = frozenset({"nf", "nx"})
 
 
 @dataclass(slots=True, eq=False)
@@ -164,10 +179,11 @@ def _stand_in(name: str, module: nn.Module) -> Int8Linear:
 
 
 def _carry_over(source: nn.Module, module: nn.Module) -> None:
-    """The same tables of hooks, so that the handles of these remove them still."""
-    for key in ("training", *_HOOKS, "_is_hf_initialized"):
-        if key in source.__dict__:
-            module.__dict__[key] = source.__dict__[key]
+    """The same tables of hooks, so that the handles of these remove them still; and what the caller hung on it."""
+    others = not is_bitsandbytes(source)
+    for key, value in source.__dict__.items():
+        if key in ("training", *_HOOKS) or (others and key not in module.__dict__ and key not in _OF_A_LAYER):
+            module.__dict__[key] = value
 
 
 def _linear8bit(layer: Int8Linear, source: type[nn.Module], threshold: float) -> nn.Module:
@@ -196,7 +212,7 @@ def _fill(module: nn.Module, layer: Int8Linear) -> None:
     state.CB = state.SCB = None
 
 
-def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: float) -> None:
+def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: float, given: Any = None) -> None:
     """Leave on a transformers model what `from_pretrained` leaves on one that it made int8, or loaded so.
 
     A config that says already that the weights are int8 keeps its words, but for the threshold. Another gets a list of
@@ -208,6 +224,7 @@ def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: 
         model: with its int8 layers in their places. Not a transformers model: nothing is done.
         skip_modules: as the user gave them; None for transformers' own list.
         threshold: magnitude from which activations are computed in fp16.
+        given: a `BitsAndBytesConfig` of the user, which lands on the model itself if its list tells the layers.
     """
     if not is_transformers_model(model):
         return
@@ -222,11 +239,20 @@ def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: 
     quantizer = getattr(hf, "hf_quantizer", None)
     pre_quantized = found is not None if quantizer is None else quantizer.pre_quantized
     if found is None:
-        found = {"llm_int8_skip_modules": _enough_for_transformers(hf, skip_modules)}
+        found = {} if given is None else given
+        skip_modules = skip_modules if given is None else given.llm_int8_skip_modules
+    elif isinstance(found, Mapping):
+        skip_modules = found.get("llm_int8_skip_modules")
+    else:
+        skip_modules = found.llm_int8_skip_modules
     if isinstance(found, Mapping):
         # It takes no whole number for a threshold.
         found = make(**{**found, "load_in_8bit": True, "llm_int8_threshold": float(threshold)})
-    found.llm_int8_threshold = float(threshold)
+    enough = _enough_for_transformers(hf, skip_modules)
+    if found.llm_int8_skip_modules != enough or found.llm_int8_threshold != threshold:
+        # The user's own object stays as it is.
+        found = copy.copy(found)
+        found.llm_int8_skip_modules, found.llm_int8_threshold = enough, float(threshold)
     config.quantization_config = found
     for module in model.modules():
         if is_transformers_model(module):
@@ -253,9 +279,7 @@ def _enough_for_transformers(model: Any, skip_modules: list[str] | None) -> list
             floats.add(prefix[:-1])
 
     def tells_apart(patterns: list[str] | None) -> bool:
-        out = left_out_by_transformers(model, patterns)
-        left = {name for name in int8 | floats if any(named_by_transformers(name, pattern) for pattern in out)}
-        return left == floats
+        return named_by_any(int8 | floats, left_out_by_transformers(model, patterns)) == floats
 
     given = skip_modules
     if given is not None:
@@ -276,25 +300,50 @@ def _is_expression(pattern: str) -> bool:
     return True
 
 
-def settle_int8(model: nn.Module, layers: Int8Layers | None, request: Int8Request) -> None:
-    """When all weights are in their places: the modules that compute with int8, and what the model says of itself.
+def finish_layers(model: nn.Module, layers: Int8Layers, request: Int8Request) -> None:
+    """When all weights are in their places: exchange the modules for those that compute with int8.
+
+    Args:
+        model: loaded.
+        layers: of it that are int8.
+        request: what the user asked.
+    """
+    layers.finish(_threshold_of(model, request))
+
+
+def mark(model: nn.Module, layers: Int8Layers | None, request: Int8Request) -> None:
+    """Last of all: let the model say whether its weights are int8.
 
     Args:
         model: loaded.
         layers: of it that are int8; None when there are none.
         request: what the user asked.
     """
-    if layers is None:
-        if request.dequantize:
-            unmark(model)
-        return
-    table = getattr(getattr(model, "config", None), "quantization_config", None)
-    said = table.get("llm_int8_threshold") if isinstance(table, Mapping) else getattr(table, "llm_int8_threshold", None)
-    threshold = request.threshold
-    if threshold is None:
-        threshold = _THRESHOLD if said is None else float(said)
-    layers.finish(threshold)
-    mark_quantised(model, None if request.skip_modules is None else list(request.skip_modules), threshold)
+    if layers is not None:
+        skips = None if request.skip_modules is None else list(request.skip_modules)
+        mark_quantised(model, skips, _threshold_of(model, request), request.config)
+    elif request.dequantize or says_int8(model):
+        unmark(model)
+
+
+def _threshold_of(model: nn.Module, request: Int8Request) -> float:
+    """What the user says, else the config or a sub-config, else transformers' own."""
+    if request.threshold is not None:
+        return request.threshold
+    said = _declared(model)
+    return DEFAULT_THRESHOLD if said is None else float(said["llm_int8_threshold"])
+
+
+def says_int8(model: nn.Module) -> bool:
+    """Whether the config of a transformers model says that its weights are int8."""
+    return _declared(model) is not None
+
+
+def _declared(model: nn.Module) -> Mapping[str, Any] | None:
+    if not is_transformers_model(model):
+        return None
+    hf: Any = model
+    return int8_config(hf.config.to_dict())
 
 
 def unmark(model: nn.Module) -> None:

@@ -28,12 +28,16 @@ class Int8Request:
         dequantize: make floats of what is int8 in the checkpoint.
         threshold: magnitude from which bitsandbytes computes activations in fp16; None for what the checkpoint's
             config says, or its default.
+        also_skip: names or patterns of layers that stay floats besides.
+        config: a `BitsAndBytesConfig` that the model is to have when this load made it int8; None for one of lowmem's.
     """
 
     quantize: bool = False
     skip_modules: tuple[str, ...] | None = None
     dequantize: bool = False
     threshold: float | None = None
+    also_skip: tuple[str, ...] = ()
+    config: Any = None
 
 
 NO_INT8 = Int8Request()
@@ -69,7 +73,7 @@ def layers_to_quantise(model: nn.Module, request: Int8Request, keep_fp32: Collec
         keep_fp32: the user's patterns of tensors.
     """
     modules = [(prefix[:-1], module) for prefix, module in walk(model)]
-    skipped, warnings = _skipped(model, request, [name for name, _ in modules if name])
+    skipped, warnings = _skipped(model, request, [name for name, module in modules if name and sizes_of(module)])
     tied = _tied(modules)
     direct = {
         id(layer): name
@@ -78,8 +82,9 @@ def layers_to_quantise(model: nn.Module, request: Int8Request, keep_fp32: Collec
         for layer in (module.linear1, module.linear2)
     }
     if direct:
+        more = f" and {len(direct) // 2 - 1} others" if len(direct) > 2 else ""
         warnings.append(
-            f"{next(iter(direct.values()))!r} and {len(direct) // 2 - 1} others: linear1 and linear2 stay floats, for "
+            f"{next(iter(direct.values()))!r}{more}: linear1 and linear2 stay floats, for "
             "torch.nn.TransformerEncoderLayer computes with their weights itself"
         )
     floats: set[int] = set(direct)
@@ -108,13 +113,16 @@ def _skipped(model: nn.Module, request: Int8Request, names: Collection[str]) -> 
             lists.update(left_out_by_transformers(hf))
     elif hf is not None:
         lists.update(hf._keep_in_fp32_modules or ())
-    for pattern in request.skip_modules or ():
+    for pattern in (*(request.skip_modules or ()), *request.also_skip):
         if any(named(name, pattern) for name in names):
             lists.add(pattern)
         elif "*" in pattern and any(name_matches(name, pattern) for name in names):
             patterns.add(pattern)
         else:
-            warnings.append(f"skip_modules: {pattern!r} names no module of the model")
+            warnings.append(
+                f"skip_modules: {pattern!r} names no linear layer of the model: expected the beginning of a name up to "
+                "a dot, or its end"
+            )
 
     def skipped(name: str) -> bool:
         return any(named(name, p) for p in lists) or any(name_matches(name, p) for p in patterns)
@@ -165,6 +173,16 @@ def named_by_transformers(name: str, pattern: str) -> bool:
         return name.endswith(pattern)
 
 
+def named_by_any(names: Collection[str], patterns: Collection[str]) -> set[str]:
+    """Those of `names` that an entry of transformers' list names, at once for many."""
+    try:
+        every = re.compile(rf"(?:{'|'.join(f'(?:{p})' for p in patterns)})(?:(?<=\.)|(?=\.|$))")
+    except re.error:
+        return {name for name in names if any(named_by_transformers(name, pattern) for pattern in patterns)}
+    ends = tuple(patterns)
+    return {name for name in names if patterns and (every.match(name) or name.endswith(ends))}
+
+
 def _named(name: str, pattern: str) -> bool:
     """What `should_convert_module` denies."""
     try:
@@ -200,6 +218,9 @@ def sizes_of(module: nn.Module) -> tuple[int, int] | None:
     transposed = is_conv1d(module)
     if not transposed and type(module) is not nn.Linear:
         return None
+    if "forward" in module.__dict__:
+        # It computes in a way of its own.
+        return None
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return None
@@ -211,4 +232,12 @@ def sizes_of(module: nn.Module) -> tuple[int, int] | None:
 
 def existing_int8(model: nn.Module) -> list[str]:
     """Names of the modules that are bitsandbytes' `Linear8bitLt` already, with int8 weights or a place for them."""
-    return [prefix[:-1] for prefix, module in walk(model) if is_bitsandbytes(module)]
+    known: dict[type, bool] = {}
+    found = []
+    for prefix, module in walk(model):
+        kind = type(module)
+        if kind not in known:
+            known[kind] = kind.__name__ == "Linear8bitLt" or issubclass(kind, nn.Linear)
+        if known[kind] and is_bitsandbytes(module):
+            found.append(prefix[:-1])
+    return found

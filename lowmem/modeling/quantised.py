@@ -12,6 +12,8 @@ from typing import Any
 from ..checkpoint import Checkpoint, TensorEntry
 from ..errors import ModelError, UnsupportedError
 
+# That of transformers' BitsAndBytesConfig.
+DEFAULT_THRESHOLD = 6.0
 _REMEDY = "which lowmem does not load; bring the model in fp32, bf16 or fp16, or load it with transformers"
 # What other programs leave beside the weights instead of an entry in config.json: TensorRT Model Optimizer, AutoGPTQ,
 # AutoAWQ.
@@ -53,11 +55,11 @@ def int8_config(table: Mapping[str, Any], where: str = "config.json") -> Mapping
     found = next((value for _, value in _declared(table, "") if _is_int8(value)), None)
     if found is None:
         return None
-    threshold = found.get("llm_int8_threshold", 6.0)
+    threshold = found.get("llm_int8_threshold", DEFAULT_THRESHOLD)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
         raise ModelError(
             f"{where}: quantization_config: 'llm_int8_threshold': expected a number, 0 or more, found {threshold!r}; "
-            "correct it, or remove it for 6.0"
+            f"correct it, or remove it for {DEFAULT_THRESHOLD}"
         )
     skipped = found.get("llm_int8_skip_modules")
     if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
@@ -122,7 +124,8 @@ def _is_int8(found: Any) -> bool:
     if not isinstance(found, dict) or found.get("load_in_8bit") is not True:
         return False
     others = ("load_in_4bit", "llm_int8_has_fp16_weight")
-    return found.get("quant_method", "bitsandbytes") == "bitsandbytes" and not any(found.get(key) for key in others)
+    method = getattr(found.get("quant_method"), "value", found.get("quant_method")) or "bitsandbytes"
+    return str(method).lower() == "bitsandbytes" and not any(found.get(key) for key in others)
 
 
 def _method(found: Any) -> str:

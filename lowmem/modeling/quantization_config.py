@@ -6,12 +6,10 @@ As transformers 5.23 takes it: `quantizers/auto.py`, `quantizers/quantizer_bnb_8
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import OptionError, UnsupportedError
 from ..sizes import shown
@@ -76,14 +74,6 @@ def kept_off_the_gpu(config: Any, device_map: Any) -> list[str]:
     return [name or "*" for name, device in device_map.items() if str(device) in ("cpu", "disk")]
 
 
-def left_out_by_default(model: Any) -> list[str]:
-    """Modules of a transformers model that stay floats where no list is given."""
-    from transformers.quantizers.base import HfQuantizer
-
-    names = {name for name, _ in model.named_modules()}
-    return sorted(names.intersection(HfQuantizer.get_modules_to_not_convert(model)))
-
-
 def accelerator() -> str | None:
     """The kind of accelerator that a quantised model without a device map goes to, if there is one."""
     for kind in ("cuda", "npu", "xpu"):
@@ -97,21 +87,3 @@ def accelerator() -> str | None:
 def device_in_use(kind: str) -> str:
     """The current device of a kind; asking for it takes some memory there."""
     return f"{kind}:{getattr(torch, kind).current_device()}"
-
-
-def leave_on(model: nn.Module, config: Any) -> None:
-    """Have a model that became int8 say it in the caller's words: the object itself, as `from_pretrained` leaves it.
-
-    A copy of it where more layers stayed floats than its list names, with a list by which transformers finds the same
-    layers when it loads what `save_pretrained` writes.
-    """
-    found: Any = getattr(getattr(model, "config", None), "quantization_config", None)
-    if found is None:
-        return
-    hf: Any = model
-    if found.llm_int8_skip_modules != config.llm_int8_skip_modules:
-        config = copy.deepcopy(config)
-        config.llm_int8_skip_modules = found.llm_int8_skip_modules
-    hf.config.quantization_config = config
-    if getattr(hf, "hf_quantizer", None) is not None:
-        hf.hf_quantizer.quantization_config = config

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..errors import OptionError
 from ..sizes import shown
+
+if TYPE_CHECKING:
+    from .int8_choice import Int8Request
 
 # What `from_pretrained` takes out of its arguments before the config and the model see them, and what `load` has as an
 # option of its own: as overrides of the config they would be lost, or said twice.
@@ -60,6 +63,7 @@ class ModelRequest:
         generation_config: what `generate` takes its defaults from; None for that of the folder.
         name: what `name_or_path` is to say; None for the folder.
         trust_remote_code: whether Python files beside the checkpoint may run.
+        int8: what a `quantization_config` asks, instead of the options of a load; None for these.
     """
 
     model: nn.Module | Callable[[], nn.Module] | None = None
@@ -73,6 +77,7 @@ class ModelRequest:
     generation_config: Any = None
     name: str | None = None
     trust_remote_code: bool = False
+    int8: Int8Request | None = None
 
     @property
     def implementations(self) -> dict[str, str | dict[str, str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..modeling.rules import Rules
-from ..modeling.targets import owner_of, tensor_of
+from ..modeling.targets import is_bitsandbytes, owner_of, tensor_of
 from ..planner import LoadPlan, Placement
 from ..planner.moves import is_one
 from .mapped import MappedWeights
@@ -45,8 +45,8 @@ def dispatch(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
             offload_index=offload_index(plan),
             skip_keys=list(rules.skip_keys) or None,
         )
-    # No module is bitsandbytes' where nothing has imported it, and that import takes seconds.
-    if "bitsandbytes" in sys.modules:
+    # Its hooks import bitsandbytes, which takes seconds.
+    if any(is_bitsandbytes(module) for module in model.modules()):
         from .int8 import exchange_hooks
 
         exchange_hooks(model)

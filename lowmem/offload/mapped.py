@@ -73,7 +73,7 @@ class MappedWeights(Mapping[str, torch.Tensor]):
 
 
 def _fill_from_int8(tensor: torch.Tensor, region: Region, source: torch.Tensor, scales: torch.Tensor) -> None:
-    """As `fill`, of int8 rows and their scales. In blocks of rows, unless the rows are not rows of the region."""
+    """As `fill`, of int8 rows and their scales. Where rows are no rows of the region, by way of a copy in floats."""
     if not source.numel():
         return
     rows = scales.numel()

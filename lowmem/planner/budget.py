@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import BudgetError
 from ..int8 import work_size
 from ..sizes import KIB, MIB, format_size
-from .moves import ALIGNMENT, BLOCK, Placement
+from .moves import ALIGNMENT, BLOCK, MOST_ROWS, Placement
 from .records import IO, Staging, may_read_directly
 
 MIN_STAGING = MIB
@@ -70,9 +70,20 @@ def fit_staging(room: int, wanted: int | None, need: Need) -> Staging:
         room: bytes that the limit leaves for buffers.
         wanted: the user's bound in bytes, or None; less is taken when less fits.
         need: what would be best.
+
+    Raises:
+        BudgetError: the user's bound is less than a row of int8 needs.
     """
     workers = need.workers
     most = MAX_STAGING if wanted is None else wanted
+    if wanted is not None and need.least + need.work > wanted:
+        raise BudgetError(
+            f"staging allows {format_size(wanted)}, and a row of int8 needs {format_size(need.least + need.work)} "
+            f"({need.least + need.work} bytes) of buffers to come whole; give staging as much (--staging), or leave "
+            "the widest layers out by skip_modules= (--skip-modules)",
+            required=need.least + need.work,
+            limit=wanted,
+        )
     total = max(0, min(room, most))
     if need.each:
         total = max(MIN_STAGING, total, need.least + need.work)
@@ -116,7 +127,9 @@ def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float]
     cold = free_address_space and 2 * sum(nbytes * cached(file) for file, nbytes in files.items()) < total
     if cold and total >= _WORTH_MORE_READERS and workers < COLD_WORKERS:
         workers, each = COLD_WORKERS, max(least, min(each, _COLD_BUFFER))
-    work = work_size(max(rows)) if rows else 0
+    # And 4 bytes for each row of a move.
+    measured = [p.shape[0] for p in moved if p.measures or p.is_measured]
+    work = work_size(max(rows)) + 4 * max(MOST_ROWS, *measured, 0) if rows else 0
     return Need(each, direct, workers, direct and free_address_space and (cold or io == "direct"), work, least)
 
 

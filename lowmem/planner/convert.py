@@ -12,7 +12,7 @@ from typing import Any
 from .._page_cache import cached_share
 from ..checkpoint import Checkpoint, TensorEntry
 from ..checkpoint.index import SHARED
-from ..checkpoint.int8 import check_float, check_pair, companions_of, scales_of
+from ..checkpoint.int8 import check_float, check_formats, check_pair, companions_of, is_int8_weight
 from ..checkpoint.records import origin_of
 from ..checkpoint.safetensors import layout
 from ..dtypes import is_floating, itemsize
@@ -160,7 +160,8 @@ def _share(rows: list[tuple[str, TensorEntry]]) -> tuple[list[tuple[str, TensorE
 
 def _place_all(checkpoint: Checkpoint, kept: list[tuple[str, TensorEntry]], request: ConvertRequest) -> list[Placement]:
     """What is written; int8 with its scales and the number of its format right behind it."""
-    int8 = {entry.key for _, entry in kept if entry.dtype == "int8" and scales_of(checkpoint, entry.key) is not None}
+    int8 = {entry.key for _, entry in kept if is_int8_weight(checkpoint, entry)}
+    check_formats(checkpoint, [entry for _, entry in kept if entry.key in int8])
     beside = {key for weight in int8 for key in companions_of(checkpoint, weight)}
     taken = {name for name, _ in kept}
     placements = []
@@ -175,7 +176,7 @@ def _place_all(checkpoint: Checkpoint, kept: list[tuple[str, TensorEntry]], requ
         elif entry.key in request.to_int8:
             placements += _place_int8(name, entry, request.to_int8[entry.key], taken)
         else:
-            if request.to_int8:
+            if request.to_int8 and entry.dtype != "int8":
                 check_float(checkpoint, entry)
             placements.append(_place(name, entry, "float32" if entry.key in request.in_fp32 else request.dtype))
     return placements

@@ -39,6 +39,7 @@ def final_dtypes(
     final: dict[str, str] = {}
     scales = {target.scales for target in skeleton.targets.values() if target.scales}
     floats = {link.target for link in mapping.links if link.scales is not None}
+    beside = next((link.entry.dtype for link in mapping.links if is_floating(link.entry.dtype)), "") if floats else ""
     for name, target in skeleton.targets.items():
         if target.scales or name in scales:
             # These are int8 and its scales, whatever is asked for the rest.
@@ -47,7 +48,10 @@ def final_dtypes(
         leader = tied.get(name, name)
         entry = entries.get(leader) or made.get(leader)
         lead = skeleton.targets[mapping.leads.get(leader, leader)]
-        own = lead.dtype if entry is None or owned or leader in floats else entry.dtype
+        own = lead.dtype if entry is None or owned else entry.dtype
+        if leader in floats and not owned:
+            # As the rest of the checkpoint has it.
+            own = beside or lead.dtype
         if dtype != "auto" and is_floating(own):
             # What has values and is not in the checkpoint stays as it is.
             settled = owned or not target.persistent or (entry is None and target.real)

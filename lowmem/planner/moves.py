@@ -31,6 +31,9 @@ _MOST_MOVES = 512
 # Between the rows of a strided tensor, more bytes than these are not worth being read.
 _LEAST_GAP = 64 * KIB
 
+# Of what changes by rows: something is kept of each while a move is worked out.
+MOST_ROWS = 16 * KIB
+
 Residency = Literal["map", "copy", "refer", "write", "init"]
 
 
@@ -271,7 +274,7 @@ def cut(placement: Placement, link: Link, each: int) -> Iterator[Move]:
     row = placement.row_of(link)
     by_rows = row > 0 and has_whole_rows(link, row)
     if by_rows:
-        most = max(1, most // row) * row
+        most = max(1, min(most // row, MOST_ROWS)) * row
     elif most * size > BLOCK:
         most = most * size // BLOCK * BLOCK // size
     if entry.strides is not None:

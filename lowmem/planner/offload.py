@@ -85,7 +85,7 @@ def _fingerprint(
         "tensors": [
             [
                 p.target,
-                p.through or p.dtype,
+                [p.dtype, p.through] if p.through else p.dtype,
                 p.shape,
                 [_link_row(link, shards[link.entry.file]) for link in _links_of(p, made)],
             ]

@@ -205,6 +205,18 @@ def check_reachable(placements: Sequence[Placement]) -> None:
             ) from None
 
 
+def layers_not_by_rows(skeleton: Skeleton, mapping: KeyMapping) -> list[str]:
+    """Names of layers that are to become int8, and whose rows are not told apart in what feeds them."""
+    odd: dict[str, None] = {}
+    for link in mapping.links:
+        target = skeleton.targets[link.target]
+        if target.scales in mapping.made and target.scales:
+            row = target.shape[1]
+            if not has_whole_rows(link, row) and not has_parts_of_rows(link, row):
+                odd[link.target.removesuffix(".weight")] = None
+    return list(odd)
+
+
 def check_rows(placements: Sequence[Placement]) -> None:
     """What becomes int8 or floats by rows must come in rows, or in parts of rows that are told apart.
 
@@ -229,7 +241,7 @@ def passing_scales(placements: Sequence[Placement]) -> int:
     """Bytes of scales that are in memory during the load and no longer."""
     moved = [p for p in placements if p.residency in ("copy", "write")]
     entries = {link.scales for p in moved for link in p.links if link.scales is not None}
-    made = [p.scales for p in moved if p.scales is not None and p.is_measured and p.device != "cpu"]
+    made = [p.scales for p in moved if p.scales is not None and p.is_measured]
     return sum(4 * entry.shape[0] for entry in entries) + sum(p.nbytes for p in made)
 
 
