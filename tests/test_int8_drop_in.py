@@ -159,10 +159,8 @@ def test_parts_on_the_cpu_stay_floats_only_if_that_is_asked_for(saved: Folder, t
     assert len(names_of_int8(plain)) == 21
     asked = in_8bit(llm_int8_enable_fp32_cpu_offload=True)
     rest = {f"model.{name}": "cuda:0" for name in ("embed_tokens", "layers.0", "layers.2", "norm", "rotary_emb")}
-    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(saved("llama")))
     kept = quantization_config.kept_off_the_gpu(asked, {**rest, "model.layers.1": "disk", "lm_head": "cpu"})
     assert kept == ["model.layers.1", "lm_head"]
-    assert quantization_config.left_out_by_default(model) == ["lm_head"]
     assert quantization_config.kept_off_the_gpu(in_8bit(), table) == []
     assert quantization_config.kept_off_the_gpu(asked, "auto") == []
     # The whole model is on the CPU or the disk.

@@ -149,14 +149,18 @@ def test_too_little_memory_is_refused_with_remedies(saved: Saved, tmp_path: Path
 
 
 def test_one_row_is_what_a_reader_needs(tmp_path: Path) -> None:
-    """A row larger than a reader's share of the staging: fewer readers, or more staging, and not a wrong result."""
+    """A row larger than a reader's share of the staging: fewer readers, and a refusal where not even one has room."""
     weight = torch.randn(9, CHUNK // 4, generator=torch.Generator().manual_seed(1))
     model = nn.Module()
     model.layer = nn.Linear(CHUNK // 4, 9, bias=False, device="meta")
     save_file({"layer.weight": weight}, tmp_path / "model.safetensors")
-    plan = lowmem.plan(tmp_path / "model.safetensors", model=model, quantize="int8", staging="1MiB")
+    with pytest.raises(lowmem.BudgetError, match=r"staging allows 1\.00 MiB, and a row of int8 needs") as caught:
+        lowmem.plan(tmp_path / "model.safetensors", model=model, quantize="int8", staging="1MiB")
+    least = caught.value.required
+    plan = lowmem.plan(tmp_path / "model.safetensors", model=model, quantize="int8", staging=least)
+    assert plan.staging.workers == 1
     assert plan.staging.each >= CHUNK
-    assert plan.staging.total >= plan.staging.workers * (plan.staging.each + plan.staging.work)
+    assert plan.staging.total <= least
     assert plan.host.peak >= plan.host.resident + plan.staging.total
 
 

@@ -10,6 +10,6 @@ an element of the row is `weight * SCB / 127`.
 from __future__ import annotations
 
 from .linear import Int8Linear
-from .rows import dequantise, measure, quantise, quantise_by, work_size
+from .rows import dequantise, least_work, measure, quantise, quantise_by, work_size
 
-__all__ = ["Int8Linear", "dequantise", "measure", "quantise", "quantise_by", "work_size"]
+__all__ = ["Int8Linear", "dequantise", "least_work", "measure", "quantise", "quantise_by", "work_size"]

@@ -27,8 +27,16 @@ _FP16_IS_EXACT = (2.0**-6, 65504.0)
 
 
 def work_size(columns: int) -> int:
-    """Bytes of scratch memory for the functions below, for rows of so many elements."""
+    """Bytes of scratch memory for the functions below, for rows of so many elements, with which they are at their best.
+
+    `least_work` is enough.
+    """
     return _WORK * max(columns, _AT_ONCE)
+
+
+def least_work(columns: int) -> int:
+    """Bytes of scratch memory without which rows of so many elements cannot be worked on."""
+    return _WORK * columns
 
 
 def quantise(
@@ -45,7 +53,7 @@ def quantise(
         values: int8 [rows, columns], filled. 0 stands for what is no number, so where its row is all 0.
         scales: fp32 [rows], filled: the largest magnitude of each row, in fp16. It is not finite if the row has a NaN
             or what is infinite in fp16 (65520 and above); such a row cannot be quantised, and its values mean nothing.
-        work: uint8, at least `work_size(columns)`.
+        work: uint8, at least `least_work(columns)`.
         through: bfloat16 where the model has the weight so: the source is rounded to it before all else.
     """
     rounded = torch.bfloat16 not in (source.dtype, through)
@@ -66,7 +74,7 @@ def measure(source: torch.Tensor, scales: torch.Tensor, work: torch.Tensor, thro
     Args:
         source: floats [rows, columns], some of the columns of the rows.
         scales: fp32 [rows], zeros before the first part. What is not finite stays so; see `quantise`.
-        work: uint8, at least `work_size(columns)`.
+        work: uint8, at least `least_work(columns)`.
         through: as of `quantise`.
     """
     for half, full, rows, known in _blocks(work, source, scales):
@@ -91,7 +99,7 @@ def quantise_by(
         source: floats [rows, columns], some of the columns of the rows.
         scales: fp32 [rows].
         values: int8 [rows, columns], filled as by `quantise`.
-        work: uint8, at least `work_size(columns)`.
+        work: uint8, at least `least_work(columns)`.
         through: as of `quantise`.
     """
     by_fp16 = torch.bfloat16 not in (source.dtype, through)
@@ -109,7 +117,7 @@ def dequantise(values: torch.Tensor, scales: torch.Tensor, into: torch.Tensor, w
         values: int8 [rows, columns].
         scales: fp32 [rows].
         into: floats [rows, columns] of any dtype and strides, filled.
-        work: uint8, at least `work_size(columns)`.
+        work: uint8, at least `least_work(columns)`.
     """
     in_place = into.dtype == torch.float32 and into.is_contiguous()
     for _, full, rows, known, floats in _blocks(work, values, scales, into):
@@ -125,7 +133,7 @@ def _blocks(work: torch.Tensor, *of: torch.Tensor) -> Iterator[tuple[torch.Tenso
     rows, columns = of[0].shape
     if not rows or not columns:
         return
-    step = min(max(1, _AT_ONCE // columns), _ROWS_AT_ONCE, rows)
+    step = min(max(1, min(_AT_ONCE, len(work) // _WORK) // columns), _ROWS_AT_ONCE, rows)
     count = step * columns
     full = work[: 4 * count].view(torch.float32).view(step, columns)
     half = work[4 * count : 6 * count].view(torch.float16).view(step, columns)

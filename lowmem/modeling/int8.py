@@ -11,7 +11,7 @@ import functools
 import importlib
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,7 +212,13 @@ def _fill(module: nn.Module, layer: Int8Linear) -> None:
     state.CB = state.SCB = None
 
 
-def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: float, given: Any = None) -> None:
+def mark_quantised(
+    model: nn.Module,
+    skip_modules: list[str] | None,
+    threshold: float,
+    given: Any = None,
+    also_skip: Sequence[str] = (),
+) -> None:
     """Leave on a transformers model what `from_pretrained` leaves on one that it made int8, or loaded so.
 
     A config that says already that the weights are int8 keeps its words, but for the threshold. Another gets a list of
@@ -225,6 +231,7 @@ def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: 
         skip_modules: as the user gave them; None for transformers' own list.
         threshold: magnitude from which activations are computed in fp16.
         given: a `BitsAndBytesConfig` of the user, which lands on the model itself if its list tells the layers.
+        also_skip: what stays floats besides its list.
     """
     if not is_transformers_model(model):
         return
@@ -248,7 +255,7 @@ def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: 
     if isinstance(found, Mapping):
         # It takes no whole number for a threshold.
         found = make(**{**found, "load_in_8bit": True, "llm_int8_threshold": float(threshold)})
-    enough = _enough_for_transformers(hf, skip_modules)
+    enough = _enough_for_transformers(hf, skip_modules, also_skip)
     if found.llm_int8_skip_modules != enough or found.llm_int8_threshold != threshold:
         # The user's own object stays as it is.
         found = copy.copy(found)
@@ -269,7 +276,9 @@ def mark_quantised(model: nn.Module, skip_modules: list[str] | None, threshold: 
         hf.is_loaded_in_8bit = True
 
 
-def _enough_for_transformers(model: Any, skip_modules: list[str] | None) -> list[str] | None:
+def _enough_for_transformers(
+    model: Any, skip_modules: list[str] | None, also_skip: Sequence[str] = ()
+) -> list[str] | None:
     """The list by which transformers leaves out just what is no int8 layer of the model."""
     int8, floats = set[str](), set[str]()
     for prefix, module in walk(model):
@@ -288,6 +297,10 @@ def _enough_for_transformers(model: Any, skip_modules: list[str] | None) -> list
     if tells_apart(given):
         return given
     known = left_out_by_transformers(model) if given is None else given
+    named = {name for name, _ in model.named_modules()}
+    besides = [*sorted(named.intersection(known) if given is None else known), *also_skip]
+    if also_skip and tells_apart(besides):
+        return besides
     more = [*known, *sorted(floats.difference(known))]
     return more if tells_apart(more) else [f"{re.escape(name)}$" for name in sorted(floats)]
 
@@ -321,7 +334,7 @@ def mark(model: nn.Module, layers: Int8Layers | None, request: Int8Request) -> N
     """
     if layers is not None:
         skips = None if request.skip_modules is None else list(request.skip_modules)
-        mark_quantised(model, skips, _threshold_of(model, request), request.config)
+        mark_quantised(model, skips, _threshold_of(model, request), request.config, request.also_skip)
     elif request.dequantize or says_int8(model):
         unmark(model)
 

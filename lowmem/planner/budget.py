@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BudgetError
-from ..int8 import work_size
+from ..int8 import least_work, work_size
 from ..sizes import KIB, MIB, format_size
 from .moves import ALIGNMENT, BLOCK, MOST_ROWS, Placement
 from .records import IO, Staging, may_read_directly
@@ -53,6 +53,7 @@ class Need:
         in_place: see `Reading`.
         work: bytes that the arithmetic of int8 takes in each reader.
         least: bytes of a reader's buffer without which it cannot work, because a row of int8 must come whole.
+        least_work: bytes for its arithmetic without which it cannot work.
     """
 
     each: int
@@ -61,6 +62,7 @@ class Need:
     in_place: bool = False
     work: int = 0
     least: int = 0
+    least_work: int = 0
 
 
 def fit_staging(room: int, wanted: int | None, need: Need) -> Staging:
@@ -76,27 +78,33 @@ def fit_staging(room: int, wanted: int | None, need: Need) -> Staging:
     """
     workers = need.workers
     most = MAX_STAGING if wanted is None else wanted
-    if wanted is not None and need.least + need.work > wanted:
+    fewest = need.least + need.least_work
+    if wanted is not None and fewest > wanted:
         raise BudgetError(
-            f"staging allows {format_size(wanted)}, and a row of int8 needs {format_size(need.least + need.work)} "
-            f"({need.least + need.work} bytes) of buffers to come whole; give staging as much (--staging), or leave "
-            "the widest layers out by skip_modules= (--skip-modules)",
-            required=need.least + need.work,
+            f"staging allows {format_size(wanted)}, and a row of int8 needs {format_size(fewest)} ({fewest} bytes) of "
+            "buffers to come whole; give staging as much (--staging), or leave the widest layers out by skip_modules= "
+            "(--skip-modules)",
+            required=fewest,
             limit=wanted,
         )
     total = max(0, min(room, most))
     if need.each:
-        total = max(MIN_STAGING, total, need.least + need.work)
-        workers = max(1, min(workers, total // (max(need.least, min(need.each, _MIN_BUFFER)) + need.work)))
+        total = max(MIN_STAGING, total, fewest)
+        enough = max(fewest, min(need.each, _MIN_BUFFER) + need.least_work)
+        workers = max(1, min(workers, total // enough))
     elif need.direct:
         # Fewer readers rather than none that can read directly.
         workers = max(1, min(workers, total // _LEAST_BOUNCE))
-    share = total // workers - need.work
+    share = total // workers
+    # Half of it at most, so that reads are not too small.
+    work = max(need.least_work, min(need.work, (share - need.least) // 2))
+    work -= work % ALIGNMENT if work > need.least_work else 0
+    share -= work
     # Set aside first: a cast takes all that it is given, and direct reads would be lost to it.
     aside = min(_BOUNCE, share // 8) if need.direct and share // 8 >= _LEAST_BOUNCE else 0
     each = max(need.least, min(need.each, share - aside) // ALIGNMENT * ALIGNMENT)
     bounce = min(_BOUNCE, max(0, share - each)) // BLOCK * BLOCK if need.direct else 0
-    return Staging(workers, each, bounce if bounce >= _LEAST_BOUNCE else 0, need.work)
+    return Staging(workers, each, bounce if bounce >= _LEAST_BOUNCE else 0, work)
 
 
 def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float], *, free_address_space: bool) -> Need:
@@ -129,8 +137,9 @@ def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float]
         workers, each = COLD_WORKERS, max(least, min(each, _COLD_BUFFER))
     # And 4 bytes for each row of a move.
     measured = [p.shape[0] for p in moved if p.measures or p.is_measured]
-    work = work_size(max(rows)) + 4 * max(MOST_ROWS, *measured, 0) if rows else 0
-    return Need(each, direct, workers, direct and free_address_space and (cold or io == "direct"), work, least)
+    kept = 4 * max([MOST_ROWS, *measured])
+    work, fewest = (work_size(max(rows)) + kept, least_work(max(rows)) + kept) if rows else (0, 0)
+    return Need(each, direct, workers, direct and free_address_space and (cold or io == "direct"), work, least, fewest)
 
 
 def thread_stacks(count: int) -> int:
