@@ -257,7 +257,9 @@ def floats_that_become_int8(
     keys, left = {}, []
     for name, links in parts.items():
         entry = links[0].entry
-        if len(links) > 1 or not _is_as_it_lies(links[0], checkpoint[entry.key]):
+        shape = skeleton.targets[links[0].target].shape
+        in_order = _is_as_it_lies(links[0], checkpoint[entry.key]) and links[0].region == whole(shape)
+        if len(links) > 1 or not in_order:
             left.append(name)
         elif is_floating(entry.dtype):
             target = skeleton.targets[f"{name}.weight"]
