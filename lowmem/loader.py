@@ -140,8 +140,9 @@ def load(
         ignore_mismatched_sizes: the model's own rule initialises what has another shape, though `strict`.
         quantize: `"int8"`: make the linear layers int8 while they are read, row by row, as bitsandbytes does it
             (LLM.int8). Layers that are int8 in the checkpoint are so without it.
-        skip_modules: names or patterns of linear layers that stay floats then. Default: the list of transformers, which
-            is the output embedding and the module of the last parameter; tied layers and those of `keep_fp32` always.
+        skip_modules: linear layers that stay floats then, by the beginning of their name up to a dot, or its end.
+            Default: the list of transformers, which is the output embedding and the module of the last parameter; of a
+            module of your own what is called `lm_head`. Tied layers and those of `keep_fp32` always stay floats.
         dequantize: make floats of what is int8 in the checkpoint.
         int8_threshold: magnitude from which bitsandbytes computes activations in fp16 instead of int8. Default: that of
             the checkpoint's config, or 6.
