@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 from ._collector import paused_collector
 from .checkpoint import Checkpoint, make_wish, survey
-from .converting_int8 import KEEP, Declared, declare, find_change
+from .converting_int8 import KEEP, Declared, declare, find_change, read_table
 from .dtypes import parse_dtype
 from .engine import undisturbed
 from .engine.conversion_folder import ConversionFolder
@@ -288,7 +287,7 @@ def _beside(checkpoint: Checkpoint) -> list[Path]:
 
 def _has_code(checkpoint: Checkpoint) -> bool:
     return checkpoint.config is not None and any(
-        "auto_map" in _read_table(path) for path in (checkpoint.config, checkpoint.folder / "tokenizer_config.json")
+        "auto_map" in read_table(path) for path in (checkpoint.config, checkpoint.folder / "tokenizer_config.json")
     )
 
 
@@ -301,7 +300,7 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict
         last[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     if checkpoint.config is not None:
         text = checkpoint.config.read_bytes()
-        table = _read_table(checkpoint.config)
+        table = read_table(checkpoint.config)
         stated = [name for name in ("dtype", "torch_dtype") if isinstance(table.get(name), str)]
         wrong = plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated)
         if wrong or "transformers_weights" in table or declared != KEEP:
@@ -313,14 +312,6 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict
             text = (json.dumps(table, indent=2) + "\n").encode()
         last[_CONFIG] = text
     return last
-
-
-def _read_table(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        table = json.loads(path.read_bytes())
-        if isinstance(table, dict):
-            return table
-    return {}
 
 
 __all__ = ["ConvertReport", "convert"]

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
@@ -72,7 +73,8 @@ def _to_floats(checkpoint: Checkpoint, request: ConvertRequest, trust_remote_cod
         )
     dtype = request.dtype
     if dtype == "auto":
-        named = _read(checkpoint).get("dtype") or _read(checkpoint).get("torch_dtype")
+        table = {} if checkpoint.config is None else read_table(checkpoint.config)
+        named = table.get("dtype") or table.get("torch_dtype")
         scales = {scales_of(checkpoint, entry.key) for entry in int8}
         floats = (e.dtype for e in checkpoint.values() if is_floating(e.dtype) and e not in scales)
         dtype = named if isinstance(named, str) and named in CASTABLE else next(floats, "float32")
@@ -169,10 +171,10 @@ def _remove(table: dict[str, Any]) -> None:
             _remove(value)
 
 
-def _read(checkpoint: Checkpoint) -> dict[str, Any]:
-    if checkpoint.config is not None:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            table = json.loads(checkpoint.config.read_bytes())
-            if isinstance(table, dict):
-                return table
+def read_table(path: Path) -> dict[str, Any]:
+    """What a JSON file says, if it is an object; empty otherwise."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        table = json.loads(path.read_bytes())
+        if isinstance(table, dict):
+            return table
     return {}

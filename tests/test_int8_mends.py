@@ -278,3 +278,29 @@ def test_models_of_the_same_kind_still_load_alike(saved: Saved) -> None:
     """The pairing is the same whether anything odd was registered before or not."""
     folder = saved("qwen3-moe", "bfloat16")
     assert_same_int8(lowmem.load(folder, quantize="int8").model, theirs_of(folder, dtype="auto"))
+
+
+def test_int8_experts_of_older_checkpoints_become_floats(saved: Saved, tmp_path: Path) -> None:
+    """Each was a linear layer once; now they are parts of one tensor, which cannot be int8."""
+    folder = saved("qwen3-moe", "bfloat16")
+
+    def quantised(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        made = dict(tensors)
+        for key in [key for key in tensors if ".experts." in key]:
+            made[key], made[f"{key.removesuffix('weight')}SCB"] = expected_of(tensors[key])
+        return made
+
+    def floats(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        made = dict(tensors)
+        for key in [key for key in tensors if ".experts." in key]:
+            made[key] = bnb.functional.int8_vectorwise_dequant(*expected_of(tensors[key])).to(tensors[key].dtype)
+        return made
+
+    old = rewritten(folder, tmp_path / "old", quantised)
+    expected = lowmem.load(rewritten(folder, tmp_path / "floats", floats)).model.state_dict()
+    found = lowmem.load(old, dequantize=True).model.state_dict()
+    assert any(".experts." in key for key in expected)
+    assert found.keys() == expected.keys()
+    assert all(same(found[key], tensor) for key, tensor in expected.items())
+    with pytest.raises(lowmem.UnsupportedError, match=r"experts.*belongs to no linear layer.*dequantize=True"):
+        lowmem.load(old)
