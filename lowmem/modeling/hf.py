@@ -153,6 +153,10 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
         OptionError: it does not accept a way of computing that was asked for.
     """
     chosen, where = blueprint.chosen, blueprint.where
+    base = f"{where}: {chosen.cls.__name__} is the base of models and no model (it never calls post_init); name a"
+    if chosen.cls is _transformers().PreTrainedModel:
+        # Once one was built, it would answer for every class whether experts can be computed in other ways.
+        raise ModelError(f"{base} complete class in 'architectures', or give model=")
     config = copy.deepcopy(chosen.config)
     resolved = _resolve_dtype(config, checkpoint, dtype, where)
     given = {**named_arguments(chosen.cls, blueprint.request.model_args), **chosen.model_kwargs}
@@ -169,10 +173,7 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
     ):
         model: nn.Module = chosen.cls._from_config(config, dtype=resolved, **given)
     if not hasattr(model, "all_tied_weights_keys"):
-        raise ModelError(
-            f"{where}: {chosen.cls.__name__} is the base of models and no model (it never calls "
-            "post_init); name a complete class in 'architectures', or give model="
-        )
+        raise ModelError(f"{base} complete class in 'architectures', or give model=")
     return model
 
 
