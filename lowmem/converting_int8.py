@@ -15,9 +15,8 @@ from .dtypes import CASTABLE, is_floating
 from .errors import LowmemError, ModelError, UnsupportedError
 from .mapping import KeyMapping, choose_layers, match
 from .mapping.int8 import floats_that_become_int8
-from .modeling.int8 import mark_quantised, swap
+from .modeling.int8 import mark, swap
 from .modeling.int8_choice import Int8Request
-from .modeling.quantised import DEFAULT_THRESHOLD
 from .modeling.request import make_model_request
 from .modeling.skeleton import Skeleton, find_origin, make_skeleton
 from .planner.convert import ConvertRequest
@@ -147,9 +146,7 @@ def _kept_in_fp32(skeleton: Skeleton, mapping: KeyMapping, dtype: str) -> set[st
 
 def _described(skeleton: Skeleton, names: list[str], int8: Int8Request) -> Mapping[str, Any]:
     """What transformers saves in the config of a model whose layers `names` are int8."""
-    swap(skeleton.model, names)
-    skips = None if int8.skip_modules is None else list(int8.skip_modules)
-    mark_quantised(skeleton.model, skips, DEFAULT_THRESHOLD if int8.threshold is None else int8.threshold)
+    mark(skeleton.model, swap(skeleton.model, names), int8)
     model: Any = skeleton.model
     table: Mapping[str, Any] = json.loads(json.dumps(model.config.quantization_config.to_dict()))
     return table

@@ -355,7 +355,7 @@ def _fit(
             f"{len(odd)} layers stay floats, because their rows are not in the checkpoint as they are in the model "
             f"({odd[0]!r}{', …' if len(odd) > 1 else ''})"
         )
-    check_stays_int8(mapping, request.int8)
+    check_stays_int8(checkpoint, mapping, request.int8)
     check_formats(checkpoint, mapping)
     warnings += _about_int8(skeleton, mapping, request.int8)
     return replace(skeleton, warnings=tuple(warnings)), checkpoint, mapping

@@ -21,7 +21,14 @@ from int8_models import assert_same_int8, expected_of, int8_of, theirs_of
 from safetensors.torch import load_file, save_file
 from tiny_models import Saved, change_config, model_class, outputs_of, same
 from transformers import conversion_mapping
-from transformers.core_model_loading import Chunk, PermuteForRope, Transpose, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    Chunk,
+    ConversionOps,
+    PermuteForRope,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+)
 
 import lowmem
 
@@ -114,6 +121,27 @@ def test_rows_in_another_order_stay_floats_with_a_word(saved: Saved, tmp_path: P
     assert len(int8_of(result.model)) == 18
 
 
+class Doubled(ConversionOps):
+    """An operation that computes, so that nobody can write it down as moves."""
+
+    def convert(self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **_: Any) -> Any:
+        (tensors,) = input_dict.values()
+        return {target_patterns[0]: (tensors[0] if isinstance(tensors, list) else tensors) * 2 + 1}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+def test_int8_that_an_operation_would_compute_with_is_refused(saved: Saved, tmp_path: Path, register: Register) -> None:
+    """Its integers alone are other numbers."""
+    folder = rewritten(int8_folder(saved, tmp_path / "int8"), tmp_path / "wq", renamed("wq", lambda t: t))
+    register(WeightConverter(r"self_attn\.wq\.weight", "self_attn.q_proj.weight", operations=[Doubled()]))
+    for options in ({}, {"dequantize": True}):
+        with pytest.raises(lowmem.UnsupportedError, match=r"wq\.weight.*int8.*operation Doubled.*without its scales"):
+            lowmem.load(folder, **options)
+
+
 def test_chunks_of_a_fused_weight_become_int8_as_transformers_makes_them(
     saved: Saved, tmp_path: Path, register: Register
 ) -> None:
@@ -158,7 +186,16 @@ def test_what_is_partly_int8_is_converted(saved: Saved, tmp_path: Path) -> None:
         lowmem.convert(tmp_path / "out", tmp_path / "none", quantize="int8")
 
 
-def test_a_threshold_of_a_sub_config_counts(saved: Saved, tmp_path: Path) -> None:
+def test_a_conversion_keeps_the_threshold_of_its_source(saved: Saved, tmp_path: Path) -> None:
+    part = int8_folder(saved, tmp_path / "part", skip_modules=["model.layers.0", "lm_head"])
+    table = json.loads((part / "config.json").read_text())["quantization_config"]
+    change_config(part, quantization_config={**table, "llm_int8_threshold": 2.5})
+    lowmem.convert(part, tmp_path / "out", quantize="int8")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert said["llm_int8_threshold"] == 2.5
+
+
+def test_the_threshold_of_a_config_counts(saved: Saved, tmp_path: Path) -> None:
     folder = int8_folder(saved, tmp_path / "int8")
     table = json.loads((folder / "config.json").read_text())["quantization_config"]
     change_config(folder, quantization_config={**table, "llm_int8_threshold": 2.5, "quant_method": None})

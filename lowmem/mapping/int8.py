@@ -193,12 +193,20 @@ def choose_layers(
     return Choice(tuple(chosen), tuple(warnings))
 
 
-def check_stays_int8(mapping: KeyMapping, request: Int8Request) -> None:
-    """Refuse int8 that feeds floats, unless the user wants that.
+def check_stays_int8(checkpoint: Checkpoint, mapping: KeyMapping, request: Int8Request) -> None:
+    """Refuse int8 that feeds floats, unless the user wants that; and int8 that an operation would compute with.
 
     Raises:
         UnsupportedError: it does.
     """
+    for computation in mapping.computed:
+        for entry in computation.sources:
+            if is_int8_weight(checkpoint, entry):
+                raise UnsupportedError(
+                    f"{entry.file}: tensor {entry.key!r} is int8, and the operation {computation.what} would make "
+                    f"{computation.targets[0]!r} of it without its scales: expected floats; load it with the library "
+                    "that wrote it, and save it as floats"
+                )
     if request.dequantize:
         return
     for link in mapping.links:

@@ -221,10 +221,11 @@ def mark_quantised(
 ) -> None:
     """Leave on a transformers model what `from_pretrained` leaves on one that it made int8, or loaded so.
 
-    A config that says already that the weights are int8 keeps its words, but for the threshold. Another gets a list of
-    modules by which transformers finds the same layers when it loads what `save_pretrained` writes: `skip_modules`
-    itself wherever that is enough. Without bitsandbytes the model has no `hf_quantizer` and no `is_loaded_in_8bit`:
-    `to` and `cuda` would refuse to move it, and `dequantize` and training need the package.
+    A config that says already that the weights are int8 keeps its words, but for the threshold, and for a list of
+    modules that no longer tells the layers. Another gets a list by which transformers finds the same layers when it
+    loads what `save_pretrained` writes: `skip_modules` itself wherever that is enough. Without bitsandbytes the model
+    has no `hf_quantizer` and no `is_loaded_in_8bit`: `to` and `cuda` would refuse to move it, and `dequantize` and
+    training need the package.
 
     Args:
         model: with its int8 layers in their places. Not a transformers model: nothing is done.

@@ -118,7 +118,7 @@ def _skipped(model: nn.Module, request: Int8Request, names: Collection[str]) -> 
             lists.add(pattern)
         elif "*" in pattern and any(name_matches(name, pattern) for name in names):
             patterns.add(pattern)
-        else:
+        elif pattern not in request.also_skip:
             warnings.append(
                 f"skip_modules: {pattern!r} names no linear layer of the model: expected the beginning of a name up to "
                 "a dot, or its end"
