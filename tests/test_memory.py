@@ -19,6 +19,9 @@ from lowmem import memory
 from lowmem.errors import MeasureError, OptionError, PeakExceededError
 from lowmem.sizes import MIB
 
+# What the heap gives back meanwhile of what it held before.
+PAGES = 64 * 1024
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 REPOSITORY = Path(__file__).parents[1]
 
@@ -63,7 +66,7 @@ def test_anonymous_memory_of_no_process_is_an_error():
 def test_touched_bytes_are_the_peak():
     with memory.measure() as measured:
         held = bytearray(64 * MIB)
-    assert 64 * MIB <= measured.peak <= 72 * MIB, measured
+    assert 64 * MIB - PAGES <= measured.peak <= 72 * MIB, measured
     assert measured.peak == measured.peak_anonymous - measured.baseline
     assert measured.peak_rss >= measured.peak_anonymous
     assert len(held) == 64 * MIB
@@ -94,7 +97,7 @@ def test_a_short_spike_is_seen():
             del spike
         # A machine that is too busy to look says so.
         if measured.gap < 0.02:
-            assert 64 * MIB <= measured.peak <= 72 * MIB, measured
+            assert 64 * MIB - PAGES <= measured.peak <= 72 * MIB, measured
             return
     pytest.skip("the machine is too busy")
 
@@ -114,7 +117,7 @@ def test_a_busy_interpreter_hides_nothing():
                     pass
                 del spike
             if measured.gap < 0.05:
-                assert 64 * MIB <= measured.peak <= 72 * MIB, measured
+                assert 64 * MIB - PAGES <= measured.peak <= 72 * MIB, measured
                 return
     finally:
         sys.setswitchinterval(before)
@@ -142,7 +145,7 @@ def test_results_are_complete_when_the_block_raised():
 
     with pytest.raises(ValueError, match="from the block"):
         fail()
-    assert fail.measurement.peak >= 64 * MIB
+    assert fail.measurement.peak >= 64 * MIB - PAGES
 
 
 def test_exceeding_below_says_how_much_was_added():
@@ -234,7 +237,7 @@ def test_a_decorated_function_that_exceeds_below_raises_and_keeps_its_measuremen
 
     with pytest.raises(PeakExceededError):
         allocate()
-    assert allocate.measurement.peak >= 32 * MIB
+    assert allocate.measurement.peak >= 32 * MIB - PAGES
 
 
 def test_functions_that_work_after_they_return_cannot_be_decorated():
@@ -253,8 +256,8 @@ def test_nested_measures_each_see_their_own_part():
         first = bytearray(64 * MIB)
         with memory.measure() as inner:
             second = bytearray(48 * MIB)
-    assert 48 * MIB <= inner.peak <= 56 * MIB
-    assert 112 * MIB <= outer.peak <= 120 * MIB
+    assert 48 * MIB - PAGES <= inner.peak <= 56 * MIB
+    assert 112 * MIB - PAGES <= outer.peak <= 120 * MIB
     assert len(first) > len(second)
 
 
@@ -294,7 +297,7 @@ def test_a_thread_looks_where_a_process_cannot(monkeypatch, obstacle):
         held = bytearray(32 * MIB)
     assert measured.method == "thread"
     # Without another process the looks are our own, and what they need comes and goes.
-    assert 31 * MIB <= measured.peak <= 40 * MIB
+    assert 31 * MIB - PAGES <= measured.peak <= 40 * MIB
     assert len(held) == 32 * MIB
     assert not any(thread.name == "lowmem-sampler" for thread in threading.enumerate())
 
