@@ -25,6 +25,7 @@ from .errors import (
     PeakExceededError,
     PlacementError,
     PlotError,
+    RunningError,
     SourceError,
     UnsupportedError,
 )
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .loader import LoadResult, diff, load, plan
     from .mapping import KeyDiff
     from .memory import Measurement, measure
+    from .offload import release
     from .planner import LoadPlan, Progress
     from .report import LoadReport
     from .streaming import stream
@@ -65,6 +67,7 @@ _HOMES = {
     "measure": "memory",
     "LoadPlan": "planner",
     "Progress": "planner",
+    "release": "offload",
     "LoadReport": "report",
     "stream": "streaming",
 }
@@ -93,6 +96,7 @@ __all__ = [
     "PlacementError",
     "PlotError",
     "Progress",
+    "RunningError",
     "SourceError",
     "TensorEntry",
     "UnsupportedError",
@@ -106,6 +110,7 @@ __all__ = [
     "measure",
     "plan",
     "register_scheme",
+    "release",
     "stream",
 ]
 

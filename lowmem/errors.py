@@ -10,6 +10,7 @@
     ├── PlacementError       a device map that is incomplete, unknown or impossible
     ├── BudgetError          the plan needs more memory than it may use
     ├── OffloadError         the offload folder cannot be written or trusted
+    ├── RunningError         what is asked of a model cannot be done with weights that are not in memory
     ├── OutputError          the result of a conversion cannot be written, or is not what was written
     ├── OptionError          an argument has a value that means nothing
     ├── MeasureError         memory could not be measured
@@ -70,6 +71,10 @@ class BudgetError(LowmemError):
 
 class OffloadError(LowmemError):
     """The offload folder cannot be written, or what is in it cannot be trusted."""
+
+
+class RunningError(LowmemError, RuntimeError):
+    """What is asked of a model cannot be done with weights that are not in memory."""
 
 
 class OutputError(LowmemError):

@@ -27,7 +27,7 @@ from .modeling.int8_choice import NO_INT8, Int8Request
 from .modeling.request import ModelRequest, ModelSource, make_model_request
 from .modeling.rules import Rules
 from .modeling.skeleton import Origin, Skeleton, find_origin, make_skeleton, with_int8
-from .offload import dispatch
+from .offload import attach, bring_weights, dispatch_by_hooks
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
 from .planner.placing import layers_not_by_rows
 from .planner.request import Names, Renames, checks_names, flag, make_request
@@ -73,6 +73,7 @@ def load(
     io: str = "auto",
     prefetch: bool = False,
     keep_cache: bool = False,
+    dispatch: str = "lowmem",
     weights: str | None = None,
     ema: bool | None = None,
     variant: str | None = None,
@@ -125,6 +126,8 @@ def load(
             `"mmap"`, or `"auto"`: by what is in the cache, the file system, and a trial of both ways.
         prefetch: ask the kernel to read mapped weights ahead, for the first forward.
         keep_cache: leave in the page cache what was read for copying and was not there before.
+        dispatch: who brings weights on disk, or that wait in host memory, to where they compute: `"lowmem"`, ahead of
+            their use and within `ram`, or `"accelerate"`, by its hooks.
         weights: path of the mapping inside a pickled file that holds the weights, such as `"state_dict"`. Default: the
             one that fits the model.
         ema: take averaged weights (True) or those that were trained (False) where a file has both.
@@ -172,6 +175,7 @@ def load(
         io=io,
         prefetch=prefetch,
         keep_cache=keep_cache,
+        dispatch=dispatch,
         prefix=prefix,
         only=only,
         skip=skip,
@@ -467,8 +471,10 @@ def _execute(
 ) -> dict[str, int]:
     """Run the plan, and give bytes by the way they were read; on any error a borrowed model is as it was before."""
     before = Snapshot(skeleton.model) if skeleton.borrowed else None
+    runtime = None
     try:
         read = run(plan, Installer(skeleton.model), progress, on_shard)
+        runtime = bring_weights(skeleton.model, plan)
         fresh = [name for p in plan.placements if p.residency == "init" for name in p.names]
         if fresh:
             skeleton.rules.initialise(fresh)
@@ -476,10 +482,15 @@ def _execute(
         skeleton.model.eval()
         if skeleton.int8 is not None:
             finish_layers(skeleton.model, skeleton.int8, int8)
-        dispatch(skeleton.model, plan, skeleton.rules)
+        if plan.running.dispatch == "accelerate":
+            dispatch_by_hooks(skeleton.model, plan, skeleton.rules)
+        else:
+            attach(skeleton.model, plan, skeleton.rules, runtime)
         # What fails leaves no mark on a model's config.
         mark(skeleton.model, skeleton.int8, int8)
     except BaseException:
+        if runtime is not None:
+            undisturbed(runtime.close)
         if before is not None:
             undisturbed(before.restore)
         raise

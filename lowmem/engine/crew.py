@@ -117,7 +117,7 @@ class Crew:
     def _work(self) -> None:
         """A reader thread."""
         try:
-            _compute_alone()
+            compute_alone()
             self._read_all()
             self._events.put(None)
         except BaseException as error:  # handed to the caller's thread, which raises it
@@ -200,7 +200,7 @@ def is_for_one(read: Read) -> bool:
     return count > _A_FEW and read.nbytes < count * _SMALL
 
 
-def _compute_alone() -> None:
+def compute_alone() -> None:
     """Let torch start no helpers of this thread: the readers are the parallel part, and OpenMP ends the process where
     it may not start a thread. `torch.set_num_threads` would do it for the caller's threads to come as well.
     """

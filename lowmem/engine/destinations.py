@@ -251,12 +251,23 @@ def allocate(placement: Placement, *, in_place: bool = False) -> torch.Tensor:
 
 
 def _map_apart(placement: Placement, begin: int) -> torch.Tensor:
-    """Of whole huge pages as far as it goes, because filling fresh memory is bound by page faults."""
+    """Begins behind the first byte only where no limit counts address space."""
     dtype: torch.dtype = getattr(torch, placement.dtype)
-    nbytes = begin + placement.nbytes
-    # The kernel begins mappings of whole huge pages at one. The rest of the last is address space and never memory;
-    # a tensor begins behind the first byte only where no limit counts it.
-    rounded = nbytes >= (_HUGE if begin else _WORTH_A_PAGE)
+    memory = huge_map(begin + placement.nbytes, rounded=begin > 0)
+    count = placement.nbytes // dtype.itemsize
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(placement.shape)
+
+
+def huge_map(nbytes: int, *, rounded: bool = False) -> mmap.mmap:
+    """Fresh memory of whole huge pages as far as it goes, because filling fresh memory is bound by page faults.
+
+    The kernel begins mappings of whole huge pages at one. The rest of the last is address space and never memory.
+
+    Args:
+        nbytes: bytes that are wanted.
+        rounded: whether there may be a huge page more of address space, though it is not large beside them.
+    """
+    rounded = nbytes >= (_HUGE if rounded else _WORTH_A_PAGE)
     memory = anonymous_map(nbytes + -nbytes % _HUGE if rounded else nbytes)
     huge = nbytes // _HUGE * _HUGE
     if hasattr(mmap, "MADV_HUGEPAGE") and huge:
@@ -265,8 +276,7 @@ def _map_apart(placement: Placement, begin: int) -> torch.Tensor:
             memory.madvise(mmap.MADV_HUGEPAGE, 0, huge)
             if huge < len(memory):
                 memory.madvise(mmap.MADV_NOHUGEPAGE, huge, len(memory) - huge)
-    count = placement.nbytes // dtype.itemsize
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(placement.shape)
+    return memory
 
 
 def _begin_in_block(placement: Placement) -> int:

@@ -71,6 +71,9 @@ def replace_tensor(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> torch.T
     its cost; it sets those with a class of their own, and refuses what does not fit.
     """
     old = owner._parameters.get(leaf)
+    if getattr(old, "is_released", False):
+        owner._parameters[leaf] = fresh = nn.Parameter(tensor, _may_require_grad(tensor))
+        return fresh
     if old is None:
         buffer = owner._buffers.get(leaf)
         if buffer is None or buffer.shape != tensor.shape:

@@ -55,6 +55,11 @@ def checked_modules(model: nn.Module, transformers: bool) -> Iterator[tuple[str,
                 "of a former load, dispatch or offload, which would bring back the old weights; call "
                 "accelerate.hooks.remove_hook_from_submodules(model), or give a fresh model"
             )
+        if any(getattr(hook, "is_of_lowmem", False) for hook in module._forward_pre_hooks.values()):
+            raise ModelError(
+                f"{_place(prefix, module)}: expected no weights on disk, found those of a former load, whose files the "
+                "model still uses; call lowmem.release(model) first, or give a fresh model"
+            )
         _check_names(prefix, module)
         _check_tensors(prefix, module)
         if module._load_state_dict_pre_hooks and not transformers and not is_bitsandbytes(module):

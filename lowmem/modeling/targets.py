@@ -174,3 +174,10 @@ def tensor_of(model: nn.Module, name: str) -> torch.Tensor:
         tensor = owner._buffers[leaf]
     assert tensor is not None
     return tensor
+
+
+def used_by_rows(model: nn.Module) -> frozenset[str]:
+    """Names of matrices that linear layers and embeddings of torch use, and nobody else is known to: these can do with
+    some rows at a time.
+    """
+    return frozenset(f"{prefix}weight" for prefix, module in walk(model) if type(module) in (nn.Linear, nn.Embedding))

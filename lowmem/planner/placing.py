@@ -93,6 +93,8 @@ def place(draft: Draft, devices: DeviceMap) -> tuple[list[Placement], list[Group
         by_device = {device: [name]}
         for follower in followers[name]:
             by_device.setdefault(_device_of(draft, devices, follower), []).append(follower)
+        if draft.request.dispatch == "lowmem":
+            _join_away(by_device, devices.main_device)
         if len(by_device) > 1:
             warnings.append(f"{name!r} is tied across {', '.join(by_device)}: one copy on each")
         for device, names in by_device.items():
@@ -114,6 +116,16 @@ def place(draft: Draft, devices: DeviceMap) -> tuple[list[Placement], list[Group
         # What has no file yet cannot stay on disk.
         add(tuple(names), "cpu" if device == "disk" else device, "init", ())
     return placements, groups, warnings
+
+
+def _join_away(by_device: dict[str, list[str]], main_device: str) -> None:
+    """What is tied and computes on one device is one, wherever the map has its names: in memory if any of them is."""
+    away = [device for device in ("cpu", "disk") if device in by_device and device != main_device]
+    if not away:
+        return
+    to = main_device if main_device in by_device else away[0]
+    names = [name for device in (to, *away) if device in by_device for name in by_device.pop(device)]
+    by_device[to] = names
 
 
 def _floats_of(draft: Draft, name: str) -> str:
@@ -166,16 +178,17 @@ def _part(placements: list[Placement]) -> list[str]:
 
 
 def _device_of(draft: Draft, devices: DeviceMap, name: str) -> str:
-    """Where it lies. Only weights of a module that the map names can wait elsewhere than where they compute:
+    """Where it lies. Buffers of layers that are elsewhere stay where they compute.
 
-    accelerate keeps buffers of offloaded layers on the device that computes, and hangs its hooks on modules.
+    By accelerate's hooks only weights of a module that the map names can wait elsewhere.
     """
     if devices.only == "cpu":
         return "cpu"
     device = devices.of(name)
     assert device is not None
     waits = device == "disk" or (device == "cpu" and devices.main_device != "cpu")
-    if waits and (name in devices.table or draft.skeleton.targets[name].kind == "buffer"):
+    stays = draft.request.dispatch == "accelerate" and name in devices.table
+    if waits and (stays or draft.skeleton.targets[name].kind == "buffer"):
         return devices.main_device
     return device
 

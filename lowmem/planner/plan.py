@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from .._mounts import memory_file_system
 from ..checkpoint import Checkpoint
 from ..dtypes import itemsize
 from ..errors import BudgetError, PlacementError
-from ..limits import host_memory
+from ..limits import device_memory, host_memory
 from ..mapping import KeyMapping
 from ..modeling.skeleton import Skeleton
+from ..modeling.targets import used_by_rows
 from ..sizes import KIB, MIB, format_size
 from . import budget
 from .computed import about, maker_of, price
-from .devices import STRATEGIES, DeviceMap, check_complete, default_max_memory, disjoint, infer, pinned
+from .devices import OFFLOADED, STRATEGIES, DeviceMap, check_complete, default_max_memory, disjoint, infer, pinned
 from .final_dtypes import final_dtypes, nbytes_of
 from .moves import Placement, is_one
 from .offload import plan_offload
@@ -33,6 +35,7 @@ from .placing import (
     to_initialise,
 )
 from .records import DevicePlan, Group, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
+from .running import Running, plan_running
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
 _OVERHEAD = 4 * MIB
@@ -159,11 +162,17 @@ def _inferred(draft: Draft, strategy: str) -> LoadPlan:
 
 def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
     warnings = check_complete(table, draft.skeleton, draft.mapping)
-    stay = pinned(table, draft.skeleton)
-    if stay:
-        first = next(iter(stay))
-        warnings.append(f"{len(stay)} tensors ({first!r}, …) stay on {stay[first]}: their modules cannot fetch them")
-    table = disjoint({**table, **stay}, draft.skeleton)
+    if draft.request.dispatch == "accelerate":
+        stay = pinned(table, draft.skeleton)
+        if stay:
+            first = next(iter(stay))
+            warnings.append(
+                f"{len(stay)} tensors ({first!r}, …) stay on {stay[first]}: their modules cannot fetch them"
+            )
+        table = disjoint({**table, **stay}, draft.skeleton)
+    elif len(set(table.values()) - set(OFFLOADED)) > 1:
+        # accelerate's hooks move the inputs of modules from one accelerator to the next.
+        table = disjoint(table, draft.skeleton)
     devices = DeviceMap(table)
     placements, groups, split = place(draft, devices)
     warnings += split
@@ -183,6 +192,7 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
     if host.peak > bound.room:
         needed, allowed = host.peak + bound.extra, bound.room + bound.extra
         budget.refuse(needed, allowed, bound.name, _remedies(draft, placements, bound), _what(groups))
+    running = _running(draft, placements, devices.main_device, host, bound)
     reading, about_reading = _read_how(draft, placements, need.in_place)
     plan = LoadPlan(
         checkpoint=draft.checkpoint,
@@ -198,6 +208,7 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
         warnings=(*draft.warnings, *warnings, *about_reading),
         reading=reading,
         groups=tuple(groups),
+        running=running,
     )
     _check_devices(draft, plan)
     return plan
@@ -239,6 +250,21 @@ def _offload(
     draft: Draft, placements: Sequence[Placement], groups: Sequence[Group], folder: Path
 ) -> OffloadPlan | None:
     return plan_offload(draft.checkpoint, placements, folder, groups, maker_of(draft.skeleton) if groups else "")
+
+
+def _running(draft: Draft, placements: Sequence[Placement], main_device: str, host: HostPlan, bound: _Bound) -> Running:
+    """What is left for the forward when the load is done."""
+    room = bound.room - host.resident - host.overhead
+    said = draft.request.ram is not None
+    name = bound.name
+    if main_device != "cpu":
+        # Where weights are brought to a device, that is where their buffers are.
+        limits = draft.request.max_memory or {}
+        room = limits.get(main_device, device_memory().get(main_device, sys.maxsize))
+        room -= sum(p.nbytes for p in placements if p.device == main_device)
+        said, name = main_device in limits, f"the memory of {main_device}"
+    dispatch, model = draft.request.dispatch, draft.skeleton.model
+    return plan_running(placements, main_device, dispatch, lambda: used_by_rows(model), room, said, name)
 
 
 def _what(groups: Sequence[Group]) -> str:

@@ -15,6 +15,7 @@ from ..checkpoint import Checkpoint, TensorEntry
 from ..mapping import NO_RULES, KeyMapping, KeyRules, Link, whole
 from ..modeling.int8_choice import NO_INT8, Int8Request
 from .moves import Move, Placement, Read, cut, join
+from .running import NOT_OFFLOADED, Dispatch, Running
 
 if TYPE_CHECKING:
     from ..modeling.conversions import Operation
@@ -43,6 +44,7 @@ class LoadRequest:
     io: IO = "auto"
     prefetch: bool = False
     keep_cache: bool = False
+    dispatch: Dispatch = "lowmem"
     keys: KeyRules = NO_RULES
     int8: Int8Request = NO_INT8
 
@@ -259,6 +261,7 @@ class LoadPlan:
         warnings: what the user should know.
         groups: what is computed when all else is in its place, one after the other; their results are in `placements`
             and have no links. What is in a finished offload folder already is not computed.
+        running: memory of the forward, for weights that do not stay where they compute.
     """
 
     checkpoint: Checkpoint = field(repr=False)
@@ -274,6 +277,7 @@ class LoadPlan:
     warnings: tuple[str, ...] = ()
     reading: Reading = Reading()
     groups: tuple[Group, ...] = field(default=(), repr=False)
+    running: Running = NOT_OFFLOADED
 
     @cached_property
     def scales(self) -> Mapping[TensorEntry | Placement, Placement]:
@@ -380,6 +384,7 @@ class LoadPlan:
             "devices": {name: device.to_dict() for name, device in self.devices.items()},
             "host": self.host.to_dict(),
             "reading": {name: getattr(self.reading, name) for name in ("io", "keep_cache", "prefetch")},
+            "running": self.running.to_dict(),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "dtypes": self.dtypes,

@@ -74,6 +74,7 @@ def make_request(
     io: str = "auto",
     prefetch: bool = False,
     keep_cache: bool = False,
+    dispatch: str = "lowmem",
     prefix: str | None = None,
     only: Names = None,
     skip: Names = None,
@@ -92,6 +93,8 @@ def make_request(
     """
     if not isinstance(residency, str) or residency not in ("map", "copy"):
         raise OptionError(f"residency: expected 'map' or 'copy', found {shown(residency)}")
+    if not isinstance(dispatch, str) or dispatch not in ("lowmem", "accelerate"):
+        raise OptionError(f"dispatch: expected 'lowmem' or 'accelerate', found {shown(dispatch)}")
     return LoadRequest(
         dtype=whole_dtype(dtype),
         unused_dtypes=tuple(part for part in dtype if part) if isinstance(dtype, Mapping) else (),
@@ -107,6 +110,7 @@ def make_request(
         io=parse_io(io),
         prefetch=flag(prefetch, "prefetch"),
         keep_cache=flag(keep_cache, "keep_cache"),
+        dispatch="lowmem" if dispatch == "lowmem" else "accelerate",
         keys=make_key_rules(
             prefix=prefix,
             only=only,

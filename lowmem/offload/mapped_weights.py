@@ -9,12 +9,9 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import TensorEntry
-from ..engine.destinations import fill
 from ..engine.mapping import map_shard, view_of
-from ..int8 import dequantise, work_size
-from ..mapping import Region
 from ..planner import LoadPlan, Placement
-from ..planner.moves import is_one
+from .making import is_whole, make
 
 
 class MappedWeights(Mapping[str, torch.Tensor]):
@@ -42,18 +39,14 @@ class MappedWeights(Mapping[str, torch.Tensor]):
             return self._kept[name]
         placement = self._lying[name]
         dtype: torch.dtype = getattr(torch, placement.dtype)
-        if is_one(placement.links, placement.shape) and not placement.links[0].scales:
-            entry = placement.links[0].entry
-            return view_of(self._mapped(entry), entry, placement.shape).to(dtype)
+        if is_whole(placement):
+            return self._view(placement.links[0].entry, placement.shape).to(dtype)
         tensor = torch.empty(placement.shape, dtype=dtype)
-        for link in placement.links:
-            source = view_of(self._mapped(link.entry), link.entry)
-            scales = link.scales
-            if scales is None:
-                fill(tensor, link.region, source)
-            else:
-                _fill_from_int8(tensor, link.region, source, view_of(self._mapped(scales), scales))
+        make(placement, self._view, tensor)
         return tensor
+
+    def _view(self, entry: TensorEntry, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        return view_of(self._mapped(entry), entry, shape)
 
     def _mapped(self, entry: TensorEntry) -> mmap.mmap:
         pages = self._pages.get(entry.file)
@@ -70,20 +63,3 @@ class MappedWeights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._kept) + len(self._lying)
-
-
-def _fill_from_int8(tensor: torch.Tensor, region: Region, source: torch.Tensor, scales: torch.Tensor) -> None:
-    """As `fill`, of int8 rows and their scales. Where rows are no rows of the region, by way of a copy in floats."""
-    if not source.numel():
-        return
-    rows = scales.numel()
-    values = source.view(rows, -1) if source.is_contiguous() else source
-    work = torch.empty(work_size(values.shape[1]), dtype=torch.uint8)
-    if region.shape == values.shape:
-        dequantise(values, scales, tensor.as_strided(region.shape, region.strides, region.offset), work)
-    elif region.dense:
-        dequantise(values, scales, tensor.as_strided((region.count,), (1,), region.offset).view(values.shape), work)
-    else:
-        floats = torch.empty(values.shape, dtype=tensor.dtype)
-        dequantise(values, scales, floats, work)
-        fill(tensor, region, floats)

@@ -1,0 +1,205 @@
+"""One weight that is elsewhere, and the ways in which an operation can have it: whole, some rows, some parts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from ..planner import Placement
+from ..planner.running import comes_by_rows, parts_of
+from .blocks import linear_in_blocks
+from .making import View, is_whole, make, make_part, make_rows
+
+if TYPE_CHECKING:
+    from .runtime import Runtime, Unit
+
+
+class Weight:
+    """A weight that is made, or copied to another device, whenever it is used.
+
+    Args:
+        placement: what it is, and where it comes from.
+        view: gives the pages of an entry's file as a tensor.
+        runtime: holds it for as long as it is used, and sees that it is there before.
+    """
+
+    def __init__(self, placement: Placement, view: View, runtime: Runtime) -> None:
+        self.name = placement.target
+        self.shape = placement.shape
+        self.dtype: torch.dtype = getattr(torch, placement.dtype)
+        self.device = runtime.place.device
+        self.nbytes = placement.nbytes
+        self.parts = parts_of(placement)
+        self.by_rows = comes_by_rows(placement)
+        self._placement = placement
+        self._view = view
+        self._runtime = runtime
+        # What is brought by need is not brought ahead.
+        ahead = self.parts == 1 and not self.is_too_large
+        self._unit: Unit = runtime.add(self.nbytes if ahead else 0, make=self._bring_ahead if ahead else None)
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the buffers do not hold it, and it comes by rows."""
+        return self.by_rows and self.nbytes > self._runtime.running.buffers
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether single rows can be looked up where they lie."""
+        return len(self.shape) == 2 and is_whole(self._placement)
+
+    def make(self, into: torch.Tensor) -> None:
+        """All of it, in host memory."""
+        make(self._placement, self._view, into)
+
+    def make_rows(self, begin: int, end: int, into: torch.Tensor) -> None:
+        """Some rows of it, in host memory."""
+        make_rows(self._placement, begin, end, self._view, into)
+
+    def whole(self) -> torch.Tensor:
+        """All of it, where it computes, until the tensor is dropped."""
+        self._runtime.use(self._unit)
+        return self._runtime.get(self._unit.number, self)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows with these numbers, as `torch.nn.functional.embedding` gives them."""
+        self._runtime.use(self._unit)
+        table = self._view(self._placement.links[0].entry, self.shape)
+        # As there, a number that is no row's is an error.
+        found = functional.embedding(ids.to(table.device), table).to(self.dtype)
+        return found.to(self.device)
+
+    def part(self, index: int) -> Part:
+        """`weight[index]`, not brought yet."""
+        return Part(self, index)
+
+    def part_whole(self, index: int) -> torch.Tensor:
+        """`weight[index]`, where it computes."""
+        self._runtime.use(self._unit)
+        return self._runtime.get((self._unit.number, index), self.part(index), is_part=True)
+
+    def make_part(self, index: int, into: torch.Tensor) -> None:
+        """`weight[index]`, in host memory."""
+        make_part(self._placement, index, self._view, into)
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """`weight[index]` of some numbers: a copy, as torch gives it."""
+        numbers = index.reshape(-1).tolist()
+        for number in numbers:
+            if not -self.parts <= number < self.parts:
+                raise IndexError(f"index {number} is out of bounds for dimension 0 with size {self.parts}")
+        found = torch.empty((len(numbers), *self.shape[1:]), dtype=self.dtype, device=self.device)
+        places: dict[int, list[int]] = {}
+        for at, number in enumerate(numbers):
+            places.setdefault(number % self.parts, []).append(at)
+        for number, where in sorted(places.items()):
+            part = self.part_whole(number)
+            for at in where:
+                found[at] = part
+            del part
+        return found.view(*index.shape, *self.shape[1:])
+
+    def grouped(self, x: torch.Tensor, offsets: torch.Tensor, turned: bool) -> torch.Tensor:
+        """As `torch.nn.functional.grouped_mm(x, weight, offs=offsets)`, of the parts that have rows of `x` alone.
+
+        Args:
+            x: [rows, width], sorted by part.
+            offsets: [parts], behind the last row of each part.
+            turned: multiply with each part's transpose.
+        """
+        ends = offsets.tolist()
+        width = self.shape[1 if turned else 2]
+        out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
+        if ends and ends[-1] < x.shape[0]:
+            out[ends[-1] :] = 0
+        begin = 0
+        for number, end in enumerate(ends):
+            if end > begin:
+                part = self.part_whole(number).unsqueeze(0)
+                part = part.transpose(-2, -1) if turned else part
+                only = torch.tensor([end - begin], dtype=offsets.dtype, device=offsets.device)
+                out[begin:end] = functional.grouped_mm(x[begin:end], part, offs=only)
+                del part
+            begin = max(begin, end)
+        return out
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `torch.nn.functional.linear`, in blocks of rows."""
+        self._runtime.use(self._unit)
+        buffer = self._runtime.get(("block", self._runtime.running.largest), Block(self._runtime.running.largest))
+        return linear_in_blocks(x, self._rows_into, self.shape[0], self.shape[1], self.dtype, bias, buffer)
+
+    def _rows_into(self, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        count = (end - begin) * self.shape[1]
+        rows = buffer[: count * self.dtype.itemsize].view(self.dtype).view(end - begin, self.shape[1])
+        place = self._runtime.place
+        with torch.no_grad():
+            # The rows before them may still be at work.
+            place.wait(place.bring(RowsOf(self, begin, end), rows, place.stamp(place.user())))
+        return rows
+
+    def _bring_ahead(self) -> bool:
+        return self._runtime.get_ahead(self._unit.number, self)
+
+
+class Part:
+    """`weight[index]`: as a weight by itself."""
+
+    def __init__(self, weight: Weight, index: int) -> None:
+        self.name = f"{weight.name}[{index}]"
+        self.shape = weight.shape[1:]
+        self.dtype = weight.dtype
+        self.device = weight.device
+        self.parts = 1
+        self.by_rows = self.is_too_large = self.has_rows = False
+        self._weight = weight
+        self._index = index
+
+    def whole(self) -> torch.Tensor:
+        """It, where it computes, until the tensor is dropped."""
+        return self._weight.part_whole(self._index)
+
+    def make(self, into: torch.Tensor) -> None:
+        """It, in host memory."""
+        self._weight.make_part(self._index, into)
+
+    def make_rows(self, begin: int, end: int, into: torch.Tensor) -> None:
+        """Comes only as a whole."""
+        raise NotImplementedError
+
+
+class RowsOf:
+    """Some rows of a weight."""
+
+    by_rows = False
+
+    def __init__(self, weight: Weight, begin: int, end: int) -> None:
+        self.shape: tuple[int, ...] = (end - begin, weight.shape[1])
+        self.dtype = weight.dtype
+        self._weight, self._begin = weight, begin
+
+    def make(self, into: torch.Tensor) -> None:
+        """They, in host memory."""
+        self._weight.make_rows(self._begin, self._begin + self.shape[0], into)
+
+    def make_rows(self, begin: int, end: int, into: torch.Tensor) -> None:
+        """Some of them."""
+        self._weight.make_rows(self._begin + begin, self._begin + end, into)
+
+
+class Block:
+    """Room for rows of what is too large for one buffer."""
+
+    by_rows = False
+    dtype = torch.uint8
+
+    def __init__(self, nbytes: int) -> None:
+        self.shape: tuple[int, ...] = (nbytes,)
+
+    def make(self, into: torch.Tensor) -> None:
+        """Nothing yet."""
+
+    def make_rows(self, begin: int, end: int, into: torch.Tensor) -> None:
+        """Nothing yet."""

@@ -1,0 +1,201 @@
+"""Buffers for weights that are made at use: which of them there are, and whose turn it is to be overwritten.
+
+Bookkeeping only: whoever uses a ring holds a lock around every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Literal
+
+import torch
+
+Kind = Literal["passing", "part", "kept"]
+
+
+class Entry:
+    """A weight, or a part of one, in a buffer.
+
+    Attributes:
+        tensor: the buffer, with the weight's shape and dtype.
+        kind: `passing` (overwritten when what uses it is done), `part` (when it is the one that was not used for the
+            longest time), or `kept`.
+        ready: whether its values are there, or on their way (see `ticket`).
+        used: whether anyone took it since it was made.
+        ticket: of the device: when its values are there.
+        user: of the device: what was told to work with it last.
+    """
+
+    __slots__ = ("kind", "nbytes", "ready", "tensor", "ticket", "used", "user")
+
+    def __init__(self, tensor: torch.Tensor, nbytes: int, kind: Kind) -> None:
+        self.tensor = tensor
+        self.nbytes = nbytes
+        self.kind = kind
+        self.ready = False
+        self.used = False
+        self.ticket: Any = None
+        self.user: Any = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody else holds the memory: a view that someone kept must not change under them."""
+        return _holders(self.tensor) <= _OWN
+
+
+class Ring:
+    """Buffers of at most `capacity` bytes in all.
+
+    Args:
+        capacity: bytes. More is taken only where a single operation, or someone who kept a weight, needs it.
+        ahead: bytes of it that are never used for what is kept.
+        allocate: gives a flat uint8 tensor of that many bytes.
+        stamp: of the device: tells when all is done that a `user` was told until now.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        ahead: int,
+        allocate: Callable[[int], torch.Tensor],
+        stamp: Callable[[Any], Any] = lambda user: None,
+    ) -> None:
+        self.capacity = capacity
+        self.held = 0
+        self._most_kept = capacity - ahead
+        self._kept = 0
+        self._allocate = allocate
+        self._stamp = stamp
+        self._entries: dict[Hashable, Entry] = {}
+        self._free: dict[int, list[tuple[torch.Tensor, Any]]] = {}
+
+    def find(self, key: Hashable) -> Entry | None:
+        """What is there under this key, ready or being made."""
+        return self._entries.get(key)
+
+    def take(self, entry: Entry, key: Hashable, user: Any = None) -> torch.Tensor:
+        """The weight, for use: a tensor of its own over the same memory, so that it is seen when it is let go."""
+        entry.used, entry.user = True, user
+        if entry.kind == "part":
+            # The last one is the one that was used last.
+            self._entries[key] = self._entries.pop(key)
+        return entry.tensor.detach()
+
+    def admit(
+        self, key: Hashable, shape: tuple[int, ...], dtype: torch.dtype, *, is_part: bool, needed: bool
+    ) -> tuple[Entry, Any] | None:
+        """A place for a weight, and when it may be written to (a stamp; None: now).
+
+        Args:
+            key: by which it is found.
+            shape: of the weight.
+            dtype: of the weight.
+            is_part: of a larger weight, such as an expert.
+            needed: an operation waits for it: what was made ahead of others makes room too, and the capacity is passed
+                where even that does not do.
+
+        Returns:
+            None where there is no room and it is not needed now.
+        """
+        nbytes = dtype.itemsize * torch.Size(shape).numel()
+        keeps = self._kept + nbytes <= self._most_kept
+        found = self._reuse(nbytes) if nbytes else (self._allocate(0), None)
+        if found is None:
+            if not self._make_room(nbytes, needed, is_part) and not needed:
+                return None
+            found = self._reuse(nbytes)
+        if found is None:
+            found = self._allocate(nbytes), None
+            self.held += nbytes
+        buffer, ready_at = found
+        kind: Kind = "part" if is_part else "kept" if keeps else "passing"
+        if kind != "passing":
+            self._kept += nbytes
+        entry = Entry(buffer.view(dtype).view(shape), nbytes, kind)
+        del buffer, found
+        self._entries[key] = entry
+        return entry, ready_at
+
+    def drop(self, key: Hashable) -> None:
+        """Forget what could not be made."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._account(entry)
+            self.held -= entry.nbytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self._free.clear()
+        self.held = self._kept = 0
+
+    def _reuse(self, nbytes: int) -> tuple[torch.Tensor, Any] | None:
+        """A buffer of just this size: free, or of what has passed."""
+        free = self._free.get(nbytes)
+        if free:
+            return free.pop()
+        for key, entry in self._entries.items():
+            if entry.nbytes == nbytes and entry.kind == "passing" and self._is_over(entry):
+                del self._entries[key]
+                return _flat(entry), self._stamp(entry.user)
+        return None
+
+    def _make_room(self, nbytes: int, needed: bool, is_part: bool) -> bool:
+        """Let go of buffers until there is room for that many bytes."""
+        if self.held + nbytes <= self.capacity:
+            return True
+        for size in list(self._free):
+            while self._free[size] and self.held + nbytes > self.capacity:
+                self._free[size].pop()
+                self.held -= size
+        for key in [*self._expendable(needed, is_part)]:
+            if self.held + nbytes <= self.capacity:
+                break
+            entry = self._entries.pop(key)
+            self._account(entry)
+            self._free.setdefault(entry.nbytes, []).append((_flat(entry), self._stamp(entry.user)))
+            if entry.nbytes == nbytes:
+                return True
+            self._free[entry.nbytes].pop()
+            self.held -= entry.nbytes
+        return self.held + nbytes <= self.capacity
+
+    def _expendable(self, needed: bool, is_part: bool) -> Iterator[Hashable]:
+        """Keys in the order in which they may be let go of."""
+        by_kind = {
+            kind: [k for k, e in self._entries.items() if e.kind == kind] for kind in ("passing", "part", "kept")
+        }
+        yield from (k for k in by_kind["passing"] if self._is_over(self._entries[k]))
+        if needed or is_part:
+            yield from (k for k in by_kind["part"] if self._is_over(self._entries[k]))
+        if needed:
+            # Made ahead of its use, which has not come; the farthest first.
+            yield from (k for k in reversed(by_kind["passing"]) if self._is_unused(self._entries[k]))
+            yield from (k for k in reversed(by_kind["kept"]) if self._is_over(self._entries[k]))
+
+    def _is_over(self, entry: Entry) -> bool:
+        # Whatever works with it holds it, until the device was told all.
+        return entry.ready and entry.used and entry.is_idle
+
+    def _is_unused(self, entry: Entry) -> bool:
+        return entry.ready and not entry.used and entry.is_idle
+
+    def _account(self, entry: Entry) -> None:
+        if entry.kind != "passing":
+            self._kept -= entry.nbytes
+
+
+def _flat(entry: Entry) -> torch.Tensor:
+    """The buffer of an entry that is no longer one."""
+    return entry.tensor.view(-1).view(torch.uint8)
+
+
+def _holders(tensor: torch.Tensor) -> int:
+    """How many tensors, and others, hold the memory of this one."""
+    storage: Any = tensor.untyped_storage()
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
+# What the count is when nobody else does.
+_OWN = _holders(torch.empty(1))

@@ -1,0 +1,381 @@
+"""The forward of a model whose weights are elsewhere: what comes next is brought ahead, what is past is given back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._mapped_pages import bring, holds, let_go
+from .._page_cache import give_back
+from ..engine.crew import compute_alone
+from ..errors import RunningError
+from ..memory import anonymous_memory
+from ..planner.running import Running
+from ..sizes import MIB
+from .files import Files
+from .order import Order
+from .places import Place, Recipe
+from .ring import Entry, Ring
+
+# More of them are no faster: two read what one disk gives, and two cast what two processors can.
+_WORKERS = 2
+# What is read at once, so that both work at a large layer.
+_PIECE = 4 * MIB
+# Bytes that are used before the readers are woken: more often costs more than it brings.
+_STRIDE = 4 * MIB
+# Ahead of the layer that computes: from here on more does not help.
+_MOST_AHEAD = 512 * MIB
+# Memory that others took since is looked at in steps of this.
+_GRAIN = 32 * MIB
+
+
+@dataclass(eq=False, slots=True)
+class Unit:
+    """What is used at once: the mapped weights of one module, or one weight that is made.
+
+    Attributes:
+        number: its place among the units.
+        nbytes: of memory while it is used.
+        spans: of a mapped one: file, address, and bytes of each range.
+        make: of one that is made: brings it, if there is room.
+        here: whether its pages were brought, or its buffer is there.
+        keeps: whether it stays between two uses; None while it was not used.
+        by_need: whether only some of it is used at once, such as experts, so that it is not brought ahead.
+        failed: whether bringing it ahead failed; whoever uses it meets the error.
+    """
+
+    number: int
+    nbytes: int
+    spans: tuple[tuple[Path, int, int, int], ...] = ()
+    make: Callable[[], bool] | None = None
+    here: bool = False
+    keeps: bool | None = None
+    by_need: bool = False
+    failed: bool = False
+
+
+@dataclass(eq=False)
+class Runtime:
+    """Everything about one model's weights that are elsewhere. Its threads do not keep it alive.
+
+    Args:
+        source: the checkpoint, for messages.
+        running: what it may take.
+        files: where its weights lie.
+        place: the device that computes.
+        available: host memory that there was for the load, in bytes.
+    """
+
+    source: str
+    running: Running
+    files: Files
+    place: Place
+    available: int
+    units: list[Unit] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        running = self.running
+        ahead = max(0, min(running.buffers - running.largest, _MOST_AHEAD, max(running.largest, running.buffers // 4)))
+        # The one that is used and what comes next are not among those that stay.
+        self.ring = Ring(
+            running.buffers,
+            0 if running.made <= running.buffers else min(running.buffers, running.largest + ahead),
+            self.place.allocate,
+            self.place.stamp,
+        )
+        self._ahead = max(ahead, min(_MOST_AHEAD, max(8 * MIB, running.pages // 4)) if running.mapped else 0)
+        self._all_fit = running.mapped <= running.pages
+        self._from_cache = running.mapped > self.available
+        self._resting = anonymous_memory()
+        self._allowed = running.pages
+        self.closed = False
+        self._begin()
+        _living.add(self)
+
+    def _begin(self) -> None:
+        """As it is at first, and after a fork in the new process, where no thread is and locks are as they were."""
+        self._lock = threading.RLock()
+        self._made = threading.Condition(self._lock)
+        self.order = Order()
+        self._threads: list[threading.Thread] = []
+        self._wake = threading.Condition(self._lock)
+        self._past: list[Unit] = []
+        self._kept = 0
+        self._since = 0
+        self._last: Unit | None = None
+        self._first: Unit | None = None
+        self._calm = False
+        for unit in self.units:
+            unit.here = unit.failed = False
+            unit.keeps = None
+        self.ring.clear()
+
+    def add(
+        self,
+        nbytes: int,
+        spans: tuple[tuple[Path, int, int, int], ...] = (),
+        make: Callable[[], bool] | None = None,
+        *,
+        by_need: bool = False,
+    ) -> Unit:
+        """A unit more."""
+        unit = Unit(len(self.units), nbytes, spans, make, by_need=by_need)
+        self.units.append(unit)
+        return unit
+
+    def start(self) -> None:
+        """A forward of the whole model begins.
+
+        Raises:
+            CheckpointError: a file changed since the load.
+            OffloadError: the same, of one that was written.
+            RunningError: the model was released.
+        """
+        self.refuse_if_closed()
+        self.files.check()
+        with self._lock:
+            self.order.begin()
+            if not self._all_fit:
+                self._adapt()
+            elif self._calm and not self._still_here():
+                self._calm = False
+
+    def refuse_if_closed(self) -> None:
+        """Refuse what was released.
+
+        Raises:
+            RunningError: it was.
+        """
+        if self.closed:
+            raise RunningError(
+                f"{self.source}: the model was released (lowmem.release), and its weights on disk with it; load it "
+                "again"
+            )
+
+    def use(self, unit: Unit) -> None:
+        """A unit is used now: see that what comes after it is brought.
+
+        Raises:
+            CheckpointError: a file changed since the load, where the model as a whole was not called.
+            RunningError: the model was released.
+        """
+        if self.closed:
+            self.refuse_if_closed()
+        if unit is self._first:
+            self.files.check()
+        with self._lock:
+            if self._first is None:
+                self._first = unit
+            self.order.use(unit.number)
+            if self._calm:
+                return
+            last, self._last = self._last, unit
+            if unit.spans and unit.keeps is None:
+                unit.keeps = self._all_fit or self._kept + unit.nbytes <= self._allowed - self._ahead
+                self._kept += unit.nbytes if unit.keeps else 0
+            if last is not None and last is not unit and last.spans and not last.keeps:
+                self._past.append(last)
+            if unit.spans:
+                # Whoever computes with it brings it, if nobody did.
+                unit.here = True
+            self._since += unit.nbytes
+            if self._since >= _STRIDE or self._last is self._first:
+                self._since = 0
+                self._call()
+
+    def get(self, key: Hashable, recipe: Recipe, *, is_part: bool = False) -> torch.Tensor:
+        """A weight that is made: from its buffer, or made now. Who drops the tensor gives the buffer back.
+
+        Raises:
+            RunningError: the model was released.
+        """
+        user = self.place.user()
+        with self._lock:
+            self.refuse_if_closed()
+            while (entry := self.ring.find(key)) is not None and not entry.ready:
+                self._made.wait()
+            if entry is not None:
+                self.place.wait(entry.ticket)
+                return self.ring.take(entry, key, user)
+            found = self._admit(key, recipe, is_part=is_part, needed=True)
+            assert found is not None
+        entry, writable = found
+        self._fill(entry, key, recipe, writable)
+        self.place.wait(entry.ticket)
+        with self._lock:
+            return self.ring.take(entry, key, user)
+
+    def get_ahead(self, key: Hashable, recipe: Recipe) -> bool:
+        """Make a weight before it is used; whether there was room, or it was there."""
+        with self._lock:
+            if self.closed or self.ring.find(key) is not None:
+                return True
+            found = self._admit(key, recipe, is_part=False, needed=False)
+        if found is None:
+            return False
+        self._fill(found[0], key, recipe, found[1])
+        return True
+
+    def _admit(self, key: Hashable, recipe: Recipe, *, is_part: bool, needed: bool) -> tuple[Entry, Any] | None:
+        # What is made in inference mode could not be used outside of it.
+        with torch.inference_mode(False):
+            return self.ring.admit(key, recipe.shape, recipe.dtype, is_part=is_part, needed=needed)
+
+    def _fill(self, entry: Entry, key: Hashable, recipe: Recipe, writable: Any) -> None:
+        try:
+            with torch.no_grad():
+                entry.ticket = self.place.bring(recipe, entry.tensor, writable)
+        except BaseException:
+            with self._lock:
+                self.ring.drop(key)
+                self._made.notify_all()
+            raise
+        with self._lock:
+            entry.ready = True
+            self._made.notify_all()
+
+    def _call(self) -> None:
+        """Let the readers look for work. With the lock."""
+        if not self._threads and not self.closed:
+            self._threads = [
+                threading.Thread(target=_work, args=(weakref.ref(self), self._wake), name="lowmem-ahead", daemon=True)
+                for _ in range(_WORKERS)
+            ]
+            for thread in self._threads:
+                thread.start()
+        self._wake.notify(_WORKERS)
+
+    def next_task(self) -> Callable[[], object] | None:
+        """What is to be done now, nearest first; None when there is nothing. With the lock."""
+        if self._past:
+            unit = self._past.pop()
+            unit.here = False
+            return functools.partial(self._give_back, unit)
+        ahead, unsettled = 0, False
+        for number in self.order.upcoming():
+            unit = self.units[number]
+            if unit.failed or unit.by_need:
+                continue
+            ahead += unit.nbytes
+            if ahead > self._ahead and unit.nbytes < ahead:
+                unsettled = True
+                break
+            if unit.make is not None:
+                unsettled = unsettled or unit.nbytes > 0
+                if self.ring.find(unit.number) is None:
+                    return self._guarded(unit, unit.make)
+            elif not unit.here:
+                unit.here = True
+                return self._guarded(unit, functools.partial(self._bring, unit))
+        if self._all_fit and not unsettled and not self.running.made:
+            self._calm = all(unit.here for unit in self.units if unit.number in self.order and not unit.by_need)
+        return None
+
+    def _guarded(self, unit: Unit, task: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            try:
+                return task()
+            except Exception:
+                # Whoever uses it meets the error, and can be told.
+                unit.failed = True
+                return False
+
+        return run
+
+    def _bring(self, unit: Unit) -> bool:
+        for _, address, nbytes, _ in unit.spans:
+            for begin in range(0, nbytes, _PIECE):
+                if self.closed:
+                    return True
+                bring(address + begin, min(_PIECE, nbytes - begin))
+        return True
+
+    def _give_back(self, unit: Unit) -> None:
+        for file, address, nbytes, offset in unit.spans:
+            if self.closed or not let_go(address, nbytes) or not self._from_cache:
+                continue
+            with contextlib.suppress(OSError), file.open("rb", buffering=0) as opened:
+                for begin, length in self.files.cached(file).absent(offset, nbytes):
+                    give_back(opened.fileno(), begin, length)
+
+    def _still_here(self) -> bool:
+        """Whether the kernel left a few of the pages that were brought."""
+        step = max(1, len(self.units) // 8)
+        return all(holds(address, nbytes, 1) for unit in self.units[::step] for _, address, nbytes, _ in unit.spans[:1])
+
+    def _adapt(self) -> None:
+        """What others took since, such as a cache of keys and values, is not there for pages."""
+        grown = max(0, anonymous_memory() - self._resting - self.ring.held) // _GRAIN * _GRAIN
+        allowed = max(0, self.running.pages - grown)
+        if allowed == self._allowed:
+            return
+        self._allowed, self._kept = allowed, 0
+        for unit in self.units:
+            if unit.spans and unit.keeps is not None:
+                kept, unit.keeps = unit.keeps, self._kept + unit.nbytes <= allowed - self._ahead
+                self._kept += unit.nbytes if unit.keeps else 0
+                if kept and not unit.keeps:
+                    self._past.append(unit)
+
+    def close(self) -> None:
+        """End the threads, and let go of buffers and mappings. Those that someone uses end with their last use."""
+        with self._lock:
+            self.closed = True
+            self._wake.notify_all()
+            self._made.notify_all()
+            threads, self._threads = self._threads, []
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        with self._lock:
+            self.ring.clear()
+            self.files.close()
+        _living.discard(self)
+
+    def __del__(self) -> None:
+        # The threads see that it is gone.
+        with contextlib.suppress(Exception), self._lock:
+            self._wake.notify_all()
+
+
+def _work(of: weakref.ref[Runtime], wake: threading.Condition) -> None:
+    """A reader: does what is next, and waits while there is nothing."""
+    compute_alone()
+    idle = False
+    while True:
+        with wake:
+            runtime = of()
+            task = None if runtime is None or runtime.closed or idle else runtime.next_task()
+            if task is None:
+                gone = runtime is None or runtime.closed
+                # Perhaps the last one that held it.
+                del runtime
+                if gone or of() is None:
+                    return
+                wake.wait()
+                idle = False
+                continue
+        # Where there was no room, there is none before something is used.
+        idle = task() is False
+        del task, runtime
+
+
+_living: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for runtime in list(_living):
+        runtime._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,165 @@
+"""What running the model takes: memory for weights that do not stay where they compute."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..dtypes import itemsize
+from ..errors import BudgetError
+from ..sizes import MIB, format_size
+from .moves import Placement, is_one
+
+Dispatch = Literal["lowmem", "accelerate"]
+
+# Rows of a layer that does not fit are worked out in blocks of at least these bytes.
+LEAST_BLOCK = 2 * MIB
+# Buffers where nobody said how much memory there may be: enough to be ahead of the layer that computes.
+_ENOUGH = 256 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Host memory of the forward, in bytes, for weights that are on disk, or wait in host memory for a GPU.
+
+    Attributes:
+        dispatch: who brings weights to where they compute.
+        mapped: those that are used where they lie: file pages.
+        made: those that are made at use: cast, put together from parts, turned from int8 into floats, or brought to
+            another device.
+        largest: the most that must be in a buffer at once: one such weight, one of its experts, or a block of rows.
+        buffers: bound on all buffers for them; what is more than `largest` holds what comes next, and what stays.
+        pages: bound on the file pages of `mapped` that are kept between two uses; more than `mapped` when all are.
+    """
+
+    dispatch: Dispatch = "lowmem"
+    mapped: int = 0
+    made: int = 0
+    largest: int = 0
+    buffers: int = 0
+    pages: int = 0
+
+    def to_dict(self) -> dict[str, int | str]:
+        """As plain values."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+NOT_OFFLOADED = Running()
+
+
+def lies_ready(placement: Placement) -> bool:
+    """Whether a weight on disk can be used on the CPU where it lies: a parameter that is pages of the file."""
+    if placement.device != "disk" or not placement.nbytes:
+        return False
+    if placement.residency == "write":
+        return True
+    links = placement.links
+    if not is_one(links, placement.shape, placement.dtype) or links[0].scales is not None:
+        return False
+    # torch reads a tensor only at a multiple of its element size.
+    return links[0].entry.offset % itemsize(placement.dtype) == 0
+
+
+def is_away(placement: Placement, main_device: str) -> bool:
+    """Whether a weight is elsewhere than where it computes."""
+    return placement.device == "disk" or (placement.device == "cpu" and main_device != "cpu")
+
+
+def is_made(placement: Placement, main_device: str) -> bool:
+    """Whether a weight that is elsewhere must be made, or copied, whenever it is used."""
+    if not is_away(placement, main_device) or not placement.nbytes:
+        return False
+    return main_device != "cpu" or not lies_ready(placement)
+
+
+def parts_of(placement: Placement) -> int:
+    """How many parts of a weight can be brought each for itself: experts, along its first dimension; 1 for none."""
+    shape = placement.shape
+    if len(shape) < 3 or shape[0] < 2:
+        return 1
+    step = placement.nbytes // itemsize(placement.dtype) // shape[0]
+    for link in placement.links:
+        region = link.region
+        last = region.offset + sum((n - 1) * stride for n, stride in zip(region.shape, region.strides, strict=True))
+        inside = region.offset // step == last // step
+        if not inside and not is_one(placement.links, shape):
+            return 1
+        if link.scales is not None:
+            return 1
+    return shape[0]
+
+
+def comes_by_rows(placement: Placement) -> bool:
+    """Whether some rows of a matrix can be made without the others."""
+    if len(placement.shape) != 2:
+        return False
+    row = placement.shape[1]
+    for link in placement.links:
+        region = link.region
+        if not region.dense or link.entry.strides is not None:
+            return False
+        if link.scales is not None and (region.offset % row or region.count != link.scales.shape[0] * row):
+            return False
+    return bool(placement.links)
+
+
+def plan_running(
+    placements: Sequence[Placement],
+    main_device: str,
+    dispatch: Dispatch,
+    by_rows: Callable[[], Collection[str]],
+    room: int,
+    said: bool,
+    bound_by: str,
+) -> Running:
+    """The memory of the forward.
+
+    Args:
+        placements: all of the load.
+        main_device: where weights that are elsewhere compute.
+        dispatch: who brings them there.
+        by_rows: gives the names of weights that are used by linear layers or embeddings alone, which can do with some
+            rows.
+        room: bytes that the limit leaves beside what stays in memory.
+        said: whether the user stated the limit; otherwise no more is taken than helps to be ahead.
+        bound_by: what the limit is, for the refusal.
+
+    Raises:
+        BudgetError: the largest of them does not fit.
+    """
+    if dispatch == "accelerate":
+        return Running(dispatch)
+    mapped = sum(p.nbytes for p in placements if main_device == "cpu" and lies_ready(p))
+    made = [p for p in placements if is_made(p, main_device)]
+    if not made:
+        return Running(dispatch, mapped, pages=max(0, room))
+    at_once: dict[str, int] = defaultdict(int)
+    known = by_rows()
+    for placement in made:
+        # What one module has is used at once, or nearly so.
+        at_once[placement.target.rpartition(".")[0]] += _least(placement, known)
+    worst = max(at_once, key=lambda module: at_once[module])
+    largest = at_once[worst]
+    if largest > room:
+        raise BudgetError(
+            f"running the model needs {format_size(largest)} ({largest} bytes) for the weights of {worst!r} beside "
+            f"what stays in memory, and {bound_by} leaves {format_size(max(0, room))}: they are made at each use. What "
+            "helps: raise ram (--ram); keep the checkpoint's own dtype, or give offload_folder= (--offload-folder), so "
+            "that they are used where they lie; or keep fewer layers in memory",
+            required=largest,
+            limit=max(0, room),
+        )
+    total = sum(p.nbytes for p in made)
+    wanted = total if said else min(total, max(2 * largest, _ENOUGH))
+    buffers = max(largest, min(wanted, room))
+    return Running(dispatch, mapped, total, largest, buffers, max(0, room - buffers))
+
+
+def _least(placement: Placement, by_rows: Collection[str]) -> int:
+    """Bytes of buffer without which it cannot be used."""
+    size = placement.nbytes // parts_of(placement)
+    if comes_by_rows(placement) and all(name in by_rows for name in placement.names):
+        return min(size, max(LEAST_BLOCK, 64 * placement.nbytes // max(1, placement.shape[0])))
+    return size
