@@ -348,7 +348,11 @@ def _room(config: Any, prompt: int, wanted: int) -> int:
     Raises:
         OptionError: the prompt leaves none.
     """
-    decoder = config.get_text_config(decoder=True)
+    try:
+        decoder = config.get_text_config(decoder=True)
+    except (AttributeError, ValueError):
+        # Several parts make text, or code beside the checkpoint does not say; then the whole's positions count, if any.
+        decoder = config
     encoder = getattr(config, "encoder", None) or config
     is_apart = bool(getattr(config, "is_encoder_decoder", False))
     limit = _positions(encoder if is_apart else decoder)

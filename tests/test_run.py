@@ -23,7 +23,7 @@ from tiny_models import change_config, model_class
 import lowmem
 from lowmem._terminal import write_text
 from lowmem.cli import main
-from lowmem.running import run_prompt
+from lowmem.running import _room, run_prompt
 
 Run = Callable[..., tuple[int, str, str]]
 PROMPT = "w10 w20 w30 w11"
@@ -237,9 +237,7 @@ def test_transformers_remarks_nothing(sample: bool, folder: Path, run: Run, recw
     transformers.logging.set_verbosity_warning()
     logging.getLogger("transformers").addHandler(remarks)
     try:
-        code, _, err = run(
-            folder, "--prompt", PROMPT, "--max-new-tokens", 6, "--json", *(["--sample"] if sample else [])
-        )
+        code, _, err = run(folder, "--prompt", PROMPT, "--max-new-tokens", 6, "--json", *argv)
     finally:
         logging.getLogger("transformers").removeHandler(remarks)
     assert (code, err) == (0, "")
@@ -261,11 +259,21 @@ def test_a_checkpoint_without_generation_config_runs(folder: Path, run: Run) -> 
     assert json.loads(run(folder, "--prompt", PROMPT, "--max-new-tokens", 8, "--json")[1])["ids"] == ids
 
 
-def test_a_stop_string_of_the_checkpoint_ends_the_text(folder: Path, run: Run) -> None:
+def test_a_stop_string_of_the_checkpoint_ends_the_text(own: Callable[..., Path], run: Run) -> None:
+    from tokenizers import Tokenizer, decoders, models
+
+    folder = own("llama")
+    letters = {chr(33 + i): i for i in range(96)}
+    made = Tokenizer(models.BPE(letters, []))
+    made.decoder = decoders.Fuse()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
     ids = expected(folder, max_new_tokens=8)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "stop_strings": [f"w{ids[3]}"]}))
-    made = json.loads(run(folder, "--prompt", PROMPT, "--max-new-tokens", 8, "--json")[1])["ids"]
-    assert made == ids[: ids.index(ids[3]) + 1]
+    stop = {"eos_token_id": 1, "stop_strings": [chr(33 + ids[3])]}
+    (folder / "generation_config.json").write_text(json.dumps(stop))
+    prompt = "".join(chr(33 + i) for i in PROMPT_IDS)
+    code, out, err = run(folder, "--prompt", prompt, "--max-new-tokens", 8, "--json")
+    assert code == 0, err
+    assert json.loads(out)["ids"] == ids[: ids.index(ids[3]) + 1]
 
 
 def test_files_subfolders_and_models_of_the_hub_bring_their_tokenizer(
@@ -293,6 +301,35 @@ def test_no_more_tokens_than_positions(folder: Path, run: Run) -> None:
     assert shown["new_tokens"] <= 4
     assert any("max_new_tokens: 4 instead of 10" in warning for warning in shown["warnings"])
     assert "warning: max_new_tokens: 4 instead of 10" in err
+
+
+@pytest.mark.parametrize(
+    ("config", "most", "behind"),
+    [
+        # (the longest prompt, how many new tokens there is room for behind it)
+        (transformers.GPT2Config(n_positions=16), 15, 1),
+        (transformers.LlamaConfig(max_position_embeddings=16), 15, 1),
+        # A decoder of its own has all positions but that of its first token.
+        (transformers.BartConfig(max_position_embeddings=16), 16, 15),
+        (
+            transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+                transformers.BertConfig(max_position_embeddings=16), transformers.GPT2Config(n_positions=8)
+            ),
+            16,
+            7,
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_positions_bound_the_prompt_and_what_comes_behind(config: Any, most: int, behind: int) -> None:
+    assert _room(config, most, 100) == behind
+    with pytest.raises(lowmem.OptionError, match=f"expected at most {most} tokens"):
+        _room(config, most + 1, 100)
+
+
+def test_relative_positions_bound_nothing() -> None:
+    for config in (transformers.T5Config(), transformers.MambaConfig()):
+        assert _room(config, 10_000, 100) == 100
 
 
 @pytest.mark.parametrize(
@@ -379,16 +416,20 @@ def test_a_tokenizer_of_another_model_is_told(own: Callable[..., Path], run: Run
 
 
 def test_code_of_a_tokenizer_runs_only_when_it_may(folder: Path, run: Run) -> None:
+    proof = folder.parent / "ran"
     (folder / "own_tokenizer.py").write_text(
-        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+        f"from transformers import PreTrainedTokenizerFast\nopen({str(proof)!r}, 'w').close()\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
     )
     path = folder / "tokenizer_config.json"
     table = json.loads(path.read_text())
     table |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own_tokenizer.Own"]}}
     path.write_text(json.dumps(table))
     argv = (folder, "--prompt", PROMPT, "--max-new-tokens", 2, "--json")
+    run(*argv)
+    assert not proof.exists()
     assert json.loads(run(*argv, "--trust-remote-code")[1])["prompt_ids"] == PROMPT_IDS
-    assert not [name for name in sys.modules if name.endswith("own_tokenizer")] or run(*argv)[0] in (0, 1)
+    assert proof.exists()
 
 
 def failing_forward(at: int, error: BaseException) -> Callable[[Any], None]:
@@ -479,7 +520,7 @@ def test_a_model_that_the_caller_makes_runs(folder: Path) -> None:
 
 
 def test_an_option_that_load_does_not_have_is_refused(folder: Path) -> None:
-    with pytest.raises(TypeError, match="dtpye.*Did you mean .dtype"):
+    with pytest.raises(TypeError, match=r"dtpye.*Did you mean .dtype"):
         run_prompt(folder, PROMPT, dtpye="float32")
 
 
