@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .planner import Progress, ProgressCallback
 
 _NO_WIDTH = 4096
+# C0 and C1 but for tabs and newlines; what joins emoji is not printable either, and steers nothing.
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @contextlib.contextmanager
@@ -75,6 +77,18 @@ def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     with output():
         print(json.dumps(value, indent=2))
+
+
+def write_text(text: str) -> None:
+    """A piece of generated text on stdout, at once; a terminal gets nothing that steers it.
+
+    Raises:
+        LowmemError, BrokenPipeError: as `output`.
+    """
+    if sys.stdout.isatty():
+        text = _STEERING.sub("\N{REPLACEMENT CHARACTER}", text)
+    with output():
+        sys.stdout.write(text)
 
 
 @contextlib.contextmanager

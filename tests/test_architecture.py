@@ -44,6 +44,7 @@ ORDER = [
     "report",
     "loader",
     "drop_in",
+    "running",
     "streaming",
     "converting_int8",
     "converter",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from .. import __version__
 from .._terminal import give_up, mend_streams, output, say
 from ..errors import LowmemError, OptionError
-from . import converting, loading, measuring
+from . import converting, loading, measuring, running
 from .parser import EPILOG, FAILED, INTERRUPTED, MISUSED, Parser
 
 
@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     loading.add_diff(verbs)
     loading.add_plan(verbs)
     loading.add_load(verbs)
+    running.add_run(verbs)
     converting.add_convert(verbs)
     converting.add_check(verbs)
     measuring.add_measure(verbs)
