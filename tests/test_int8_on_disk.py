@@ -26,7 +26,8 @@ from lowmem.checkpoint import inspect
 from lowmem.int8 import Int8Linear, quantise, work_size
 from lowmem.mapping import Link
 from lowmem.mapping.records import whole
-from lowmem.offload import MappedWeights, dispatch
+from lowmem.offload import MappedWeights
+from lowmem.offload import dispatch_by_hooks as dispatch
 from lowmem.planner import Placement
 from lowmem.sizes import MIB
 

@@ -262,7 +262,7 @@ def _running(draft: Draft, placements: Sequence[Placement], main_device: str, ho
         limits = draft.request.max_memory or {}
         room = limits.get(main_device, device_memory().get(main_device, sys.maxsize))
         room -= sum(p.nbytes for p in placements if p.device == main_device)
-        said, name = main_device in limits, f"the memory of {main_device}"
+        said, name = main_device in limits, ""
     dispatch, model = draft.request.dispatch, draft.skeleton.model
     return plan_running(placements, main_device, dispatch, lambda: used_by_rows(model), room, said, name)
 

@@ -124,7 +124,8 @@ def plan_running(
             rows.
         room: bytes that the limit leaves beside what stays in memory.
         said: whether the user stated the limit; otherwise no more is taken than helps to be ahead.
-        bound_by: what the limit is, for the refusal.
+        bound_by: what the limit is, for the refusal; empty where it is one of weights that stay, as `max_memory` of an
+            accelerator is, beside which the largest has its place in any case.
 
     Raises:
         BudgetError: the largest of them does not fit.
@@ -142,7 +143,7 @@ def plan_running(
         at_once[placement.target.rpartition(".")[0]] += _least(placement, known)
     worst = max(at_once, key=lambda module: at_once[module])
     largest = at_once[worst]
-    if largest > room:
+    if largest > room and bound_by:
         raise BudgetError(
             f"running the model needs {format_size(largest)} ({largest} bytes) for the weights of {worst!r} beside "
             f"what stays in memory, and {bound_by} leaves {format_size(max(0, room))}: they are made at each use. What "
