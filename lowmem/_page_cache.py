@@ -136,11 +136,11 @@ def _count_cached(fd: int, size: int) -> int | None:
     None where it cannot be asked. A zero means nothing: overlayfs gives it for every file, whose pages it keeps under
     another (linux-mm, "cachestat() reports all zeroes for them"); mincore(2) knows.
     """
-    libc = _libc()
-    if libc is None or not hasattr(libc, "syscall"):
+    system = libc()
+    if system is None or not hasattr(system, "syscall"):
         return None
     span, stat = _Range(0, size), _Stat()
-    if libc.syscall(_CACHESTAT, fd, ctypes.byref(span), ctypes.byref(stat), 0):
+    if system.syscall(_CACHESTAT, fd, ctypes.byref(span), ctypes.byref(stat), 0):
         return None
     cached: int = stat.cache
     return cached
@@ -148,8 +148,8 @@ def _count_cached(fd: int, size: int) -> int | None:
 
 def _each_cached(fd: int, size: int, count: int) -> npt.NDArray[np.bool_] | None:
     """Page by page, by mincore(2); None where it cannot be asked. Others' files it calls cached altogether."""
-    libc = _libc()
-    if libc is None or not hasattr(libc, "mincore") or not size:
+    system = libc()
+    if system is None or not hasattr(system, "mincore") or not size:
         return None
     try:
         view = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
@@ -158,7 +158,7 @@ def _each_cached(fd: int, size: int, count: int) -> npt.NDArray[np.bool_] | None
     found = np.zeros(count, dtype=np.uint8)
     try:
         address = np.frombuffer(view, dtype=np.uint8).ctypes.data
-        if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_void_p(found.ctypes.data)):
+        if system.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_void_p(found.ctypes.data)):
             return None
     finally:
         view.close()
@@ -166,5 +166,6 @@ def _each_cached(fd: int, size: int, count: int) -> npt.NDArray[np.bool_] | None
 
 
 @functools.cache
-def _libc() -> Any:
+def libc() -> Any:
+    """The C library of Linux, or None elsewhere. Its calls leave their error in `ctypes.get_errno()`."""
     return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
