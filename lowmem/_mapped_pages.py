@@ -102,7 +102,8 @@ def let_go(address: int, nbytes: int) -> bool:
     again when they are used.
 
     Nothing is done if any of them was written to, since what was written would be lost (MADV_DONTNEED). Nobody may
-    write to them meanwhile.
+    write to them meanwhile. Where the kernel mapped 2 MiB at once, the rest of those leaves too, and comes back from
+    the page cache when it is used.
 
     Args:
         address: within a mapping. Rounded inward to whole pages, so that neighbours keep theirs.

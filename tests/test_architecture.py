@@ -25,6 +25,7 @@ ORDER = [
     "_collector",
     "_mounts",
     "_page_cache",
+    "_mapped_pages",
     "_patterns",
     "_records",
     "_strides",

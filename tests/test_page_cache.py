@@ -159,7 +159,7 @@ def test_a_file_that_cannot_be_opened_counts_as_there(tmp_path: Path) -> None:
 
 
 def test_where_the_system_cannot_say_everything_counts_as_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_cache, "_libc", lambda: None)
+    monkeypatch.setattr(page_cache, "libc", lambda: None)
     drop(file)
     assert look_at(file).everything
 

@@ -36,10 +36,11 @@ def linear_in_blocks(
 ) -> torch.Tensor:
     """`torch.nn.functional.linear(x, weight, bias)` of a weight that is never whole.
 
-    On the CPU one row of `x` (a token) gives the same bits as the whole weight does, in fp32 and the halves, if
-    `out_features` is a multiple of 16 and the buffer holds 16 rows. More rows mostly do in fp32 and fp16; in bf16 a
-    processor with AMX sums in another order from 33 rows on. The difference is one of rounding: at most 2**-7 (bf16),
-    2**-10 (fp16), 2**-20 (fp32) of the largest result.
+    On the CPU one row of `x` (a token) gives the bits of the whole weight in fp32 and the halves, if `out_features` and
+    the blocks are multiples of 16 times the number of torch's threads. Several rows mostly do; those of bf16 do not on
+    a processor with AMX from 33 rows on, where it sums in another order. The difference is one of rounding: at most
+    2**-7 (bf16), 2**-10 (fp16), 2**-20 (fp32) of the largest result, or of the largest sum of magnitudes where
+    the results cancel out. Larger blocks differ less often.
 
     Args:
         x: [..., in_features].
