@@ -24,8 +24,11 @@ PROMPT = 16
 
 def serve(connection: Connection, load: Load, order: Order) -> None:
     """Load, then answer (what, argument) with a dict until the other end is closed."""
-    # What libraries print must not mix with the table.
-    os.dup2(2, 1)
+    # What libraries print, bars among it, would hide the bench's own lines; errors go through the connection.
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
+    os.close(nothing)
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
             started = time.perf_counter()

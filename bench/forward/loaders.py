@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +79,10 @@ def _accelerate(order: Order) -> nn.Module:
 
 
 def _accelerate_dat(order: Order) -> nn.Module:
-    """`accelerate.load_checkpoint_and_dispatch`, which copies what is on disk into a `.dat` file for each tensor."""
+    """`accelerate.load_checkpoint_and_dispatch`, which copies what is on disk into a `.dat` file for each tensor.
+
+    In its two steps, because of tied weights: it writes one name of them and asks for both.
+    """
     import accelerate
     import torch
     import transformers
@@ -90,14 +95,22 @@ def _accelerate_dat(order: Order) -> nn.Module:
         model: nn.Module = transformers_class(order.source)._from_config(config, dtype=dtype)
     tie(model)
     files = sorted(order.source.glob("*.safetensors"))
-    loaded: nn.Module = accelerate.load_checkpoint_and_dispatch(
-        model,
-        str(order.source if len(files) > 1 else files[0]),
-        device_map=_with_two_devices(device_map(order.source, order.on_disk)),
-        offload_folder=str(order.folder),
-        dtype=dtype,
-    )
-    return loaded.eval()
+    placed = _with_two_devices(device_map(order.source, order.on_disk))
+    target, folder = str(order.source if len(files) > 1 else files[0]), str(order.folder)
+    accelerate.load_checkpoint_in_model(model, target, device_map=placed, offload_folder=folder, dtype=dtype)
+    tie(model)
+    _name_tied(order.folder)
+    dispatched: nn.Module = accelerate.dispatch_model(model, device_map=placed, offload_dir=folder)
+    return dispatched.eval()
+
+
+def _name_tied(folder: Path) -> None:
+    """Give the head in an offload folder of accelerate the file of the embedding, where only that one is there."""
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if embedding in index and head not in index:
+        os.link(folder / f"{embedding}.dat", folder / f"{head}.dat")
+        (folder / "index.json").write_text(json.dumps({**index, head: index[embedding]}), encoding="utf-8")
 
 
 def _with_two_devices(placed: dict[str, str]) -> dict[str, str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
-from typing import Any
 
 import accelerate
 import safetensors.torch
@@ -17,11 +15,6 @@ import lowmem.loader
 
 IMPORTED = (accelerate, safetensors.torch, transformers, bench.forward.child, lowmem.loader)
 
-# Their bars and warnings would hide the bench's own lines. Untyped, as its functions are.
-quiet: Any = transformers.logging
-quiet.set_verbosity_error()
-quiet.disable_progress_bar()
-logging.getLogger("accelerate").setLevel(logging.ERROR)
 gc.collect()
 # Collections would walk past what the imports left, and write to pages that all children share.
 gc.freeze()
