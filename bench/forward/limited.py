@@ -47,7 +47,7 @@ def run_limited(
     """
     files = sorted(source.glob("*.safetensors"))
     kind = cgroup_kind()
-    free = _generate(source, "loaded", None, 0, tokens, work, seconds)
+    free = generate(source, "loaded", None, 0, tokens, work, seconds)
     free = {**free, "loader": "no limit, in memory"}
     tell(f"limit, {free['loader']}: {free['status']} {free['reason']}")
     yield free
@@ -63,7 +63,7 @@ def run_limited(
         elif stayed:
             row |= {"status": "not cold", "reason": f"{stayed} pages of the files stayed in the page cache"}
         else:
-            row |= _generate(source, "lowmem", kind, limit, tokens, work, seconds)
+            row |= generate(source, "lowmem", kind, limit, tokens, work, seconds)
         tell(f"limit, {row['loader']}: {row['status']} {row['reason']}")
         yield check_tokens(row, free)
 
@@ -75,7 +75,7 @@ def check_tokens(row: Row, free: Row) -> Row:
     return row
 
 
-def _generate(
+def generate(
     source: Path, loader: str, kind: str | None, limit: int, tokens: int, work: Path, seconds: float
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=work) as folder:
