@@ -33,6 +33,14 @@ from lowmem.synthetic import llama_recipe, write_checkpoint
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the bench reads Linux's /proc")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_a_child() -> Iterator[None]:
+    """Tiny tensors: threads that wait for each other cost more than they compute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of checkpoints in which the quick ones are tiny, so that the bench takes them for written."""
