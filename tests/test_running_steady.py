@@ -99,9 +99,7 @@ def test_two_hundred_forwards_leave_what_twenty_left(case: str, narrow: bool, sa
     options = {**options, "device_map": "disk"}
     if narrow:
         options["ram"] = least_ram(source, **options)
-    first, *later = server("transformers.models.qwen3_moe.modeling_qwen3_moe").run(
-        _STEADY, source=str(source), options=options, below=str(source)
-    )
+    first, *later = server().run(_STEADY, source=str(source), options=options, below=str(source))
     for found in later:
         assert found["anonymous"] <= first["anonymous"] + 512 * KIB, (first, found)
         for name in ("handles", "threads", "mappings", "tensors"):
@@ -347,21 +345,31 @@ def test_as_stored_it_is_mapped_and_needs_no_blocks(sources: Callable[..., Path]
     assert found["equal"]
 
 
-class Scaled(nn.Module):
-    """A large weight that is no layer's."""
+class Product(nn.Module):
+    """As a linear layer, but lowmem does not know it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4096, 4096))
+        self.bias = nn.Parameter(torch.empty(4096))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Unknown(nn.Module):
+    """A large weight of a layer of one's own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(64, 4096)
-        self.big = nn.Module()
-        self.big.weight = nn.Parameter(torch.empty(4096, 4096))
-        self.big.bias = nn.Parameter(torch.empty(4096))
+        self.big = Product()
         self.last = nn.Linear(4096, 64)
 
 
 def test_another_weight_that_is_larger_than_ram_is_refused_by_its_name(sources: Callable[..., Path]) -> None:
     """Before a byte is read; with as much as the refusal says it is accepted."""
-    options: dict[str, Any] = {"model": Scaled, "dtype": "float32", "device_map": "disk"}
+    options: dict[str, Any] = {"model": Unknown, "dtype": "float32", "device_map": "disk"}
     for call in (lowmem.plan, lowmem.load):
         with pytest.raises(BudgetError, match=r"big\.weight") as caught:
             call(sources("wide"), ram=24 * MIB, **options)
@@ -404,8 +412,6 @@ def test_of_experts_only_those_that_are_hit_are_brought(experts: str, layout: st
     model = transformers.Qwen3MoeForCausalLM(config).bfloat16()
     model.save_pretrained(tmp_path, save_original_format=layout == "separate")
     del model
-    peak, equal = server("transformers.models.qwen3_moe.modeling_qwen3_moe").run(
-        _EXPERTS, source=str(tmp_path), experts=experts
-    )
+    peak, equal = server().run(_EXPERTS, source=str(tmp_path), experts=experts)
     assert equal
     assert peak < 48 * MIB
