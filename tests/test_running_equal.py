@@ -570,9 +570,10 @@ def test_weights_say_what_they_are(where: str, dtype: str, stored: Folder) -> No
     assert list(found) == list(expected)
     for name, parameter in found.items():
         assert isinstance(parameter, nn.Parameter), name
-        for attribute in ("shape", "dtype", "device", "nbytes", "is_meta"):
+        for attribute in ("shape", "dtype", "device", "nbytes", "is_meta", "is_leaf", "requires_grad"):
             assert getattr(parameter, attribute) == getattr(expected[name], attribute), (name, attribute)
         assert parameter.stride() == expected[name].stride(), name
+        assert parameter.is_contiguous(), name
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     assert (ours.dtype, ours.device) == (other.dtype, other.device)
     assert ours.num_parameters() == other.num_parameters()

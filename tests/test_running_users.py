@@ -215,6 +215,17 @@ def test_a_layer_can_be_exchanged(dtype: str, file: Path) -> None:
     check_same(ours, other, dtype)
 
 
+@use
+@anywhere
+def test_a_functional_call_with_other_weights_computes_with_those(dtype: str, where: str, file: Path) -> None:
+    ours, other = load(file, dtype, where), loaded(file, dtype)
+    weights = {name: tensor.detach() * 3 for name, tensor in other.named_parameters()}
+    with torch.no_grad():
+        found, expected = (torch.func.functional_call(model, weights, batch(dtype)) for model in (ours, other))
+    assert torch.equal(found, expected)
+    check_same(ours, other, dtype)
+
+
 # -- the state dict
 
 
@@ -653,12 +664,12 @@ def test_release_ends_threads_and_mappings_now(
 ) -> None:
     ours, other = load(file, dtype, where), loaded(file, dtype)
     check_same(ours, other, dtype)
+    lowmem.release(ours)
+    assert threads_of_lowmem() == []
     if where == "all":
-        lowmem.release(ours)
         check_nothing_is_left(file.parent, threads)
     else:
-        # What lies in memory is mapped from the same file, and stays.
-        lowmem.release(ours)
+        # What lies in memory may be mapped from the same file, and stays.
         assert torch.equal(ours.layers[1](batch(dtype)), other.layers[1](batch(dtype)))
     for _ in range(2):
         with pytest.raises(LowmemError, match="released"):
