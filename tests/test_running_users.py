@@ -309,7 +309,9 @@ def test_save_pretrained_saves_what_a_loaded_model_saves(kind: str, where: str, 
     new_model(kind).save_pretrained(source)
     other = theirs(source, dtype=dtype)
     other.save_pretrained(tmp_path / "expected")
-    model = lowmem.load(source, dtype=dtype, device_map=LLAMAS[where]).model
+    # A tie between memory and disk is another matter.
+    device_map = {"": "disk", "model.layers.1": "cpu"} if where == "half" else LLAMAS[where]
+    model = lowmem.load(source, dtype=dtype, device_map=device_map).model
     model.save_pretrained(out, max_shard_size="20KB")
     assert_same_files(out, tmp_path / "expected")
     model.save_pretrained(source)
@@ -318,7 +320,7 @@ def test_save_pretrained_saves_what_a_loaded_model_saves(kind: str, where: str, 
     assert same(outputs_of(model), expected)
     del model
     gc.collect()
-    assert same(outputs_of(lowmem.load(source, device_map=LLAMAS[where]).model), expected)
+    assert same(outputs_of(lowmem.load(source, device_map=device_map).model), expected)
 
 
 # -- changes
