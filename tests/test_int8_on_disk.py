@@ -26,7 +26,7 @@ from lowmem.int8 import Int8Linear, quantise, work_size
 from lowmem.mapping import Link
 from lowmem.mapping.records import whole
 from lowmem.offload import MappedWeights, hooks
-from lowmem.offload import dispatch_by_hooks as dispatch
+from lowmem.offload.hooks import dispatch_by_hooks as dispatch
 from lowmem.planner import Placement
 from lowmem.sizes import MIB
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -577,4 +576,5 @@ def test_weights_say_what_they_are(where: str, dtype: str, stored: Folder) -> No
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     assert (ours.dtype, ours.device) == (other.dtype, other.device)
     assert ours.num_parameters() == other.num_parameters()
-    assert json.dumps(ours.hf_device_map) == json.dumps(map_of("llama-tied", where))
+    # What reads it would take the model for one with hooks, whose weights are not there.
+    assert not hasattr(ours, "hf_device_map")

@@ -6,7 +6,6 @@ import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,22 +18,14 @@ from ..planner import LoadPlan, Placement
 from ..planner.running import lies_ready, parts_of
 from .bringing import Weight
 from .files import Files, as_lying, away, entry_of
+from .hooks import dispatch_by_hooks, settle_on_one_device
 from .places import HostPlace
 from .refusals import refuse_moves, take_back_refusals
 from .runtime import Runtime, Unit
 from .weights import MappedParameter, OffloadedParameter, ReleasedWeight, refuse_gradient
 
-
-@dataclass(eq=False)
-class _Attached:
-    """What is at a model: its runtime, and the names of parameters that are pages of files."""
-
-    source: str
-    runtime: Runtime | None
-    mapped: tuple[str, ...] = field(repr=False)
-
-
-_attached: weakref.WeakKeyDictionary[nn.Module, _Attached] = weakref.WeakKeyDictionary()
+# Every model that was loaded, and what brings its weights, if any are elsewhere.
+_loaded: weakref.WeakKeyDictionary[nn.Module, Runtime | None] = weakref.WeakKeyDictionary()
 
 
 class Observer:
@@ -119,13 +110,16 @@ def _install(model: nn.Module, placement: Placement, make: Callable[[bool], torc
 
 
 def attach(model: nn.Module, plan: LoadPlan, rules: Rules, runtime: Runtime | None) -> None:
-    """Last of all: observe the forward, refuse what cannot be done, and bring inputs to several accelerators."""
-    mapped = tuple(p.target for p in plan.placements if p.residency == "map")
-    if runtime is not None or mapped:
-        _attached[model] = _Attached(plan.checkpoint.source, runtime, mapped)
-    if runtime is None:
-        from .hooks import settle_on_one_device
+    """Last of all: observe the forward, refuse what cannot be done, and bring inputs to several accelerators.
 
+    A model that computes on the CPU gets no `hf_device_map`: every weight is there whenever it is used, and libraries
+    that read the map take it for one with accelerate's hooks (pipelines compute on the device of its first entry).
+    """
+    _loaded[model] = runtime
+    if plan.running.dispatch == "accelerate":
+        dispatch_by_hooks(model, plan, rules)
+        return
+    if runtime is None:
         settle_on_one_device(model, plan)
         return
     _observe(model, plan, runtime)
@@ -134,8 +128,6 @@ def attach(model: nn.Module, plan: LoadPlan, rules: Rules, runtime: Runtime | No
             hooked: Any = parameter
             hooked.register_hook(functools.partial(_refuse_gradient, name))
     refuse_moves(model)
-    # As accelerate says it; transformers and others look for it.
-    model.hf_device_map = dict(plan.device_map)  # type: ignore[assignment]
 
 
 def _refuse_gradient(name: str, gradient: torch.Tensor) -> None:
@@ -145,7 +137,7 @@ def _refuse_gradient(name: str, gradient: torch.Tensor) -> None:
 def _on_disk(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in walk(model):
         for leaf, parameter in module._parameters.items():
-            if isinstance(parameter, (MappedParameter, OffloadedParameter)):
+            if parameter is not None and _is_away(parameter):
                 yield prefix + leaf, parameter
 
 
@@ -177,49 +169,42 @@ def _use(runtime: Runtime, unit: Unit) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """End what a loaded model holds: the threads that read ahead, and the mappings of its files.
+    """End what a loaded model holds of the disk: the threads that read ahead, and the mappings of weights on disk.
 
-    Its weights that lie in files are gone then, in memory or not: the model cannot be run any more, and another
-    checkpoint can be loaded into it. Memory of weights that were read into it is the model's and ends with it. A model
-    that is dropped releases itself.
+    These weights are gone then: the model cannot be run any more, and another checkpoint can be loaded into it. What is
+    in memory stays, mapped or copied. A model that is dropped releases itself.
 
     Args:
         model: what `load` gave; not a part of it. A second time does nothing.
 
     Raises:
-        OptionError: not a module, or not one that `load` gave.
+        OptionError: not a model that `load` gave.
     """
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"model: expected a module that lowmem loaded, found {type(model).__name__}")
-    attached = _attached.get(model)
-    if attached is None:
+    if not isinstance(model, nn.Module) or model not in _loaded:
         raise OptionError(
-            f"model: expected a model that lowmem.load gave, with weights that lie in files; found "
-            f"{type(model).__name__} without any"
+            f"release: expected a model that lowmem loaded, found {type(model).__name__} that it did not; give the "
+            "model itself, and not a part of it"
         )
-    if attached.runtime is not None:
-        attached.runtime.close()
+    runtime = _loaded[model]
+    if runtime is None:
+        return
+    runtime.close()
     take_back_refusals(model)
-    mapped = set(attached.mapped)
-    attached.mapped = ()
     for prefix, module in walk(model):
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, Observer):
                 del module._forward_pre_hooks[key]
         for leaf, parameter in module._parameters.items():
-            name = prefix + leaf
-            if parameter is None:
-                continue
-            in_file = isinstance(parameter, (MappedParameter, OffloadedParameter)) or _is_int8_page(parameter)
-            if in_file or name in mapped:
-                module._parameters[leaf] = _released(name, parameter, attached.source)
+            if parameter is not None and (_is_away(parameter) or _is_int8_page(parameter)):
+                module._parameters[leaf] = _released(prefix + leaf, parameter, runtime.source)
                 state: Any = module.__dict__.get("state")
                 if hasattr(state, "reset_grads"):
                     # bitsandbytes keeps the weight there too.
                     state.CB = state.SCB = None
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and prefix + leaf in mapped:
-                module._buffers[leaf] = buffer.to("meta")
+
+
+def _is_away(parameter: torch.Tensor) -> bool:
+    return isinstance(parameter, (MappedParameter, OffloadedParameter))
 
 
 def _is_int8_page(parameter: torch.Tensor) -> bool:

@@ -35,7 +35,7 @@ from .placing import (
     to_initialise,
 )
 from .records import DevicePlan, Group, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
-from .running import Running, plan_running
+from .running import Running, is_made, needed_at_once, plan_running
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
 _OVERHEAD = 4 * MIB
@@ -189,10 +189,15 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
     bare = _host(draft, placements, groups, Staging(1, 0))
     staging = budget.fit_staging(bound.room - bare.peak, draft.request.staging, need)
     host = _host(draft, placements, groups, staging)
-    if host.peak > bound.room:
-        needed, allowed = host.peak + bound.extra, bound.room + bound.extra
-        budget.refuse(needed, allowed, bound.name, _remedies(draft, placements, bound), _what(groups))
-    running = _running(draft, placements, devices.main_device, host, bound)
+    model, main_device = draft.skeleton.model, devices.main_device
+    largest, module = needed_at_once(placements, main_device, draft.request.dispatch, lambda: used_by_rows(model))
+    stays = host.resident + host.overhead
+    peak = max(host.peak, stays + largest if main_device == "cpu" else 0)
+    if peak > bound.room:
+        what = _what(groups) if peak == host.peak else _at_each_use(largest, module)
+        remedies = _remedies(draft, placements, bound)
+        budget.refuse(peak + bound.extra, bound.room + bound.extra, bound.name, remedies, what)
+    running = _running(draft, placements, main_device, largest, bound.room - stays)
     reading, about_reading = _read_how(draft, placements, need.in_place)
     plan = LoadPlan(
         checkpoint=draft.checkpoint,
@@ -203,7 +208,7 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
         staging=staging,
         devices=_devices(placements, staging, host),
         host=host,
-        main_device=devices.main_device,
+        main_device=main_device,
         no_split=draft.no_split,
         warnings=(*draft.warnings, *warnings, *about_reading),
         reading=reading,
@@ -252,19 +257,20 @@ def _offload(
     return plan_offload(draft.checkpoint, placements, folder, groups, maker_of(draft.skeleton) if groups else "")
 
 
-def _running(draft: Draft, placements: Sequence[Placement], main_device: str, host: HostPlan, bound: _Bound) -> Running:
-    """What is left for the forward when the load is done."""
-    room = bound.room - host.resident - host.overhead
+def _running(draft: Draft, placements: Sequence[Placement], main_device: str, largest: int, room: int) -> Running:
+    """What is left for the forward when the load is done: of the host, `room`."""
     said = draft.request.ram is not None
-    name = bound.name
     if main_device != "cpu":
         # Where weights are brought to a device, that is where their buffers are.
         limits = draft.request.max_memory or {}
         room = limits.get(main_device, device_memory().get(main_device, sys.maxsize))
         room -= sum(p.nbytes for p in placements if p.device == main_device)
-        said, name = main_device in limits, ""
-    dispatch, model = draft.request.dispatch, draft.skeleton.model
-    return plan_running(placements, main_device, dispatch, lambda: used_by_rows(model), room, said, name)
+        said = main_device in limits
+    return plan_running(placements, main_device, draft.request.dispatch, largest, room, said)
+
+
+def _at_each_use(largest: int, module: str) -> str:
+    return f"forward ({format_size(largest)} of it for the weights of {module!r}, which are made at each use)"
 
 
 def _what(groups: Sequence[Group]) -> str:
@@ -391,6 +397,8 @@ def _remedies(draft: Draft, placements: Sequence[Placement], bound: _Bound) -> l
     remedies = []
     if floats:
         remedies.append(f"leave int8 as it is (without dequantize, --dequantize: {format_size(floats)} less)")
+    if any(is_made(p, "cpu") for p in placements) and draft.request.dispatch == "lowmem":
+        remedies.append("give offload_folder= (--offload-folder), so that weights on disk are used where they lie")
     if cast:
         remedies.append(f"keep the checkpoint's own dtype (dtype='auto', --dtype auto: {format_size(cast)} less)")
     if plain and draft.request.residency == "copy":

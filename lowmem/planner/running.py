@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..dtypes import itemsize
-from ..errors import BudgetError
-from ..sizes import MIB, format_size
+from ..sizes import MIB
 from .moves import Placement, is_one
 
 Dispatch = Literal["lowmem", "accelerate"]
@@ -105,16 +104,10 @@ def comes_by_rows(placement: Placement) -> bool:
     return bool(placement.links)
 
 
-def plan_running(
-    placements: Sequence[Placement],
-    main_device: str,
-    dispatch: Dispatch,
-    by_rows: Callable[[], Collection[str]],
-    room: int,
-    said: bool,
-    bound_by: str,
-) -> Running:
-    """The memory of the forward.
+def needed_at_once(
+    placements: Sequence[Placement], main_device: str, dispatch: Dispatch, by_rows: Callable[[], Collection[str]]
+) -> tuple[int, str]:
+    """Bytes of buffers without which the model cannot run, and the module that needs them; 0 where nothing is made.
 
     Args:
         placements: all of the load.
@@ -122,40 +115,39 @@ def plan_running(
         dispatch: who brings them there.
         by_rows: gives the names of weights that are used by linear layers or embeddings alone, which can do with some
             rows.
-        room: bytes that the limit leaves beside what stays in memory.
-        said: whether the user stated the limit; otherwise no more is taken than helps to be ahead.
-        bound_by: what the limit is, for the refusal; empty where it is one of weights that stay, as `max_memory` of an
-            accelerator is, beside which the largest has its place in any case.
-
-    Raises:
-        BudgetError: the largest of them does not fit.
     """
-    if dispatch == "accelerate":
-        return Running(dispatch)
-    mapped = sum(p.nbytes for p in placements if main_device == "cpu" and lies_ready(p))
-    made = [p for p in placements if is_made(p, main_device)]
+    made = [p for p in placements if is_made(p, main_device)] if dispatch == "lowmem" else []
     if not made:
-        return Running(dispatch, mapped, pages=max(0, room))
+        return 0, ""
     at_once: dict[str, int] = defaultdict(int)
     known = by_rows()
     for placement in made:
         # What one module has is used at once, or nearly so.
         at_once[placement.target.rpartition(".")[0]] += _least(placement, known)
     worst = max(at_once, key=lambda module: at_once[module])
-    largest = at_once[worst]
-    if largest > room and bound_by:
-        raise BudgetError(
-            f"running the model needs {format_size(largest)} ({largest} bytes) for the weights of {worst!r} beside "
-            f"what stays in memory, and {bound_by} leaves {format_size(max(0, room))}: they are made at each use. What "
-            "helps: raise ram (--ram); keep the checkpoint's own dtype, or give offload_folder= (--offload-folder), so "
-            "that they are used where they lie; or keep fewer layers in memory",
-            required=largest,
-            limit=max(0, room),
-        )
-    total = sum(p.nbytes for p in made)
-    wanted = total if said else min(total, max(2 * largest, _ENOUGH))
+    return at_once[worst], worst
+
+
+def plan_running(
+    placements: Sequence[Placement], main_device: str, dispatch: Dispatch, largest: int, room: int, said: bool
+) -> Running:
+    """The memory of the forward.
+
+    Args:
+        placements: all of the load.
+        main_device: where weights that are elsewhere compute.
+        dispatch: who brings them there.
+        largest: bytes that `needed_at_once` says; they have their place where `room`, a bound of what stays, is less.
+        room: bytes that the limit leaves beside what stays in memory.
+        said: whether the user stated the limit; otherwise no more is taken than helps to be ahead.
+    """
+    if dispatch == "accelerate":
+        return Running(dispatch)
+    mapped = sum(p.nbytes for p in placements if main_device == "cpu" and lies_ready(p))
+    made = sum(p.nbytes for p in placements if is_made(p, main_device))
+    wanted = made if said else min(made, max(2 * largest, _ENOUGH))
     buffers = max(largest, min(wanted, room))
-    return Running(dispatch, mapped, total, largest, buffers, max(0, room - buffers))
+    return Running(dispatch, mapped, made, largest, buffers, max(0, room - buffers))
 
 
 def _least(placement: Placement, by_rows: Collection[str]) -> int:
