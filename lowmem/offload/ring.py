@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from .._strides import row_major
+
 Kind = Literal["passing", "part", "kept"]
 
 
@@ -67,7 +69,7 @@ class Ring:
         self._allocate = allocate
         self._stamp = stamp
         self._entries: dict[Hashable, Entry] = {}
-        self._free: dict[int, list[tuple[torch.Tensor, Any]]] = {}
+        self._free: dict[int, list[tuple[torch.UntypedStorage, Any]]] = {}
 
     def find(self, key: Hashable) -> Entry | None:
         """What is there under this key, ready or being made."""
@@ -99,20 +101,22 @@ class Ring:
         """
         nbytes = dtype.itemsize * torch.Size(shape).numel()
         keeps = self._kept + nbytes <= self._most_kept
-        found = self._reuse(nbytes) if nbytes else (self._allocate(0), None)
+        found = self._reuse(nbytes) if nbytes else (self._allocate(0).untyped_storage(), None)
         if found is None:
             if not self._make_room(nbytes, needed, is_part) and not needed:
                 return None
             found = self._reuse(nbytes)
         if found is None:
-            found = self._allocate(nbytes), None
+            found = self._allocate(nbytes).untyped_storage(), None
             self.held += nbytes
-        buffer, ready_at = found
+        storage, ready_at = found
         kind: Kind = "part" if is_part else "kept" if keeps else "passing"
         if kind != "passing":
             self._kept += nbytes
-        entry = Entry(buffer.view(dtype).view(shape), nbytes, kind)
-        del buffer, found
+        # Not a view of another tensor, which would hold the memory as well.
+        tensor = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, 0, shape, row_major(shape))
+        del storage, found
+        entry = Entry(tensor, nbytes, kind)
         self._entries[key] = entry
         return entry, ready_at
 
@@ -129,7 +133,7 @@ class Ring:
         self._free.clear()
         self.held = self._kept = 0
 
-    def _reuse(self, nbytes: int) -> tuple[torch.Tensor, Any] | None:
+    def _reuse(self, nbytes: int) -> tuple[torch.UntypedStorage, Any] | None:
         """A buffer of just this size: free, or of what has passed."""
         free = self._free.get(nbytes)
         if free:
@@ -137,7 +141,7 @@ class Ring:
         for key, entry in self._entries.items():
             if entry.nbytes == nbytes and entry.kind == "passing" and self._is_over(entry):
                 del self._entries[key]
-                return _flat(entry), self._stamp(entry.user)
+                return entry.tensor.untyped_storage(), self._stamp(entry.user)
         return None
 
     def _make_room(self, nbytes: int, needed: bool, is_part: bool) -> bool:
@@ -153,7 +157,7 @@ class Ring:
                 break
             entry = self._entries.pop(key)
             self._account(entry)
-            self._free.setdefault(entry.nbytes, []).append((_flat(entry), self._stamp(entry.user)))
+            self._free.setdefault(entry.nbytes, []).append((entry.tensor.untyped_storage(), self._stamp(entry.user)))
             if entry.nbytes == nbytes:
                 return True
             self._free[entry.nbytes].pop()
@@ -183,11 +187,6 @@ class Ring:
     def _account(self, entry: Entry) -> None:
         if entry.kind != "passing":
             self._kept -= entry.nbytes
-
-
-def _flat(entry: Entry) -> torch.Tensor:
-    """The buffer of an entry that is no longer one."""
-    return entry.tensor.view(-1).view(torch.uint8)
 
 
 def _holders(tensor: torch.Tensor) -> int:

@@ -190,11 +190,11 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
     staging = budget.fit_staging(bound.room - bare.peak, draft.request.staging, need)
     host = _host(draft, placements, groups, staging)
     model, main_device = draft.skeleton.model, devices.main_device
-    largest, module = needed_at_once(placements, main_device, draft.request.dispatch, lambda: used_by_rows(model))
+    largest, widest = needed_at_once(placements, main_device, draft.request.dispatch, lambda: used_by_rows(model))
     stays = host.resident + host.overhead
     peak = max(host.peak, stays + largest if main_device == "cpu" else 0)
     if peak > bound.room:
-        what = _what(groups) if peak == host.peak else _at_each_use(largest, module)
+        what = _what(groups) if peak == host.peak else _at_each_use(largest, widest)
         remedies = _remedies(draft, placements, bound)
         budget.refuse(peak + bound.extra, bound.room + bound.extra, bound.name, remedies, what)
     running = _running(draft, placements, main_device, largest, bound.room - stays)
@@ -269,8 +269,8 @@ def _running(draft: Draft, placements: Sequence[Placement], main_device: str, la
     return plan_running(placements, main_device, draft.request.dispatch, largest, room, said)
 
 
-def _at_each_use(largest: int, module: str) -> str:
-    return f"forward ({format_size(largest)} of it for the weights of {module!r}, which are made at each use)"
+def _at_each_use(largest: int, name: str) -> str:
+    return f"forward ({format_size(largest)} of it for {name!r} and what its module uses with it, made at each use)"
 
 
 def _what(groups: Sequence[Group]) -> str:
