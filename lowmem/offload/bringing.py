@@ -26,6 +26,8 @@ class Weight:
         runtime: holds it for as long as it is used, and sees that it is there before.
     """
 
+    is_scratch = False
+
     def __init__(self, placement: Placement, view: View, runtime: Runtime) -> None:
         self.name = placement.target
         self.shape = placement.shape
@@ -150,6 +152,8 @@ class Weight:
 class Part:
     """`weight[index]`: as a weight by itself."""
 
+    is_scratch = False
+
     def __init__(self, weight: Weight, index: int) -> None:
         self.name = f"{weight.name}[{index}]"
         self.shape = weight.shape[1:]
@@ -176,7 +180,7 @@ class Part:
 class RowsOf:
     """Some rows of a weight."""
 
-    by_rows = False
+    by_rows = is_scratch = False
 
     def __init__(self, weight: Weight, begin: int, end: int) -> None:
         self.shape: tuple[int, ...] = (end - begin, weight.shape[1])
@@ -196,6 +200,7 @@ class Block:
     """Room for rows of what is too large for one buffer."""
 
     by_rows = False
+    is_scratch = True
     dtype = torch.uint8
 
     def __init__(self, nbytes: int) -> None:

@@ -186,7 +186,7 @@ class Runtime:
                 unit.keeps = self._all_fit or self._kept + unit.nbytes <= self._allowed - self._ahead
                 self._kept += unit.nbytes if unit.keeps else 0
             if last is not None and last is not unit and last.spans and not last.keeps:
-                self._past.append(last)
+                self._unmap(last)
             if unit.spans:
                 # Whoever computes with it brings it, if nobody did.
                 unit.here = True
@@ -238,6 +238,7 @@ class Runtime:
         try:
             with torch.no_grad():
                 entry.ticket = self.place.bring(recipe, entry.tensor, writable)
+            entry.version = None if recipe.is_scratch else entry.tensor._version
         except BaseException:
             with self._lock:
                 self.ring.drop(key)
@@ -261,9 +262,7 @@ class Runtime:
     def next_task(self) -> Callable[[], object] | None:
         """What is to be done now, nearest first; None when there is nothing. With the lock."""
         if self._past:
-            unit = self._past.pop()
-            unit.here = False
-            return functools.partial(self._give_back, unit)
+            return functools.partial(self._give_back, self._past.pop())
         ahead, unsettled = 0, False
         for number in self.order.upcoming():
             unit = self.units[number]
@@ -304,10 +303,21 @@ class Runtime:
                 bring(address + begin, min(_PIECE, nbytes - begin))
         return True
 
+    def _unmap(self, unit: Unit) -> None:
+        """Take pages out of this process, in the thread that computes: a write of the user's while it is looked whether
+        there was one would be lost. With the lock.
+        """
+        unit.here = False
+        for _, address, nbytes, _ in unit.spans:
+            let_go(address, nbytes)
+        if self._from_cache:
+            self._past.append(unit)
+
     def _give_back(self, unit: Unit) -> None:
-        for file, address, nbytes, offset in unit.spans:
-            if self.closed or not let_go(address, nbytes) or not self._from_cache:
-                continue
+        """Let the kernel have pages that it would have to take from others, which are not past."""
+        for file, _, nbytes, offset in unit.spans:
+            if self.closed or unit.here:
+                return
             with contextlib.suppress(OSError), file.open("rb", buffering=0) as opened:
                 for begin, length in self.files.cached(file).absent(offset, nbytes):
                     give_back(opened.fileno(), begin, length)
@@ -329,7 +339,7 @@ class Runtime:
                 kept, unit.keeps = unit.keeps, self._kept + unit.nbytes <= allowed - self._ahead
                 self._kept += unit.nbytes if unit.keeps else 0
                 if kept and not unit.keeps:
-                    self._past.append(unit)
+                    self._unmap(unit)
 
     def close(self) -> None:
         """End the threads, and let go of buffers and mappings. Those that someone uses end with their last use."""
