@@ -197,6 +197,15 @@ def plan_tables(plan: LoadPlan) -> Iterator[Table]:
         ("to write into the offload folder", plan.bytes_written),
     ):
         budget.add_row(name, format_size(size))
+    running = plan.running
+    if running.mapped or running.made:
+        for name, size in (
+            ("forward: weights used where they lie", running.mapped),
+            ("forward: weights made or brought at each use", running.made),
+            ("forward: buffers for these", running.buffers),
+        ):
+            if size:
+                budget.add_row(name, format_size(size))
     yield budget
     asked = _table(None)
     asked.add_column("reading")

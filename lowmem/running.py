@@ -170,12 +170,23 @@ def run_prompt(
         _check_generates(*known, found.text)
         _room(known[1], ids.shape[1], wish.max_new_tokens)
     from .loader import load
+    from .offload import release
 
     result = load(source, progress=progress, **options)
-    if loaded is not None:
-        loaded(result)
+    try:
+        if loaded is not None:
+            loaded(result)
+        return _run(result, tokenizer, ids, wish, write, found.text)
+    finally:
+        # Now, and not when the collector comes: an interrupt leaves no thread that reads ahead.
+        release(result.model)
+
+
+def _run(
+    result: LoadResult, tokenizer: Any, ids: Any, wish: _Wish, write: Callable[[str], None] | None, where: str
+) -> RunReport:
     model: Any = result.model
-    _check_generates(model, getattr(model, "config", None), found.text)
+    _check_generates(model, getattr(model, "config", None), where)
     room = _room(model.config, ids.shape[1], wish.max_new_tokens)
     warnings = list(result.plan.warnings)
     if room < wish.max_new_tokens:

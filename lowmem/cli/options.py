@@ -163,6 +163,12 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         default="map",
         help="same dtype on the CPU: map the file (default) or copy",
     )
+    add(
+        "--dispatch",
+        choices=("lowmem", "accelerate"),
+        default="lowmem",
+        help="who brings weights on disk when they are used (default lowmem)",
+    )
     add("--staging", metavar="SIZE", help="bound on the readers' buffers, at least 1MiB")
     add(
         "--io", choices=("auto", "buffered", "direct", "mmap"), default="auto", help="how files are read (default auto)"
@@ -223,6 +229,7 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
         "offload_folder": arguments.offload_folder,
         "keep_fp32": split(arguments.keep_fp32),
         "residency": arguments.residency,
+        "dispatch": arguments.dispatch,
         "strict": arguments.strict,
         "ignore_mismatched_sizes": arguments.ignore_mismatched_sizes,
         "staging": arguments.staging,
