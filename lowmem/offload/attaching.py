@@ -14,12 +14,16 @@ from torch import nn
 
 from ..errors import OptionError
 from ..modeling.rules import Rules
-from ..modeling.targets import owner_of, walk
+from ..modeling.targets import owner_of, tensor_of, walk
 from ..planner import LoadPlan, Placement
-from ..planner.running import lies_ready, parts_of
-from .bringing import Weight
+from ..planner.devices import OFFLOADED
+from ..planner.running import in_one_piece, is_away, lies_ready, parts_of
+from .accelerators import accelerator_place
+from .aligning import align, take_back
+from .bringing import Weight, waiting
 from .files import Files, as_lying, away, entry_of
-from .places import HostPlace
+from .hooks import move
+from .places import HostPlace, Place
 from .refusals import refuse_moves, take_back_refusals
 from .runtime import Runtime, Unit
 from .weights import MappedParameter, OffloadedParameter, ReleasedWeight, refuse_gradient
@@ -32,6 +36,7 @@ class _Attached:
     source: str
     runtime: Runtime | None
     mapped: tuple[str, ...] = field(repr=False)
+    aligned: bool = False
 
 
 _attached: weakref.WeakKeyDictionary[nn.Module, _Attached] = weakref.WeakKeyDictionary()
@@ -71,7 +76,7 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Runtime | None:
         CheckpointError: a file changed since it was planned, or cannot be mapped.
     """
     found = list(away(plan))
-    if plan.running.dispatch == "accelerate" or not found:
+    if plan.running.dispatch == "accelerate" or not (found or any(_initialised_away(plan))):
         return None
     place = _place_of(plan)
     runtime = Runtime(plan.checkpoint.source, plan.running, Files(plan), place, plan.host.available - plan.host.peak)
@@ -79,14 +84,33 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Runtime | None:
         if plan.main_device == "cpu" and lies_ready(placement):
             entry = entry_of(placement, plan)
             _install(model, placement, _mapped(runtime.files.view(entry, placement.shape)))
+        elif placement.device == "cpu":
+            _let_wait(model, placement, runtime)
         else:
             weight = Weight(as_lying(placement, plan), runtime.files.view, runtime)
             _install(model, placement, functools.partial(OffloadedParameter, weight))
     return runtime
 
 
-def _place_of(plan: LoadPlan) -> HostPlace:
-    return HostPlace()
+def comes_at_use(parameter: torch.Tensor) -> bool:
+    """Whether its values are brought whenever an operation takes it."""
+    return isinstance(parameter, OffloadedParameter)
+
+
+def _place_of(plan: LoadPlan) -> Place:
+    return HostPlace() if plan.main_device == "cpu" else accelerator_place(plan.main_device, plan.running)
+
+
+def _let_wait(model: nn.Module, placement: Placement, runtime: Runtime) -> None:
+    """A weight that is in host memory, for a device that computes with it."""
+    tensor = tensor_of(model, placement.target).detach()
+    weight = Weight(in_one_piece(placement), waiting(tensor), runtime)
+    _install(model, placement, functools.partial(OffloadedParameter, weight))
+
+
+def _initialised_away(plan: LoadPlan) -> Iterator[Placement]:
+    """What no file holds, and is not where it computes."""
+    return (p for p in plan.placements if p.residency == "init" and p.nbytes and is_away(p, plan.main_device))
 
 
 def _mapped(tensor: torch.Tensor) -> Callable[[bool], torch.Tensor]:
@@ -123,11 +147,19 @@ def attach(model: nn.Module, plan: LoadPlan, rules: Rules, runtime: Runtime | No
     mapped = tuple(p.target for p in plan.placements if p.residency == "map")
     if runtime is not None or mapped:
         _attached[model] = _Attached(plan.checkpoint.source, runtime, mapped)
+    accelerators = set(plan.device_map.values()) - set(OFFLOADED)
+    if runtime is None and len(accelerators) == 1:
+        # The weights are there; this moves the buffers that no checkpoint holds.
+        move(model, torch.device(plan.main_device))
+    if runtime is None and len(accelerators) > 1:
+        align(model, plan, torch.device(plan.main_device), rules.skip_keys)
     if runtime is None:
-        from .hooks import settle_on_one_device
-
-        settle_on_one_device(model, plan)
         return
+    if accelerators:
+        for placement in _initialised_away(plan):
+            _let_wait(model, placement, runtime)
+        align(model, plan, runtime.place.device, rules.skip_keys)
+        _attached[model].aligned = True
     _observe(model, plan, runtime)
     for name, parameter in _on_disk(model):
         if isinstance(parameter, MappedParameter) and parameter.requires_grad:
@@ -200,6 +232,9 @@ def release(model: nn.Module) -> None:
     if attached.runtime is not None:
         attached.runtime.close()
     take_back_refusals(model)
+    if attached.aligned:
+        take_back(model)
+        attached.aligned = False
     mapped = set(attached.mapped)
     attached.mapped = ()
     for prefix, module in walk(model):

@@ -23,10 +23,10 @@ class Entry:
         ready: whether its values are there, or on their way (see `ticket`).
         used: whether anyone took it since it was made.
         ticket: of the device: when its values are there.
-        user: of the device: what was told to work with it last.
+        users: of the device: what was told to work with it since it was made.
     """
 
-    __slots__ = ("kind", "nbytes", "ready", "tensor", "ticket", "used", "user")
+    __slots__ = ("kind", "nbytes", "ready", "tensor", "ticket", "used", "users")
 
     def __init__(self, tensor: torch.Tensor, nbytes: int, kind: Kind) -> None:
         self.tensor = tensor
@@ -35,7 +35,7 @@ class Entry:
         self.ready = False
         self.used = False
         self.ticket: Any = None
-        self.user: Any = None
+        self.users: list[Any] = []
 
     @property
     def is_idle(self) -> bool:
@@ -75,7 +75,9 @@ class Ring:
 
     def take(self, entry: Entry, key: Hashable, user: Any = None) -> torch.Tensor:
         """The weight, for use: a tensor of its own over the same memory, so that it is seen when it is let go."""
-        entry.used, entry.user = True, user
+        entry.used = True
+        if user is not None and user not in entry.users:
+            entry.users.append(user)
         if entry.kind == "part":
             # The last one is the one that was used last.
             self._entries[key] = self._entries.pop(key)
@@ -84,7 +86,7 @@ class Ring:
     def admit(
         self, key: Hashable, shape: tuple[int, ...], dtype: torch.dtype, *, is_part: bool, needed: bool
     ) -> tuple[Entry, Any] | None:
-        """A place for a weight, and when it may be written to (a stamp; None: now).
+        """A place for a weight, and when it may be written to (a stamp, or several in a tuple; None: now).
 
         Args:
             key: by which it is found.
@@ -111,7 +113,8 @@ class Ring:
         kind: Kind = "part" if is_part else "kept" if keeps else "passing"
         if kind != "passing":
             self._kept += nbytes
-        entry = Entry(buffer.view(dtype).view(shape), nbytes, kind)
+        # A view keeps what it is a view of, which would be another holder of the memory.
+        entry = Entry(buffer.view(dtype).view(shape).detach(), nbytes, kind)
         del buffer, found
         self._entries[key] = entry
         return entry, ready_at
@@ -137,7 +140,7 @@ class Ring:
         for key, entry in self._entries.items():
             if entry.nbytes == nbytes and entry.kind == "passing" and self._is_over(entry):
                 del self._entries[key]
-                return _flat(entry), self._stamp(entry.user)
+                return _flat(entry), self._stamps(entry)
         return None
 
     def _make_room(self, nbytes: int, needed: bool, is_part: bool) -> bool:
@@ -153,7 +156,7 @@ class Ring:
                 break
             entry = self._entries.pop(key)
             self._account(entry)
-            self._free.setdefault(entry.nbytes, []).append((_flat(entry), self._stamp(entry.user)))
+            self._free.setdefault(entry.nbytes, []).append((_flat(entry), self._stamps(entry)))
             if entry.nbytes == nbytes:
                 return True
             self._free[entry.nbytes].pop()
@@ -179,6 +182,11 @@ class Ring:
 
     def _is_unused(self, entry: Entry) -> bool:
         return entry.ready and not entry.used and entry.is_idle
+
+    def _stamps(self, entry: Entry) -> Any:
+        """When all who were told to work with it are done."""
+        found = tuple(self._stamp(user) for user in entry.users)
+        return found[0] if len(found) == 1 else found or None
 
     def _account(self, entry: Entry) -> None:
         if entry.kind != "passing":

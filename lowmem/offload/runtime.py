@@ -208,11 +208,12 @@ class Runtime:
                 return self.ring.take(entry, key, user)
             found = self._admit(key, recipe, is_part=is_part, needed=True)
             assert found is not None
-        entry, writable = found
+            entry, writable = found
+            # Taken before it is made, so that another thread does not make room of it meanwhile.
+            taken = self.ring.take(entry, key, user)
         self._fill(entry, key, recipe, writable)
         self.place.wait(entry.ticket)
-        with self._lock:
-            return self.ring.take(entry, key, user)
+        return taken
 
     def get_ahead(self, key: Hashable, recipe: Recipe) -> bool:
         """Make a weight before it is used; whether there was room, or it was there."""
@@ -339,6 +340,9 @@ class Runtime:
         with self._lock:
             self.ring.clear()
             self.files.close()
+            for unit in self.units:
+                # It holds the weight, which holds this, and perhaps memory.
+                unit.make = None
         _living.discard(self)
 
     def __del__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from .placing import (
     to_initialise,
 )
 from .records import DevicePlan, Group, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
-from .running import Running, plan_running
+from .running import Running, is_made, plan_running
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
 _OVERHEAD = 4 * MIB
@@ -44,6 +44,9 @@ _PER_TARGET = KIB
 # lowmem builds the model, so its modules and empty parameters are the load's.
 _PER_TARGET_BUILT = 3 * KIB
 _PER_COPY = KIB
+# Of an accelerator's free memory, what is left to activations and the cache of keys and values, unless max_memory says
+# what weights may take. The largest weight is brought there even where that leaves less.
+_FOR_OTHERS = 0.1
 # Halvings of the CPU's share until an inferred map fits the budget; the step is then below 0.1 %.
 _TRIALS = 10
 
@@ -254,17 +257,32 @@ def _offload(
 
 def _running(draft: Draft, placements: Sequence[Placement], main_device: str, host: HostPlan, bound: _Bound) -> Running:
     """What is left for the forward when the load is done."""
-    room = bound.room - host.resident - host.overhead
-    said = draft.request.ram is not None
-    name = bound.name
-    if main_device != "cpu":
-        # Where weights are brought to a device, that is where their buffers are.
-        limits = draft.request.max_memory or {}
-        room = limits.get(main_device, device_memory().get(main_device, sys.maxsize))
-        room -= sum(p.nbytes for p in placements if p.device == main_device)
-        said, name = main_device in limits, ""
-    dispatch, model = draft.request.dispatch, draft.skeleton.model
-    return plan_running(placements, main_device, dispatch, lambda: used_by_rows(model), room, said, name)
+    left = bound.room - host.resident - host.overhead
+    dispatch, request = draft.request.dispatch, draft.request
+
+    def known() -> Collection[str]:
+        return used_by_rows(draft.skeleton.model)
+
+    if main_device == "cpu":
+        return plan_running(placements, main_device, dispatch, known, left, request.ram is not None, bound.name)
+    if dispatch == "accelerate" or not any(is_made(p, main_device) for p in placements):
+        return Running(dispatch)
+    # Where weights are brought to a device, that is where their buffers are.
+    limits = request.max_memory or {}
+    stated = main_device in limits
+    total = limits[main_device] if stated else device_memory().get(main_device)
+    stays = sum(p.nbytes for p in placements if p.device == main_device)
+    return plan_running(
+        placements,
+        main_device,
+        dispatch,
+        known,
+        sys.maxsize if total is None else total - stays,
+        total is not None,
+        f"max_memory of {main_device}" if stated else f"the memory of {main_device}",
+        0 if stated or total is None else int(total * _FOR_OTHERS),
+        left,
+    )
 
 
 def _what(groups: Sequence[Group]) -> str:
