@@ -79,6 +79,22 @@ def many_experts(dtype: str) -> Recipe:
     return _qwen3_moe("many-experts", dtype, num_hidden_layers=80, num_experts=128, **small, **heads)
 
 
+def few_experts(dtype: str) -> Recipe:
+    """A mixture small enough to run hundreds of times."""
+    small = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_experts_per_tok": 2}
+    return _qwen3_moe(
+        "few-experts",
+        dtype,
+        num_hidden_layers=4,
+        num_experts=16,
+        bos_token_id=4094,
+        eos_token_id=4095,
+        **small,
+        **heads,
+    )
+
+
 def _qwen3_moe(name: str, dtype: str, **changes: int) -> Recipe:
     from transformers import Qwen3MoeConfig
 
@@ -122,6 +138,7 @@ RECIPES: dict[str, tuple[Callable[[str], Recipe], str]] = {
     "llama-125m": (llama_125m, "a Llama of 125 M parameters, tied embeddings, 250 MB: for quick runs"),
     "qwen3-moe": (qwen3_moe, "12 layers of 64 experts, each expert in tensors of its own: 2.4 GB"),
     "many-experts": (many_experts, "80 layers of 128 experts, 31,443 tensors of a few KiB: 64 MB"),
+    "few-experts": (few_experts, "4 layers of 16 experts: 18 MB, to run many times"),
     "one-3gb-tensor": (one_3gb_tensor, "a single tensor 'weight' of 3 GB in any dtype; no config.json"),
     "many-small": (many_small, "30,000 tensors of a few KiB: 150 MB; no config.json"),
 }

@@ -75,6 +75,7 @@ _OWN = (
     "io",
     "prefetch",
     "keep_cache",
+    "dispatch",
     "no_split",
     "weights",
     "ema",
@@ -140,8 +141,8 @@ def from_pretrained(
         pretrained_model_name_or_path: whatever `load` takes as a source.
         model_args: what the model's `__init__` is given behind the config.
         kwargs: arguments of `from_pretrained`, and of `load`: `ram`, `staging`, `keep_fp32`, `residency`, `io`,
-            `prefetch`, `keep_cache`, `no_split`, `weights`, `ema`, `download`, `only`, `skip`, `rename`, `reshape`,
-            `progress`, `quantize`, `skip_modules`, `dequantize`, `int8_threshold`.
+            `prefetch`, `keep_cache`, `dispatch`, `no_split`, `weights`, `ema`, `download`, `only`, `skip`, `rename`,
+            `reshape`, `progress`, `quantize`, `skip_modules`, `dequantize`, `int8_threshold`.
 
     Returns:
         The model in eval mode; with `output_loading_info=True` the model and the dictionary that `from_pretrained`

@@ -27,7 +27,7 @@ from .modeling.int8_choice import NO_INT8, Int8Request
 from .modeling.request import ModelRequest, ModelSource, make_model_request
 from .modeling.rules import Rules
 from .modeling.skeleton import Origin, Skeleton, find_origin, make_skeleton, with_int8
-from .offload import attach, bring_weights, comes_at_use, dispatch_by_hooks
+from .offload import attach, bring_weights, comes_at_use
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
 from .planner.placing import layers_not_by_rows
 from .planner.request import Names, Renames, checks_names, flag, make_request
@@ -482,10 +482,7 @@ def _execute(
         skeleton.model.eval()
         if skeleton.int8 is not None:
             finish_layers(skeleton.model, skeleton.int8, int8, comes_at_use)
-        if plan.running.dispatch == "accelerate":
-            dispatch_by_hooks(skeleton.model, plan, skeleton.rules)
-        else:
-            attach(skeleton.model, plan, skeleton.rules, runtime)
+        attach(skeleton.model, plan, skeleton.rules, runtime)
         # What fails leaves no mark on a model's config.
         mark(skeleton.model, skeleton.int8, int8)
     except BaseException:

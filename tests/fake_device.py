@@ -120,7 +120,9 @@ class FakeBackend:
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
         """Reads the source when it is done, not now."""
-        assert into.is_contiguous() and source.is_contiguous() and into.nbytes == source.nbytes
+        assert into.is_contiguous()
+        assert source.is_contiguous()
+        assert into.nbytes == source.nbytes
         there, here, nbytes = into.data_ptr(), source.data_ptr(), into.nbytes
         with self.lock:
             self.copies += 1

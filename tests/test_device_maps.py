@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
-from tiny_models import KINDS, change_config, every_tensor, model_class, new_model, outputs_of, same
+from tiny_models import KINDS, change_config, every_tensor, is_on_disk, model_class, new_model, outputs_of, same
 
 import lowmem
 from lowmem.errors import BudgetError, LowmemError, OptionError, PlacementError
@@ -193,7 +193,7 @@ def test_an_inferred_map_runs_from_disk(kind: str, part: int, saved: Folder) -> 
     theirs = reference(folder)
     result = lowmem.load(folder, device_map="auto", max_memory={"cpu": size_of(theirs) * (part - 1) // part})
     assert "disk" in result.plan.device_map.values()
-    assert any(p.is_meta for p in result.model.parameters())
+    assert any(is_on_disk(p) for p in result.model.parameters())
     assert same(outputs_of(result.model), outputs_of(theirs))
 
 
@@ -314,7 +314,7 @@ HALF = {
 
 
 def check_works_as(model: Any, theirs: Any) -> None:
-    """Same dtypes and shapes, and same outputs, twice: hooks must leave things as they were."""
+    """Same dtypes and shapes, and same outputs, twice: a forward must leave things as they were."""
     for name, tensor in every_tensor(theirs).items():
         found = every_tensor(model)[name]
         assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
@@ -343,8 +343,8 @@ def test_with_weights_on_disk_the_logits_are_the_same(
     assert (tmp_path / "off").exists() is (dtype != "float32")
     for result in (first, again):
         model = result.model
-        assert any(p.is_meta for p in model.parameters())
-        assert all(p.is_meta for p in model.parameters()) or how == "half"
+        assert any(is_on_disk(p) for p in model.parameters())
+        assert all(is_on_disk(p) for p in model.parameters()) or how == "half"
         check_works_as(model, theirs)
 
 
@@ -385,7 +385,7 @@ def test_without_a_folder_weights_on_disk_are_cast_at_every_use(
     assert not any(p.residency == "write" for p in result.plan.placements)
     assert sum("cast whenever it is used" in text for text in result.plan.warnings) == 1
     model = result.model
-    assert all(p.is_meta for p in model.parameters()) or how == "half"
+    assert all(is_on_disk(p) for p in model.parameters()) or how == "half"
     check_works_as(model, theirs)
     assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
 
@@ -471,7 +471,7 @@ def test_buffers_and_direct_parameters_work_with_modules_on_disk(device_map: Any
             offload_folder=tmp_path / "off",
         )
     assert not any(buffer.is_meta for buffer in result.model.buffers())
-    assert any(p.is_meta for p in result.model.parameters())
+    assert any(is_on_disk(p) for p in result.model.parameters())
     x = torch.rand(5, 4).to(final)
     with torch.no_grad():
         for _ in range(2):
@@ -479,7 +479,7 @@ def test_buffers_and_direct_parameters_work_with_modules_on_disk(device_map: Any
 
 
 def test_a_map_that_splits_vits_embeddings_runs(saved: Folder) -> None:
-    """accelerate names `cls_token` itself when the embeddings do not fit."""
+    """accelerate names `cls_token` itself when the embeddings do not fit; its hooks could not bring it."""
     folder = saved("vit")
     theirs = reference(folder)
     device_map = {
@@ -489,23 +489,26 @@ def test_a_map_that_splits_vits_embeddings_runs(saved: Folder) -> None:
         **{name: "disk" for name, _ in theirs.vit.named_children() if name != "embeddings"},
     }
     device_map = {k if k.startswith("vit.") else f"vit.{k}": v for k, v in device_map.items()} | {"classifier": "cpu"}
-    result = lowmem.load(folder, device_map=device_map)
+    for dispatch in ("lowmem", "accelerate"):
+        result = lowmem.load(folder, device_map=device_map, dispatch=dispatch)
+        assert same(outputs_of(result.model), outputs_of(theirs))
+        placed = {p.target: p.device for p in result.plan.placements}
+        assert placed["vit.embeddings.cls_token"] == ("disk" if dispatch == "lowmem" else "cpu")
     assert not result.model.vit.embeddings.cls_token.is_meta
     assert result.model.vit.embeddings.patch_embeddings.projection.weight.is_meta
-    assert same(outputs_of(result.model), outputs_of(theirs))
-    placed = {p.target: p.device for p in result.plan.placements}
-    assert placed["vit.embeddings.cls_token"] == "cpu"
 
 
-def test_weights_waiting_for_a_gpu_keep_single_parameters_on_it(saved: Folder) -> None:
-    """In a plan for a GPU, a parameter that no hook could bring lies where it is used."""
+@pytest.mark.parametrize("dispatch", ["lowmem", "accelerate"])
+def test_single_parameters_wait_for_a_gpu_where_something_can_bring_them(dispatch: str, saved: Folder) -> None:
+    """In a plan for a GPU, a parameter that no hook of accelerate could bring lies where it is used."""
     plan = lowmem.plan(
         saved("vit"),
         device_map={"": "cpu", "vit.embeddings.cls_token": "disk", "vit.embeddings.patch_embeddings": 0},
+        dispatch=dispatch,
     )
     placed = {p.target: p.device for p in plan.placements}
-    assert placed["vit.embeddings.cls_token"] == "cuda:0"
-    assert placed["vit.embeddings.position_embeddings"] == "cuda:0"
+    assert placed["vit.embeddings.cls_token"] == ("disk" if dispatch == "lowmem" else "cuda:0")
+    assert placed["vit.embeddings.position_embeddings"] == ("cpu" if dispatch == "lowmem" else "cuda:0")
     assert placed["classifier.weight"] == "cpu"
 
 
@@ -524,11 +527,17 @@ def test_tied_weights_on_disk_are_one_weight_of_the_file(kind: str, dtype: str, 
 @pytest.mark.parametrize("kind", ["llama-tied", "gpt2"])
 @pytest.mark.parametrize("embedding", ["cpu", "disk"])
 def test_a_tie_between_memory_and_disk_works(kind: str, embedding: str, saved: Folder) -> None:
-    """One copy on each, with a warning."""
+    """It computes on the CPU in any case, so it is one, in memory; by accelerate's hooks a copy on each, and a warning."""
     folder = saved(kind)
     embed = "model.embed_tokens" if kind == "llama-tied" else "transformer.wte"
     head = "disk" if embedding == "cpu" else "cpu"
-    result = lowmem.load(folder, device_map={"": "cpu", embed: embedding, "lm_head": head})
+    device_map = {"": "cpu", embed: embedding, "lm_head": head}
+    result = lowmem.load(folder, device_map=device_map)
+    assert not any("tied across" in warning for warning in result.plan.warnings)
+    assert result.model.get_input_embeddings().weight is result.model.get_output_embeddings().weight
+    assert not is_on_disk(result.model.get_input_embeddings().weight)
+    assert same(outputs_of(result.model), outputs_of(reference(folder)))
+    result = lowmem.load(folder, device_map=device_map, dispatch="accelerate")
     assert any("tied across" in warning for warning in result.plan.warnings)
     assert same(outputs_of(result.model), outputs_of(reference(folder)))
 

@@ -335,7 +335,7 @@ def test_an_adapter_beside_the_weights_is_put_on_as_the_warning_says(folder: Pat
 def test_the_device_map_is_left_on_the_model_as_accelerate_leaves_it(
     device_map: Any, options: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
-    ours = lowmem.load(folder, device_map=device_map, **options).model
+    ours = lowmem.load(folder, device_map=device_map, dispatch="accelerate", **options).model
     other = theirs(folder, device_map=device_map, offload_folder=tmp_path / "off", **options)
     assert getattr(ours, "hf_device_map", None) == getattr(other, "hf_device_map", None)
     assert same(outputs_of(ours), outputs_of(other))

@@ -21,13 +21,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowmem import offload
 from lowmem.checkpoint import inspect
 from lowmem.int8 import Int8Linear, quantise, work_size
 from lowmem.mapping import Link
 from lowmem.mapping.records import whole
-from lowmem.offload import MappedWeights
-from lowmem.offload import dispatch_by_hooks as dispatch
+from lowmem.offload import MappedWeights, hooks
+from lowmem.offload.hooks import dispatch_by_hooks as dispatch
 from lowmem.planner import Placement
 from lowmem.sizes import MIB
 
@@ -212,9 +211,7 @@ def test_generated_tokens_are_those_of_the_model_in_memory(tmp_path: Path, where
 @pytest.mark.parametrize("how", ["mapped here", "no file has it"])
 def test_weights_that_accelerate_cannot_open(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "mapped here":
-        monkeypatch.setattr(
-            offload, "_mapped_here", lambda plan: {p for p in plan.placements if p.residency == "refer"}
-        )
+        monkeypatch.setattr(hooks, "_mapped_here", lambda plan: {p for p in plan.placements if p.residency == "refer"})
     model: Any = llama()
     found = spread(model, tmp_path, ALL, init=how != "mapped here")
     with torch.no_grad():
@@ -225,7 +222,7 @@ def test_weights_that_accelerate_cannot_open(tmp_path: Path, how: str, monkeypat
 
 def test_mapped_weights_are_used_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer computes with the pages that the map gives."""
-    monkeypatch.setattr(offload, "_mapped_here", lambda plan: {p for p in plan.placements if p.residency == "refer"})
+    monkeypatch.setattr(hooks, "_mapped_here", lambda plan: {p for p in plan.placements if p.residency == "refer"})
     found = spread(llama(), tmp_path)
     layer = found.model.layers[0].mlp.down_proj
     given: list[int] = []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bench.comparison import differences_of, every_tensor, same, ties_of
+from lowmem.offload.weights import MappedParameter, OffloadedParameter
 
 __all__ = [
     "KINDS",
@@ -153,6 +154,11 @@ def outputs_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
         result = model(**inputs_of(model))
     return result.logits if hasattr(result, "logits") else result.last_hidden_state
+
+
+def is_on_disk(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is pages of a file, or has no values before it is used."""
+    return isinstance(parameter, (MappedParameter, OffloadedParameter))
 
 
 def assert_same_model(ours: Any, theirs: Any) -> None:

@@ -46,6 +46,17 @@ def align(model: nn.Module, plan: LoadPlan, device: torch.device, skip_keys: Seq
         add_hook_to_module(model, hook)
 
 
+def settle(model: nn.Module, plan: LoadPlan, skip_keys: Sequence[str]) -> None:
+    """Where every weight is on the accelerator that computes with it: move what no checkpoint holds to one, and let
+    inputs travel between several.
+    """
+    accelerators = {device for device in plan.device_map.values() if device not in OFFLOADED}
+    if len(accelerators) == 1:
+        move(model, torch.device(plan.main_device))
+    elif accelerators:
+        align(model, plan, torch.device(plan.main_device), skip_keys)
+
+
 def take_back(model: nn.Module) -> None:
     """As if `align` had not been called, but for where things are."""
     from accelerate.hooks import remove_hook_from_module

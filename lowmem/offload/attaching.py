@@ -6,7 +6,6 @@ import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,30 +15,19 @@ from ..errors import OptionError
 from ..modeling.rules import Rules
 from ..modeling.targets import owner_of, tensor_of, walk
 from ..planner import LoadPlan, Placement
-from ..planner.devices import OFFLOADED
 from ..planner.running import in_one_piece, is_away, lies_ready, parts_of
 from .accelerators import accelerator_place
-from .aligning import align, take_back
+from .aligning import align, settle, take_back
 from .bringing import Weight, waiting
 from .files import Files, as_lying, away, entry_of
-from .hooks import move
+from .hooks import dispatch_by_hooks
 from .places import HostPlace, Place
 from .refusals import refuse_moves, take_back_refusals
 from .runtime import Runtime, Unit
 from .weights import MappedParameter, OffloadedParameter, ReleasedWeight, refuse_gradient
 
-
-@dataclass(eq=False)
-class _Attached:
-    """What is at a model: its runtime, and the names of parameters that are pages of files."""
-
-    source: str
-    runtime: Runtime | None
-    mapped: tuple[str, ...] = field(repr=False)
-    aligned: bool = False
-
-
-_attached: weakref.WeakKeyDictionary[nn.Module, _Attached] = weakref.WeakKeyDictionary()
+# Every model that was loaded, and what brings its weights, if any are elsewhere.
+_loaded: weakref.WeakKeyDictionary[nn.Module, Runtime | None] = weakref.WeakKeyDictionary()
 
 
 class Observer:
@@ -143,31 +131,28 @@ def _install(model: nn.Module, placement: Placement, make: Callable[[bool], torc
 
 
 def attach(model: nn.Module, plan: LoadPlan, rules: Rules, runtime: Runtime | None) -> None:
-    """Last of all: observe the forward, refuse what cannot be done, and bring inputs to several accelerators."""
-    mapped = tuple(p.target for p in plan.placements if p.residency == "map")
-    if runtime is not None or mapped:
-        _attached[model] = _Attached(plan.checkpoint.source, runtime, mapped)
-    accelerators = set(plan.device_map.values()) - set(OFFLOADED)
-    if runtime is None and len(accelerators) == 1:
-        # The weights are there; this moves the buffers that no checkpoint holds.
-        move(model, torch.device(plan.main_device))
-    if runtime is None and len(accelerators) > 1:
-        align(model, plan, torch.device(plan.main_device), rules.skip_keys)
-    if runtime is None:
+    """Last of all: observe the forward, refuse what cannot be done, and bring inputs to several accelerators.
+
+    A model that computes on the CPU gets no `hf_device_map`: every weight is there whenever it is used, and libraries
+    that read the map take it for one with accelerate's hooks (pipelines compute on the device of its first entry).
+    """
+    _loaded[model] = runtime
+    if plan.running.dispatch == "accelerate":
+        dispatch_by_hooks(model, plan, rules)
         return
-    if accelerators:
+    if runtime is None:
+        settle(model, plan, rules.skip_keys)
+        return
+    if plan.main_device != "cpu":
         for placement in _initialised_away(plan):
             _let_wait(model, placement, runtime)
         align(model, plan, runtime.place.device, rules.skip_keys)
-        _attached[model].aligned = True
     _observe(model, plan, runtime)
     for name, parameter in _on_disk(model):
         if isinstance(parameter, MappedParameter) and parameter.requires_grad:
             hooked: Any = parameter
             hooked.register_hook(functools.partial(_refuse_gradient, name))
     refuse_moves(model)
-    # As accelerate says it; transformers and others look for it.
-    model.hf_device_map = dict(plan.device_map)  # type: ignore[assignment]
 
 
 def _refuse_gradient(name: str, gradient: torch.Tensor) -> None:
@@ -177,7 +162,7 @@ def _refuse_gradient(name: str, gradient: torch.Tensor) -> None:
 def _on_disk(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in walk(model):
         for leaf, parameter in module._parameters.items():
-            if isinstance(parameter, (MappedParameter, OffloadedParameter)):
+            if parameter is not None and _is_away(parameter):
                 yield prefix + leaf, parameter
 
 
@@ -209,52 +194,45 @@ def _use(runtime: Runtime, unit: Unit) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """End what a loaded model holds: the threads that read ahead, and the mappings of its files.
+    """End what a loaded model holds of the disk: the threads that read ahead, and the mappings of weights on disk.
 
-    Its weights that lie in files are gone then, in memory or not: the model cannot be run any more, and another
-    checkpoint can be loaded into it. Memory of weights that were read into it is the model's and ends with it. A model
-    that is dropped releases itself.
+    These weights are gone then, and those that waited in host memory for another device: the model cannot be run any
+    more, and another checkpoint can be loaded into it. What else is in memory stays, mapped or copied. A model that is
+    dropped releases itself.
 
     Args:
         model: what `load` gave; not a part of it. A second time does nothing.
 
     Raises:
-        OptionError: not a module, or not one that `load` gave.
+        OptionError: not a model that `load` gave.
     """
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"model: expected a module that lowmem loaded, found {type(model).__name__}")
-    attached = _attached.get(model)
-    if attached is None:
+    if not isinstance(model, nn.Module) or model not in _loaded:
         raise OptionError(
-            f"model: expected a model that lowmem.load gave, with weights that lie in files; found "
-            f"{type(model).__name__} without any"
+            f"release: expected a model that lowmem loaded, found {type(model).__name__} that it did not; give the "
+            "model itself, and not a part of it"
         )
-    if attached.runtime is not None:
-        attached.runtime.close()
-    take_back_refusals(model)
-    if attached.aligned:
+    runtime = _loaded[model]
+    if runtime is None:
+        return
+    if not isinstance(runtime.place, HostPlace) and not runtime.closed:
         take_back(model)
-        attached.aligned = False
-    mapped = set(attached.mapped)
-    attached.mapped = ()
+    runtime.close()
+    take_back_refusals(model)
     for prefix, module in walk(model):
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, Observer):
                 del module._forward_pre_hooks[key]
         for leaf, parameter in module._parameters.items():
-            name = prefix + leaf
-            if parameter is None:
-                continue
-            in_file = isinstance(parameter, (MappedParameter, OffloadedParameter)) or _is_int8_page(parameter)
-            if in_file or name in mapped:
-                module._parameters[leaf] = _released(name, parameter, attached.source)
+            if parameter is not None and (_is_away(parameter) or _is_int8_page(parameter)):
+                module._parameters[leaf] = _released(prefix + leaf, parameter, runtime.source)
                 state: Any = module.__dict__.get("state")
                 if hasattr(state, "reset_grads"):
                     # bitsandbytes keeps the weight there too.
                     state.CB = state.SCB = None
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and prefix + leaf in mapped:
-                module._buffers[leaf] = buffer.to("meta")
+
+
+def _is_away(parameter: torch.Tensor) -> bool:
+    return isinstance(parameter, (MappedParameter, OffloadedParameter))
 
 
 def _is_int8_page(parameter: torch.Tensor) -> bool:

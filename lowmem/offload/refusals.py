@@ -101,7 +101,12 @@ def _away(module: nn.Module, recurse: bool) -> list[tuple[str, torch.Tensor]]:
 def _check(fn: Callable[[torch.Tensor], torch.Tensor], name: str, parameter: torch.Tensor) -> None:
     probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
     with torch.no_grad():
-        found = fn(probe)
+        try:
+            found = fn(probe)
+        except Exception as error:
+            raise RunningError(
+                f"{name!r} is on disk and cannot be moved or cast, and what was asked for fails in any case: {error}"
+            ) from error
     shared: Any = probe.is_shared  # torch gives it no type
     if found is probe and not (probe.device.type == "cpu" and shared()):
         return

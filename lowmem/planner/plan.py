@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .._mounts import memory_file_system
@@ -35,7 +36,7 @@ from .placing import (
     to_initialise,
 )
 from .records import DevicePlan, Group, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
-from .running import Running, is_made, plan_running
+from .running import Running, in_use, is_made, needed_at_once, plan_pinned, plan_running
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
 _OVERHEAD = 4 * MIB
@@ -192,10 +193,17 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
     bare = _host(draft, placements, groups, Staging(1, 0))
     staging = budget.fit_staging(bound.room - bare.peak, draft.request.staging, need)
     host = _host(draft, placements, groups, staging)
-    if host.peak > bound.room:
-        needed, allowed = host.peak + bound.extra, bound.room + bound.extra
-        budget.refuse(needed, allowed, bound.name, _remedies(draft, placements, bound), _what(groups))
-    running = _running(draft, placements, devices.main_device, host, bound)
+    model, main_device = draft.skeleton.model, devices.main_device
+    as_used = placements if main_device == "cpu" else [in_use(p) for p in placements]
+    rows = functools.partial(used_by_rows, model)
+    largest, module = needed_at_once(as_used, main_device, draft.request.dispatch, rows)
+    stays = host.resident + host.overhead
+    peak = max(host.peak, stays + largest if main_device == "cpu" else 0)
+    if peak > bound.room:
+        what = _what(groups) if peak == host.peak else _at_each_use(largest, module)
+        remedies = _remedies(draft, placements, bound)
+        budget.refuse(peak + bound.extra, bound.room + bound.extra, bound.name, remedies, what)
+    running = _running(draft, as_used, main_device, (largest, module), bound.room - stays)
     reading, about_reading = _read_how(draft, placements, need.in_place)
     plan = LoadPlan(
         checkpoint=draft.checkpoint,
@@ -206,7 +214,7 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
         staging=staging,
         devices=_devices(placements, staging, host),
         host=host,
-        main_device=devices.main_device,
+        main_device=main_device,
         no_split=draft.no_split,
         warnings=(*draft.warnings, *warnings, *about_reading),
         reading=reading,
@@ -255,34 +263,42 @@ def _offload(
     return plan_offload(draft.checkpoint, placements, folder, groups, maker_of(draft.skeleton) if groups else "")
 
 
-def _running(draft: Draft, placements: Sequence[Placement], main_device: str, host: HostPlan, bound: _Bound) -> Running:
-    """What is left for the forward when the load is done."""
-    left = bound.room - host.resident - host.overhead
-    dispatch, request = draft.request.dispatch, draft.request
+def _running(
+    draft: Draft, placements: Sequence[Placement], main_device: str, worst: tuple[int, str], room: int
+) -> Running:
+    """What is left for the forward when the load is done: of the host, `room`.
 
-    def known() -> Collection[str]:
-        return used_by_rows(draft.skeleton.model)
-
+    Raises:
+        BudgetError: an accelerator has no room for the largest weight that is brought to it, or the host for copies.
+    """
+    dispatch, request, (largest, module) = draft.request.dispatch, draft.request, worst
     if main_device == "cpu":
-        return plan_running(placements, main_device, dispatch, known, left, request.ram is not None, bound.name)
-    if dispatch == "accelerate" or not any(is_made(p, main_device) for p in placements):
+        return plan_running(placements, main_device, dispatch, largest, room, request.ram is not None)
+    if not largest:
         return Running(dispatch)
     # Where weights are brought to a device, that is where their buffers are.
     limits = request.max_memory or {}
-    stated = main_device in limits
-    total = limits[main_device] if stated else device_memory().get(main_device)
+    said = main_device in limits
+    total = limits[main_device] if said else device_memory().get(main_device)
     stays = sum(p.nbytes for p in placements if p.device == main_device)
-    return plan_running(
-        placements,
-        main_device,
-        dispatch,
-        known,
-        sys.maxsize if total is None else total - stays,
-        total is not None,
-        f"max_memory of {main_device}" if stated else f"the memory of {main_device}",
-        0 if stated or total is None else int(total * _FOR_OTHERS),
-        left,
-    )
+    left = sys.maxsize if total is None else total - stays
+    if largest > left:
+        raise BudgetError(
+            f"device {main_device} would hold {format_size(stays)} and must have room for the weights of {module!r} "
+            f"({format_size(largest)}), which are brought there at each use, and "
+            f"{'max_memory allows' if said else 'it has'} {format_size(total or 0)}; give it fewer modules "
+            "(device_map=, --device-map), or more memory (max_memory=, --max-memory)",
+            required=stays + largest,
+            limit=total or 0,
+        )
+    spare = 0 if said or total is None else int(total * _FOR_OTHERS)
+    running = plan_running(placements, main_device, dispatch, largest, left - spare, total is not None)
+    piece, pinned = plan_pinned(placements, main_device, room)
+    return replace(running, pages=0, piece=piece, pinned=pinned)
+
+
+def _at_each_use(largest: int, module: str) -> str:
+    return f"forward ({format_size(largest)} of it for the weights of {module!r}, which are made at each use)"
 
 
 def _what(groups: Sequence[Group]) -> str:
@@ -409,6 +425,8 @@ def _remedies(draft: Draft, placements: Sequence[Placement], bound: _Bound) -> l
     remedies = []
     if floats:
         remedies.append(f"leave int8 as it is (without dequantize, --dequantize: {format_size(floats)} less)")
+    if any(is_made(p, "cpu") for p in placements) and draft.request.dispatch == "lowmem":
+        remedies.append("give offload_folder= (--offload-folder), so that weights on disk are used where they lie")
     if cast:
         remedies.append(f"keep the checkpoint's own dtype (dtype='auto', --dtype auto: {format_size(cast)} less)")
     if plain and draft.request.residency == "copy":

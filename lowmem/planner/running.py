@@ -95,6 +95,12 @@ def in_one_piece(placement: Placement) -> Placement:
     return replace(placement, links=(Link(entry, placement.target, whole(placement.shape)),))
 
 
+def in_use(placement: Placement) -> Placement:
+    """Fed as it is when the model runs: what was copied into memory, or written, lies there in one piece."""
+    lies = placement.device == "cpu" or placement.residency == "write"
+    return in_one_piece(placement) if lies and placement.nbytes else placement
+
+
 def parts_of(placement: Placement) -> int:
     """How many parts of a weight can be brought each for itself: experts, along its first dimension; 1 for none."""
     shape = placement.shape
@@ -126,18 +132,10 @@ def comes_by_rows(placement: Placement) -> bool:
     return bool(placement.links)
 
 
-def plan_running(
-    placements: Sequence[Placement],
-    main_device: str,
-    dispatch: Dispatch,
-    by_rows: Callable[[], Collection[str]],
-    room: int,
-    said: bool,
-    bound_by: str,
-    reserve: int = 0,
-    host: int | None = None,
-) -> Running:
-    """The memory of the forward.
+def needed_at_once(
+    placements: Sequence[Placement], main_device: str, dispatch: Dispatch, by_rows: Callable[[], Collection[str]]
+) -> tuple[int, str]:
+    """Bytes of buffers without which the model cannot run, and the module that needs them; 0 where nothing is made.
 
     Args:
         placements: all of the load.
@@ -145,56 +143,61 @@ def plan_running(
         dispatch: who brings them there.
         by_rows: gives the names of weights that are used by linear layers or embeddings alone, which can do with some
             rows.
-        room: bytes that the limit leaves beside what stays in memory.
-        said: whether the user stated the limit; otherwise no more is taken than helps to be ahead.
-        bound_by: what the limit is, for the refusal; empty where it is one of weights that stay, as `max_memory` of an
-            accelerator is, beside which the largest has its place in any case.
-
-    Raises:
-        BudgetError: the largest of them does not fit.
     """
-    if dispatch == "accelerate":
-        return Running(dispatch)
-    mapped = sum(p.nbytes for p in placements if main_device == "cpu" and lies_ready(p))
-    made = [_as_used(p) for p in placements if is_made(p, main_device)]
+    made = [p for p in placements if is_made(p, main_device)] if dispatch == "lowmem" else []
     if not made:
-        return Running(dispatch, mapped, pages=max(0, room))
+        return 0, ""
     at_once: dict[str, int] = defaultdict(int)
     known = by_rows()
     for placement in made:
         # What one module has is used at once, or nearly so.
         at_once[placement.target.rpartition(".")[0]] += _least(placement, known)
     worst = max(at_once, key=lambda module: at_once[module])
-    largest = at_once[worst]
-    if largest > room and bound_by:
-        raise BudgetError(
-            f"running the model needs {format_size(largest)} ({largest} bytes) for the weights of {worst!r} beside "
-            f"what stays in memory, and {bound_by} leaves {format_size(max(0, room))}: they are made at each use. What "
-            "helps: raise ram (--ram); keep the checkpoint's own dtype, or give offload_folder= (--offload-folder), so "
-            "that they are used where they lie; or keep fewer layers in memory",
-            required=largest,
-            limit=max(0, room),
-        )
-    total = sum(p.nbytes for p in made)
-    wanted = total if said else min(total, max(2 * largest, _ENOUGH))
-    buffers = max(largest, min(wanted, room - reserve))
-    if host is None:
-        return Running(dispatch, mapped, total, largest, buffers, max(0, room - buffers))
-    piece, pinned = _pinned(made, host)
-    return Running(dispatch, 0, total, largest, buffers, 0, piece, pinned)
+    return at_once[worst], worst
 
 
-def _as_used(placement: Placement) -> Placement:
-    """Fed as it is at run time: what was copied into memory, or written, lies there in one piece."""
-    return in_one_piece(placement) if placement.device != "disk" or placement.residency == "write" else placement
+def plan_running(
+    placements: Sequence[Placement], main_device: str, dispatch: Dispatch, largest: int, room: int, said: bool
+) -> Running:
+    """The memory of the forward.
+
+    Args:
+        placements: all of the load.
+        main_device: where weights that are elsewhere compute.
+        dispatch: who brings them there.
+        largest: bytes that `needed_at_once` says; they have their place where `room`, a bound of what stays, is less.
+        room: bytes that the limit leaves beside what stays in memory.
+        said: whether the user stated the limit; otherwise no more is taken than helps to be ahead.
+    """
+    if dispatch == "accelerate":
+        return Running(dispatch)
+    mapped = sum(p.nbytes for p in placements if main_device == "cpu" and lies_ready(p))
+    made = sum(p.nbytes for p in placements if is_made(p, main_device))
+    wanted = made if said else min(made, max(2 * largest, _ENOUGH))
+    buffers = max(largest, min(wanted, room))
+    return Running(dispatch, mapped, made, largest, buffers, max(0, room - buffers))
 
 
-def _pinned(made: Sequence[Placement], host: int) -> tuple[int, int]:
-    """Bytes of a piece of host memory for copies, and of all of it.
+def _least(placement: Placement, by_rows: Collection[str]) -> int:
+    """Bytes of buffer without which it cannot be used."""
+    size = placement.nbytes // parts_of(placement)
+    if comes_by_rows(placement) and all(name in by_rows for name in placement.names):
+        return min(size, max(LEAST_BLOCK, 64 * placement.nbytes // max(1, placement.shape[0])))
+    return size
+
+
+def plan_pinned(placements: Sequence[Placement], main_device: str, host: int) -> tuple[int, int]:
+    """Bytes of a piece of host memory for copies to an accelerator, and of all of it.
+
+    Args:
+        placements: of the load, `in_use`; some of them are brought to the accelerator.
+        main_device: it.
+        host: bytes of host memory that its limit leaves beside what stays there.
 
     Raises:
         BudgetError: not even small pieces fit.
     """
+    made = [p for p in placements if is_made(p, main_device)]
     size = max(_taken(p.nbytes) for p in made)
     piece = min(_LARGEST_PIECE, max(_LEAST_PIECE, size))
     while True:
@@ -203,9 +206,10 @@ def _pinned(made: Sequence[Placement], host: int) -> tuple[int, int]:
         if pinned <= host:
             return piece, pinned
         if piece <= _LEAST_PIECE:
+            whole_one = f", {largest[1]!r} as a whole" if largest[0] else ""
             raise BudgetError(
                 f"running the model needs {format_size(pinned)} ({pinned} bytes) of host memory through which weights "
-                f"go to the device, {largest[1]!r} as a whole, and what stays in memory leaves "
+                f"go to the device{whole_one}, and what stays in memory leaves "
                 f"{format_size(max(0, host))}; raise ram (--ram), or keep fewer weights in host memory (device_map=)",
                 required=pinned,
                 limit=max(0, host),
@@ -226,11 +230,3 @@ def _at_once(placement: Placement, piece: int) -> tuple[int, str]:
 def _taken(nbytes: int) -> int:
     """Bytes that torch takes for so many of pinned memory: a power of two (`CachingHostAllocatorImpl::allocate`)."""
     return 1 << (nbytes - 1).bit_length() if nbytes else 0
-
-
-def _least(placement: Placement, by_rows: Collection[str]) -> int:
-    """Bytes of buffer without which it cannot be used."""
-    size = placement.nbytes // parts_of(placement)
-    if comes_by_rows(placement) and all(name in by_rows for name in placement.names):
-        return min(size, max(LEAST_BLOCK, 64 * placement.nbytes // max(1, placement.shape[0])))
-    return size
