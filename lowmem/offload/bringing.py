@@ -138,7 +138,9 @@ class Weight:
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As `torch.nn.functional.linear`, in blocks of rows."""
         self._runtime.use(self._unit)
-        buffer = self._runtime.get(("block", self._runtime.running.largest), Block(self._runtime.running.largest))
+        room = self._runtime.running.largest
+        # By `data`, what is written into it does not count as a change of a weight.
+        buffer = self._runtime.get(("block", room), Block(room)).data
         return linear_in_blocks(x, self._rows_into, self.shape[0], self.shape[1], self.dtype, bias, buffer)
 
     def _rows_into(self, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ class Entry:
         users: of the device: what was told to work with it since it was made.
     """
 
-    __slots__ = ("kind", "nbytes", "ready", "tensor", "ticket", "used", "users")
+    __slots__ = ("kind", "nbytes", "ready", "tensor", "ticket", "used", "users", "version")
 
     def __init__(self, tensor: torch.Tensor, nbytes: int, kind: Kind) -> None:
         self.tensor = tensor
@@ -36,6 +36,16 @@ class Entry:
         self.used = False
         self.ticket: Any = None
         self.users: list[Any] = []
+        self.version = 0
+
+    def is_made(self) -> None:
+        """Its values are there, or on their way."""
+        self.ready, self.version = True, self.tensor._version
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether someone wrote into it since, by way of a view: it would be lost if the weight were made again."""
+        return self.tensor._version != self.version
 
     @property
     def is_idle(self) -> bool:
@@ -178,7 +188,7 @@ class Ring:
 
     def _is_over(self, entry: Entry) -> bool:
         # Whatever works with it holds it, until the device was told all.
-        return entry.ready and entry.used and entry.is_idle
+        return entry.ready and entry.used and entry.is_idle and not entry.is_changed
 
     def _is_unused(self, entry: Entry) -> bool:
         return entry.ready and not entry.used and entry.is_idle

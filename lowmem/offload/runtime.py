@@ -241,7 +241,7 @@ class Runtime:
                 self._made.notify_all()
             raise
         with self._lock:
-            entry.ready = True
+            entry.is_made()
             self._made.notify_all()
 
     def _call(self) -> None:
