@@ -11,6 +11,7 @@ import gc
 import pickle
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ import lowmem
 from lowmem import loader
 from lowmem.errors import BudgetError, RunningError
 from lowmem.int8 import Int8Linear
-from lowmem.offload import attaching
+from lowmem.offload import aligning, attaching
 from lowmem.offload.accelerators import AcceleratorPlace, PlainBackend
 from lowmem.offload.runtime import Runtime
 from lowmem.offload.weights import OffloadedParameter
@@ -190,7 +191,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeBackend]]:
     def place(name: str, running: Running) -> AcceleratorPlace:
         assert name == "cuda:0"
         made.append(FakeBackend(len(made)))
-        return AcceleratorPlace(made[-1], running.piece, large=running.pinned - PIECES * running.piece)
+        # Smaller than those of any plan, so that weights of these sizes go through them in parts too.
+        return AcceleratorPlace(made[-1], 1000, 2)
 
     monkeypatch.setattr(attaching, "accelerator_place", place)
     monkeypatch.setattr(loader, "check_present", lambda plan, option="": None)
@@ -233,8 +235,26 @@ def test_a_model_elsewhere_computes_as_the_whole_one(
     # A weight that is used whole although it has parts, such as experts that are multiplied at once, is over the plan.
     assert device[0].copies
     assert kind == "qwen3-moe" or device[0].peak <= result.plan.running.buffers
-    assert device[0].pinned_bytes <= result.plan.running.pinned
     lowmem.release(model)
+
+
+def test_threads_that_compute_side_by_side_get_the_right_weights(
+    saved: Callable[..., Path], device: list[FakeBackend]
+) -> None:
+    folder = saved("llama", "float32", "20KB")
+    whole: Any = lowmem.load(folder, residency="copy").model
+    model: Any = lowmem.load(folder, device_map=spread("llama", "disk"), max_memory={"cuda:0": "60KiB"}).model
+    inputs = [torch.tensor([[n, 2 * n, 3 * n]]) for n in range(1, 5)]
+    with torch.no_grad():
+        wanted = [whole(ids).logits for ids in inputs]
+
+    def run(number: int) -> bool:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            return all(torch.equal(model(inputs[number]).logits, wanted[number]) for _ in range(6))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
 
 
 def test_weights_that_wait_in_memory_are_parameters_with_values(
@@ -254,6 +274,36 @@ def test_weights_that_wait_in_memory_are_parameters_with_values(
     model.save_pretrained(tmp_path / "saved")
     saved_again: Any = lowmem.load(tmp_path / "saved", residency="copy").model
     assert all(torch.equal(t, wanted[name]) for name, t in saved_again.state_dict().items())
+
+
+def test_inputs_travel_between_devices_and_no_weight_is_brought_for_that(
+    saved: Callable[..., Path], device: list[FakeBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = lowmem.load(saved("llama"), device_map=spread("llama", "disk")).model
+    before = dict(model.named_parameters())
+    monkeypatch.setattr(aligning, "OFFLOADED", ("disk",))
+    meta = {"model.layers.2": "meta", "model.norm": "meta", "lm_head": "meta"}
+    table = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+    plan: Any = SimpleNamespace(device_map=table | meta, main_device="cpu")
+    model.model.norm.register_buffer("kept_there", torch.ones(3), persistent=False)
+    aligning.align(model, plan, torch.device("cpu"), ["past_key_values"])
+    assert device[0].copies == 0
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
+    assert model.model.norm.kept_there.is_meta
+    seen: dict[str, torch.device] = {}
+    for name in ("model.layers.1.mlp", "model.layers.2.mlp", "lm_head"):
+        module = model.get_submodule(name)
+        inner = module._old_forward
+        module._old_forward = lambda x, name=name, inner=inner: seen.__setitem__(name, x.device) or x
+    with torch.no_grad():
+        assert model.model.layers[2].mlp(torch.ones(1, 2, 32)).is_meta
+        assert model.lm_head(torch.ones(1, 2, 32)).is_meta
+        assert model.model.layers[1].mlp(torch.ones(1, 2, 32)).device.type == "cpu"
+    assert {name: device.type for name, device in seen.items()} == {
+        "model.layers.1.mlp": "cpu",
+        "model.layers.2.mlp": "meta",
+        "lm_head": "meta",
+    }
 
 
 def test_release_lets_go_of_what_waits_in_memory_and_of_the_device(

@@ -66,7 +66,9 @@ def take_back(model: nn.Module) -> None:
 
 @contextmanager
 def aside(model: nn.Module) -> Iterator[None]:
-    """A model without the parameters that bring their values: what looks at all of them would bring them."""
+    """A model with others, which are empty, for the parameters that bring their values: whoever moves all parameters
+    would bring them. accelerate hangs nothing at modules that have none.
+    """
     kept = [
         (module._parameters, leaf, parameter)
         for _, module in walk(model)
@@ -74,7 +76,7 @@ def aside(model: nn.Module) -> Iterator[None]:
         if isinstance(parameter, OffloadedParameter)
     ]
     for table, leaf, _ in kept:
-        table[leaf] = None
+        table[leaf] = nn.Parameter(torch.empty(0, device="cpu"), requires_grad=False)
     try:
         yield
     finally:
