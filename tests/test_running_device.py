@@ -74,7 +74,18 @@ def run_program(seed: int, change: Callable[[AcceleratorPlace, Runtime], None] =
     runtime = Runtime("fake", running, files, place, 0)
     change(place, runtime)
     read: list[tuple[bytes, bytes]] = []
-    held: list[torch.Tensor] = []
+    held: list[tuple[torch.Tensor, Values, str]] = []
+
+    def look(weight: torch.Tensor, recipe: Values, stream: str) -> None:
+        """As a device does: later, and by address."""
+        address, wanted = weight.data_ptr(), recipe.values.numpy().tobytes()
+        backend.submit(stream, lambda: read.append((ctypes.string_at(address, len(wanted)), wanted)))
+
+    def let_go() -> None:
+        for one in held:
+            look(*one)
+        held.clear()
+
     try:
         for _ in range(120):
             number = choose.randrange(len(recipes))
@@ -85,16 +96,13 @@ def run_program(seed: int, change: Callable[[AcceleratorPlace, Runtime], None] =
             backend.user = choose.choice(["user", "other"])
             weight = runtime.get(number, recipe, is_part=number % 5 == 0)
 
-            def look(address: int = weight.data_ptr(), recipe: Values = recipe) -> None:
-                read.append((ctypes.string_at(address, recipe.values.numel()), recipe.values.numpy().tobytes()))
-
-            backend.submit(backend.user, look)
+            look(weight, recipe, backend.user)
             if choose.random() < 0.2:
-                held.append(weight)
+                held.append((weight, recipe, backend.user))
             if choose.random() < 0.3:
-                held.clear()
+                let_go()
             del weight
-        held.clear()
+        let_go()
         backend.drain()
     finally:
         runtime.close()
@@ -140,6 +148,23 @@ def _only_the_last_user(place: Any, runtime: Any) -> None:
 )
 def test_the_test_above_sees_a_wait_that_is_missing(change: Callable[[AcceleratorPlace, Runtime], None]) -> None:
     assert not all(run_program(seed, change) for seed in range(40))
+
+
+def test_a_weight_is_not_taken_away_between_its_making_and_its_use() -> None:
+    backend = FakeBackend()
+    place: Any = AcceleratorPlace(backend, 128)
+    files: Any = SimpleNamespace(check=lambda: None, close=lambda: None)
+    runtime = Runtime("fake", Running(made=1000, largest=64, buffers=64), files, place, 0)
+    recipes = [Values(n, (64,)) for n in range(4)]
+    wait, others = place.wait, iter(recipes[1:])
+
+    def wait_while_others_compute(ticket: Any) -> None:
+        for other in others:
+            runtime.get(id(other), other)
+        wait(ticket)
+
+    place.wait = wait_while_others_compute
+    assert torch.equal(runtime.get(id(recipes[0]), recipes[0]), recipes[0].values)
 
 
 def test_pinned_memory_is_no_more_than_was_planned() -> None:
