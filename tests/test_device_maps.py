@@ -527,7 +527,7 @@ def test_tied_weights_on_disk_are_one_weight_of_the_file(kind: str, dtype: str, 
 @pytest.mark.parametrize("kind", ["llama-tied", "gpt2"])
 @pytest.mark.parametrize("embedding", ["cpu", "disk"])
 def test_a_tie_between_memory_and_disk_works(kind: str, embedding: str, saved: Folder) -> None:
-    """It computes on the CPU in any case, so it is one, in memory; by accelerate's hooks a copy on each, and a warning."""
+    """It computes on the CPU in any case, so it is one, in memory; by accelerate's hooks a copy on each."""
     folder = saved(kind)
     embed = "model.embed_tokens" if kind == "llama-tied" else "transformer.wte"
     head = "disk" if embedding == "cpu" else "cpu"

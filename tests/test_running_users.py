@@ -871,7 +871,7 @@ def test_accelerate_dispatches_for_who_wants_it(dtype: str, folder: Path) -> Non
         model = lowmem.load(folder, dtype=dtype, device_map="disk", dispatch=dispatch).model
         assert has_hooks(model) is hooks
         assert all(parameter.is_meta is hooks for parameter in model.parameters())
-        assert model.hf_device_map == {"": "disk"}
+        assert getattr(model, "hf_device_map", None) == ({"": "disk"} if hooks else None)
         assert same(outputs_of(model), expected)
     assert not has_hooks(lowmem.load(folder, dtype=dtype, device_map="disk").model)
     through = lowmem.from_pretrained(

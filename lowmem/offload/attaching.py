@@ -27,7 +27,7 @@ from .runtime import Runtime, Unit
 from .weights import MappedParameter, OffloadedParameter, ReleasedWeight, refuse_gradient
 
 # Every model that was loaded, and what brings its weights, if any are elsewhere.
-_loaded: weakref.WeakKeyDictionary[nn.Module, Runtime | None] = weakref.WeakKeyDictionary()
+_loaded: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Runtime] | None] = weakref.WeakKeyDictionary()
 
 
 class Observer:
@@ -136,7 +136,7 @@ def attach(model: nn.Module, plan: LoadPlan, rules: Rules, runtime: Runtime | No
     A model that computes on the CPU gets no `hf_device_map`: every weight is there whenever it is used, and libraries
     that read the map take it for one with accelerate's hooks (pipelines compute on the device of its first entry).
     """
-    _loaded[model] = runtime
+    _loaded[model] = None if runtime is None else weakref.ref(runtime)
     if plan.running.dispatch == "accelerate":
         dispatch_by_hooks(model, plan, rules)
         return
@@ -211,7 +211,8 @@ def release(model: nn.Module) -> None:
             f"release: expected a model that lowmem loaded, found {type(model).__name__} that it did not; give the "
             "model itself, and not a part of it"
         )
-    runtime = _loaded[model]
+    known = _loaded[model]
+    runtime = None if known is None else known()
     if runtime is None:
         return
     if not isinstance(runtime.place, HostPlace) and not runtime.closed:

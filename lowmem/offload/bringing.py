@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +40,9 @@ class Weight:
         self._runtime = runtime
         # What is brought by need is not brought ahead.
         ahead = self.parts == 1 and not self.is_too_large
-        self._unit: Unit = runtime.add(self.nbytes if ahead else 0, make=self._bring_ahead if ahead else None)
+        # The runtime ends with the last weight, and must not keep it.
+        bring = weakref.WeakMethod(self._bring_ahead)
+        self._unit: Unit = runtime.add(self.nbytes if ahead else 0, make=bring if ahead else None)
 
     @property
     def is_too_large(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,8 @@ class Apply:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        # Or the model would end only when the collector comes.
+        self._owner = weakref.ref(module)
 
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """Apply `fn` to all that is in memory.
@@ -29,9 +31,10 @@ class Apply:
         Raises:
             RunningError: it would change what is on disk.
         """
-        for name, parameter in _away(self._module, recurse):
+        module = self._owner()
+        assert module is not None
+        for name, parameter in _away(module, recurse):
             _check(fn, name, parameter)
-        module = self._module
         own = dict(module._parameters)
         kept = {leaf: p for leaf, p in own.items() if isinstance(p, OffloadedParameter)}
         for leaf in kept:
@@ -44,7 +47,7 @@ class Apply:
 
     def __reduce__(self) -> Any:
         """Pickled, every weight is in memory."""
-        return PlainApply, (self._module,)
+        return PlainApply, (self._owner(),)
 
 
 class PlainApply:

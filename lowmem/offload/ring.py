@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from .._strides import row_major
+
 Kind = Literal["passing", "part", "kept"]
 
 
@@ -38,7 +40,7 @@ class Entry:
         self.users: list[Any] = []
         self.version = 0
 
-    def is_made(self) -> None:
+    def settle(self) -> None:
         """Its values are there, or on their way."""
         self.ready, self.version = True, self.tensor._version
 
@@ -77,7 +79,7 @@ class Ring:
         self._allocate = allocate
         self._stamp = stamp
         self._entries: dict[Hashable, Entry] = {}
-        self._free: dict[int, list[tuple[torch.Tensor, Any]]] = {}
+        self._free: dict[int, list[tuple[torch.UntypedStorage, Any]]] = {}
 
     def find(self, key: Hashable) -> Entry | None:
         """What is there under this key, ready or being made."""
@@ -111,21 +113,22 @@ class Ring:
         """
         nbytes = dtype.itemsize * torch.Size(shape).numel()
         keeps = self._kept + nbytes <= self._most_kept
-        found = self._reuse(nbytes) if nbytes else (self._allocate(0), None)
+        found = self._reuse(nbytes) if nbytes else (self._allocate(0).untyped_storage(), None)
         if found is None:
             if not self._make_room(nbytes, needed, is_part) and not needed:
                 return None
             found = self._reuse(nbytes)
         if found is None:
-            found = self._allocate(nbytes), None
+            found = self._allocate(nbytes).untyped_storage(), None
             self.held += nbytes
-        buffer, ready_at = found
+        storage, ready_at = found
         kind: Kind = "part" if is_part else "kept" if keeps else "passing"
         if kind != "passing":
             self._kept += nbytes
-        # A view keeps what it is a view of, which would be another holder of the memory.
-        entry = Entry(buffer.view(dtype).view(shape).detach(), nbytes, kind)
-        del buffer, found
+        # Not a view of another tensor, which would hold the memory as well.
+        tensor = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, 0, shape, row_major(shape))
+        del storage, found
+        entry = Entry(tensor, nbytes, kind)
         self._entries[key] = entry
         return entry, ready_at
 
@@ -142,7 +145,7 @@ class Ring:
         self._free.clear()
         self.held = self._kept = 0
 
-    def _reuse(self, nbytes: int) -> tuple[torch.Tensor, Any] | None:
+    def _reuse(self, nbytes: int) -> tuple[torch.UntypedStorage, Any] | None:
         """A buffer of just this size: free, or of what has passed."""
         free = self._free.get(nbytes)
         if free:
@@ -150,7 +153,7 @@ class Ring:
         for key, entry in self._entries.items():
             if entry.nbytes == nbytes and entry.kind == "passing" and self._is_over(entry):
                 del self._entries[key]
-                return _flat(entry), self._stamps(entry)
+                return entry.tensor.untyped_storage(), self._stamps(entry)
         return None
 
     def _make_room(self, nbytes: int, needed: bool, is_part: bool) -> bool:
@@ -166,7 +169,7 @@ class Ring:
                 break
             entry = self._entries.pop(key)
             self._account(entry)
-            self._free.setdefault(entry.nbytes, []).append((_flat(entry), self._stamps(entry)))
+            self._free.setdefault(entry.nbytes, []).append((entry.tensor.untyped_storage(), self._stamps(entry)))
             if entry.nbytes == nbytes:
                 return True
             self._free[entry.nbytes].pop()
@@ -201,11 +204,6 @@ class Ring:
     def _account(self, entry: Entry) -> None:
         if entry.kind != "passing":
             self._kept -= entry.nbytes
-
-
-def _flat(entry: Entry) -> torch.Tensor:
-    """The buffer of an entry that is no longer one."""
-    return entry.tensor.view(-1).view(torch.uint8)
 
 
 def _holders(tensor: torch.Tensor) -> int:

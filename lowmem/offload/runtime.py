@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable
@@ -34,6 +35,8 @@ _PIECE = 4 * MIB
 _STRIDE = 4 * MIB
 # Ahead of the layer that computes: from here on more does not help.
 _MOST_AHEAD = 512 * MIB
+# Seconds that a thread may take to see that it has nothing left to do.
+_PATIENCE = 1.0
 # Memory that others took since is looked at in steps of this.
 _GRAIN = 32 * MIB
 
@@ -46,7 +49,7 @@ class Unit:
         number: its place among the units.
         nbytes: of memory while it is used.
         spans: of a mapped one: file, address, and bytes of each range.
-        make: of one that is made: brings it, if there is room.
+        make: of one that is made: gives what brings it, if there is room, as long as the weight lives.
         here: whether its pages were brought, or its buffer is there.
         keeps: whether it stays between two uses; None while it was not used.
         by_need: whether only some of it is used at once, such as experts, so that it is not brought ahead.
@@ -56,7 +59,7 @@ class Unit:
     number: int
     nbytes: int
     spans: tuple[tuple[Path, int, int, int], ...] = ()
-    make: Callable[[], bool] | None = None
+    make: Callable[[], Callable[[], bool] | None] | None = None
     here: bool = False
     keeps: bool | None = None
     by_need: bool = False
@@ -123,7 +126,7 @@ class Runtime:
         self,
         nbytes: int,
         spans: tuple[tuple[Path, int, int, int], ...] = (),
-        make: Callable[[], bool] | None = None,
+        make: Callable[[], Callable[[], bool] | None] | None = None,
         *,
         by_need: bool = False,
     ) -> Unit:
@@ -209,7 +212,7 @@ class Runtime:
             found = self._admit(key, recipe, is_part=is_part, needed=True)
             assert found is not None
             entry, writable = found
-            # Taken before it is made, so that another thread does not make room of it meanwhile.
+            # Held from now on, or others might have the buffer as soon as it is filled.
             taken = self.ring.take(entry, key, user)
         self._fill(entry, key, recipe, writable)
         self.place.wait(entry.ticket)
@@ -241,7 +244,7 @@ class Runtime:
                 self._made.notify_all()
             raise
         with self._lock:
-            entry.is_made()
+            entry.settle()
             self._made.notify_all()
 
     def _call(self) -> None:
@@ -272,8 +275,9 @@ class Runtime:
                 break
             if unit.make is not None:
                 unsettled = unsettled or unit.nbytes > 0
-                if self.ring.find(unit.number) is None:
-                    return self._guarded(unit, unit.make)
+                bring = unit.make()
+                if bring is not None and self.ring.find(unit.number) is None:
+                    return self._guarded(unit, bring)
             elif not unit.here:
                 unit.here = True
                 return self._guarded(unit, functools.partial(self._bring, unit))
@@ -346,9 +350,15 @@ class Runtime:
         _living.discard(self)
 
     def __del__(self) -> None:
-        # The threads see that it is gone.
-        with contextlib.suppress(Exception), self._lock:
-            self._wake.notify_all()
+        # The threads see that it is gone. None of them is at work, or it would not be.
+        with contextlib.suppress(Exception):
+            with self._lock:
+                # They may still get at it while this runs.
+                self.closed = True
+                self._wake.notify_all()
+            for thread in self._threads:
+                if thread is not threading.current_thread() and not sys.is_finalizing():
+                    thread.join(_PATIENCE)
 
 
 def _work(of: weakref.ref[Runtime], wake: threading.Condition) -> None:

@@ -196,14 +196,14 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
     model, main_device = draft.skeleton.model, devices.main_device
     as_used = placements if main_device == "cpu" else [in_use(p) for p in placements]
     rows = functools.partial(used_by_rows, model)
-    largest, module = needed_at_once(as_used, main_device, draft.request.dispatch, rows)
+    largest, widest = needed_at_once(as_used, main_device, draft.request.dispatch, rows)
     stays = host.resident + host.overhead
     peak = max(host.peak, stays + largest if main_device == "cpu" else 0)
     if peak > bound.room:
-        what = _what(groups) if peak == host.peak else _at_each_use(largest, module)
+        what = _what(groups) if peak == host.peak else _at_each_use(largest, widest)
         remedies = _remedies(draft, placements, bound)
         budget.refuse(peak + bound.extra, bound.room + bound.extra, bound.name, remedies, what)
-    running = _running(draft, as_used, main_device, (largest, module), bound.room - stays)
+    running = _running(draft, as_used, main_device, (largest, widest), bound.room - stays)
     reading, about_reading = _read_how(draft, placements, need.in_place)
     plan = LoadPlan(
         checkpoint=draft.checkpoint,
@@ -271,7 +271,7 @@ def _running(
     Raises:
         BudgetError: an accelerator has no room for the largest weight that is brought to it, or the host for copies.
     """
-    dispatch, request, (largest, module) = draft.request.dispatch, draft.request, worst
+    dispatch, request, (largest, widest) = draft.request.dispatch, draft.request, worst
     if main_device == "cpu":
         return plan_running(placements, main_device, dispatch, largest, room, request.ram is not None)
     if not largest:
@@ -284,8 +284,8 @@ def _running(
     left = sys.maxsize if total is None else total - stays
     if largest > left:
         raise BudgetError(
-            f"device {main_device} would hold {format_size(stays)} and must have room for the weights of {module!r} "
-            f"({format_size(largest)}), which are brought there at each use, and "
+            f"device {main_device} would hold {format_size(stays)} and must have room for {widest!r} and what its "
+            f"module uses with it ({format_size(largest)}), brought there at each use, and "
             f"{'max_memory allows' if said else 'it has'} {format_size(total or 0)}; give it fewer modules "
             "(device_map=, --device-map), or more memory (max_memory=, --max-memory)",
             required=stays + largest,
@@ -297,8 +297,8 @@ def _running(
     return replace(running, pages=0, piece=piece, pinned=pinned)
 
 
-def _at_each_use(largest: int, module: str) -> str:
-    return f"forward ({format_size(largest)} of it for the weights of {module!r}, which are made at each use)"
+def _at_each_use(largest: int, name: str) -> str:
+    return f"forward ({format_size(largest)} of it for {name!r} and what its module uses with it, made at each use)"
 
 
 def _what(groups: Sequence[Group]) -> str:

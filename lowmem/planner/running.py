@@ -135,7 +135,7 @@ def comes_by_rows(placement: Placement) -> bool:
 def needed_at_once(
     placements: Sequence[Placement], main_device: str, dispatch: Dispatch, by_rows: Callable[[], Collection[str]]
 ) -> tuple[int, str]:
-    """Bytes of buffers without which the model cannot run, and the module that needs them; 0 where nothing is made.
+    """Bytes of buffers without which the model cannot run, and the largest weight that needs them; 0 for no buffers.
 
     Args:
         placements: all of the load.
@@ -153,7 +153,8 @@ def needed_at_once(
         # What one module has is used at once, or nearly so.
         at_once[placement.target.rpartition(".")[0]] += _least(placement, known)
     worst = max(at_once, key=lambda module: at_once[module])
-    return at_once[worst], worst
+    inside = [p for p in made if p.target.rpartition(".")[0] == worst]
+    return at_once[worst], max(inside, key=lambda p: p.nbytes).target
 
 
 def plan_running(
