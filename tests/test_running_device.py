@@ -6,7 +6,6 @@ No accelerator is needed: `fake_device` stands for one whose streams do their wo
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import gc
 import pickle
 import random
@@ -394,7 +393,7 @@ def test_int8_layers_that_are_brought_compute_as_int8_linear(
 
 
 def test_plans_say_what_the_device_and_pinned_memory_take(
-    saved: Callable[..., Path], device: list[FakeBackend]
+    saved: Callable[..., Path], device: list[FakeBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved("llama", "float32", "20KB")
     table = spread("llama", "disk")
@@ -403,9 +402,15 @@ def test_plans_say_what_the_device_and_pinned_memory_take(
     assert free.pinned == PIECES * free.piece
     stated = lowmem.plan(folder, device_map=table, max_memory={"cuda:0": "60KiB"}).running
     assert stated.buffers == 60 * 1024
-    with pytest.raises(BudgetError, match=r"device cuda:0 .* max_memory allows"):
-        lowmem.plan(folder, device_map=table, max_memory={"cuda:0": 2048})
+    narrow = lowmem.plan(folder, device_map=table, max_memory={"cuda:0": 2048}).running
+    assert narrow.buffers == narrow.largest > 2048
     tight = lowmem.plan(folder, device_map=table)
     with pytest.raises(BudgetError, match="host memory through which"):
         lowmem.plan(folder, device_map=table, ram=tight.host.resident + tight.host.overhead + 2 * MIB)
-    assert dataclasses.replace(free).to_dict()["pinned"] == free.pinned
+    assert free.to_dict()["pinned"] == free.pinned
+    monkeypatch.setattr(planning, "device_memory", lambda: {"cuda:0": 50000})
+    left_to_others = lowmem.plan(folder, device_map=table).running
+    assert left_to_others.largest < left_to_others.buffers == 45000
+    monkeypatch.setattr(planning, "device_memory", lambda: {"cuda:0": 2048})
+    with pytest.raises(BudgetError, match=r"device cuda:0 would hold 0 B and must have room for .* it has 2.00 KiB"):
+        lowmem.plan(folder, device_map=table)

@@ -20,7 +20,7 @@ from .accelerators import accelerator_place
 from .aligning import align, settle, take_back
 from .bringing import Weight, waiting
 from .files import Files, as_lying, away, entry_of
-from .hooks import dispatch_by_hooks
+from .hooks import dispatch_by_hooks, present
 from .places import HostPlace, Place
 from .refusals import refuse_moves, take_back_refusals
 from .runtime import Runtime, Unit
@@ -176,9 +176,8 @@ def _observe(model: nn.Module, plan: LoadPlan, runtime: Runtime) -> None:
             continue
         entry = entry_of(placement, plan)
         for name in placement.names:
-            owner, leaf = owner_of(model, name)
-            tensor = owner._parameters[leaf]
-            assert tensor is not None
+            owner, _ = owner_of(model, name)
+            tensor = present(model, name)
             owners.setdefault(id(owner), (owner, []))[1].append(placement)
             spans[id(owner)].append((entry.file, tensor.data_ptr(), placement.nbytes, entry.offset))
     for key, (owner, placements) in owners.items():

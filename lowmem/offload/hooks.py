@@ -130,11 +130,11 @@ def _kept_in_memory(model: nn.Module, plan: LoadPlan) -> dict[str, torch.Tensor]
     for placement in plan.placements:
         waits = placement.device == "cpu" and plan.main_device != "cpu"
         if waits or (placement.residency == "init" and "disk" in plan.device_map.values()):
-            kept.update({name: _present(model, name).detach() for name in placement.names})
+            kept.update({name: present(model, name).detach() for name in placement.names})
     return kept or None
 
 
-def _present(model: nn.Module, name: str) -> torch.Tensor:
+def present(model: nn.Module, name: str) -> torch.Tensor:
     """The tensor under `name`; the scales of a layer of bitsandbytes are no parameter of it."""
     owner, leaf = owner_of(model, name)
     if leaf == "SCB" and leaf not in owner._parameters:

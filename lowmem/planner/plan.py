@@ -270,6 +270,8 @@ def _running(
 
     Raises:
         BudgetError: an accelerator has no room for the largest weight that is brought to it, or the host for copies.
+            A stated max_memory bounds the weights that stay there, and is passed by one that is brought, as in
+            accelerate, where it leaves no room.
     """
     dispatch, request, (largest, widest) = draft.request.dispatch, draft.request, worst
     if main_device == "cpu":
@@ -282,12 +284,11 @@ def _running(
     total = limits[main_device] if said else device_memory().get(main_device)
     stays = sum(p.nbytes for p in placements if p.device == main_device)
     left = sys.maxsize if total is None else total - stays
-    if largest > left:
+    if largest > left and not said:
         raise BudgetError(
             f"device {main_device} would hold {format_size(stays)} and must have room for {widest!r} and what its "
-            f"module uses with it ({format_size(largest)}), brought there at each use, and "
-            f"{'max_memory allows' if said else 'it has'} {format_size(total or 0)}; give it fewer modules "
-            "(device_map=, --device-map), or more memory (max_memory=, --max-memory)",
+            f"module uses with it ({format_size(largest)}), brought there at each use, and it has "
+            f"{format_size(total or 0)}; give it fewer modules (device_map=, --device-map)",
             required=stays + largest,
             limit=total or 0,
         )
