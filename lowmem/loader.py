@@ -440,10 +440,12 @@ def check_present(plan: LoadPlan, option: str = "device_map") -> None:
         PlacementError: a device of the plan is not here.
     """
     here = {"cpu", "disk"}
-    if here.issuperset(plan.devices):
+    # Nothing may stay where all the rest is brought to.
+    named = [*plan.devices, plan.main_device]
+    if here.issuperset(named):
         return
     here |= _accelerators()
-    lost = [d for d in plan.devices if d not in here]
+    lost = [d for d in named if d not in here]
     if lost:
         raise PlacementError(
             f"{option}: {lost[0]} is not on this machine (found: {', '.join(sorted(here))}); "

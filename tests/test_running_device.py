@@ -11,6 +11,7 @@ import pickle
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +23,10 @@ from torch import nn
 
 import lowmem
 from lowmem import loader
-from lowmem.errors import BudgetError, RunningError
+from lowmem.errors import BudgetError, PlacementError, RunningError
 from lowmem.int8 import Int8Linear
 from lowmem.offload import aligning, attaching
-from lowmem.offload.accelerators import AcceleratorPlace, PlainBackend
+from lowmem.offload.accelerators import AcceleratorPlace, PlainBackend, StreamBackend
 from lowmem.offload.runtime import Runtime
 from lowmem.offload.weights import OffloadedParameter
 from lowmem.planner import plan as planning
@@ -196,6 +197,75 @@ def test_a_device_without_streams_gets_the_same_values() -> None:
         ticket = place.bring(recipe, into, place.stamp(place.user()))
         place.wait(ticket)
         assert torch.equal(into, recipe.values)
+
+
+class Api:
+    """A module such as `torch.cuda`, that writes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, ...]] = []
+        self.now = "main"
+        api = self
+
+        class Stream:
+            def __init__(self, device: torch.device) -> None:
+                self.name = f"side of {device}"
+
+            def wait_event(self, event: Any) -> None:
+                api.log.append((self.name, "waits for", event.stream))
+
+        class Event:
+            def record(self, stream: Any) -> None:
+                self.stream = stream.name
+
+            def synchronize(self) -> None:
+                api.log.append(("host", "waits for", self.stream))
+
+        self.Stream, self.Event = Stream, Event
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.now = self.now, stream.name
+        yield
+        self.now = before
+
+    def current_stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(name=self.now, wait_event=lambda e: self.log.append((self.now, "waits for", e.stream)))
+
+
+def test_streams_of_torch_are_asked_for_what_the_fake_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = Api()
+    backend = StreamBackend(torch.device("cpu"), api)
+    empty = torch.empty
+
+    def counted(*args: Any, **named: Any) -> torch.Tensor:
+        api.log.append((api.now, "allocates", str(args[0])))
+        return empty(*args, **named)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: api.log.append((stream.name, "keeps")))
+    place = AcceleratorPlace(backend, 64, 1)
+    into = place.allocate(48)
+    assert api.log.pop() == ("side of cpu", "allocates", "48")
+    users = place.stamp(place.user())
+    ticket = place.bring(Values(1, (48,)), into, users)
+    # This machine pins nothing, so that ordinary memory is taken.
+    assert api.log[0] == ("side of cpu", "waits for", "main")
+    assert {entry[1] for entry in api.log[1:]} == {"allocates"}
+    api.log.clear()
+    place.wait(ticket)
+    assert api.log == [("main", "waits for", "side of cpu"), ("main", "keeps")]
+    api.log.clear()
+    place.bring(Values(2, (48,)), into, (users, users))
+    assert api.log == [("side of cpu", "waits for", "main")] * 2 + [("host", "waits for", "side of cpu")]
+    assert torch.equal(into, Values(2, (48,)).values)
+
+
+def test_a_device_that_is_not_here_is_named_although_nothing_stays_there(saved: Callable[..., Path]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it is here")
+    with pytest.raises(PlacementError, match="cuda:0 is not on this machine"):
+        lowmem.load(saved("llama"), device_map=spread("llama", "disk"), max_memory={0: "1GiB"})
 
 
 def test_a_device_that_is_full_is_named_with_what_helps() -> None:
