@@ -473,10 +473,10 @@ def _execute(
 ) -> dict[str, int]:
     """Run the plan, and give bytes by the way they were read; on any error a borrowed model is as it was before."""
     before = Snapshot(skeleton.model) if skeleton.borrowed else None
-    runtime = None
+    brought = None
     try:
         read = run(plan, Installer(skeleton.model), progress, on_shard)
-        runtime = bring_weights(skeleton.model, plan)
+        brought = bring_weights(skeleton.model, plan)
         fresh = [name for p in plan.placements if p.residency == "init" for name in p.names]
         if fresh:
             skeleton.rules.initialise(fresh)
@@ -484,12 +484,12 @@ def _execute(
         skeleton.model.eval()
         if skeleton.int8 is not None:
             finish_layers(skeleton.model, skeleton.int8, int8, comes_at_use)
-        attach(skeleton.model, plan, skeleton.rules, runtime)
+        attach(skeleton.model, plan, skeleton.rules, brought)
         # What fails leaves no mark on a model's config.
         mark(skeleton.model, skeleton.int8, int8)
     except BaseException:
-        if runtime is not None:
-            undisturbed(runtime.close)
+        if brought is not None:
+            undisturbed(brought.runtime.close)
         if before is not None:
             undisturbed(before.restore)
         raise

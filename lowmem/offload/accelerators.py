@@ -254,7 +254,8 @@ class AcceleratorPlace:
         for stamp in writable if isinstance(writable, tuple) else (writable,):
             if stamp is not None:
                 self._backend.wait(None, stamp)
-        self._send(recipe, into)
+        if not recipe.is_scratch:
+            self._send(recipe, into)
         return _Ticket(self._backend.record(None), into)
 
     def user(self) -> Any:

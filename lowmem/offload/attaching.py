@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from .accelerators import accelerator_place
 from .aligning import align, settle, take_back
 from .bringing import Weight, waiting
 from .files import Files, as_lying, away, entry_of
-from .hooks import dispatch_by_hooks, present
+from .hooks import dispatch_by_hooks
+from .pages import Pages
 from .places import HostPlace, Place
 from .refusals import refuse_moves, take_back_refusals
 from .runtime import Runtime, Unit
@@ -55,7 +56,20 @@ class _Nobody:
         """Nothing."""
 
 
-def bring_weights(model: nn.Module, plan: LoadPlan) -> Runtime | None:
+@dataclass(eq=False)
+class Brought:
+    """What `bring_weights` leaves to `attach`, and to whoever gives up between the two.
+
+    Attributes:
+        runtime: brings what is elsewhere.
+        owners: every module that has mapped weights of its own, and what is used with it.
+    """
+
+    runtime: Runtime
+    owners: list[tuple[nn.Module, Unit]] = field(default_factory=list)
+
+
+def bring_weights(model: nn.Module, plan: LoadPlan) -> Brought | None:
     """Put weights that are elsewhere into the model: pages of files, or parameters that bring them when they are used.
 
     Nothing to do for accelerate's hooks, or where every weight is where it computes.
@@ -68,16 +82,40 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Runtime | None:
         return None
     place = _place_of(plan)
     runtime = Runtime(plan.checkpoint.source, plan.running, Files(plan), place, plan.host.available - plan.host.peak)
-    for placement in found:
+    brought = Brought(runtime)
+    units: dict[int, Unit] = {}
+    for placement in _in_order(model, found):
         if plan.main_device == "cpu" and lies_ready(placement):
             entry = entry_of(placement, plan)
-            _install(model, placement, _mapped(runtime.files.view(entry, placement.shape)))
+            tensor = runtime.files.view(entry, placement.shape)
+            _install(model, placement, _mapped(tensor))
+            span = entry.file, tensor.data_ptr(), placement.nbytes, entry.offset
+            for name in placement.names:
+                owner, _ = owner_of(model, name)
+                if id(owner) not in units:
+                    units[id(owner)] = runtime.add(0, Pages())
+                    brought.owners.append((owner, units[id(owner)]))
+                unit = units[id(owner)]
+                assert unit.pages is not None
+                unit.pages.add(span)
+                unit.nbytes = unit.pages.nbytes
+                theirs = type(owner).__module__.startswith("torch.nn.")
+                unit.by_need = unit.by_need or (not theirs and parts_of(placement) > 1)
         elif placement.device == "cpu":
             _let_wait(model, placement, runtime)
         else:
             weight = Weight(as_lying(placement, plan), runtime.files.view, runtime)
             _install(model, placement, functools.partial(OffloadedParameter, weight))
-    return runtime
+    return brought
+
+
+def _in_order(model: nn.Module, placements: list[Placement]) -> list[Placement]:
+    """As their modules are in the model, which is mostly how they are used."""
+    places: dict[str, int] = {}
+    for prefix, module in walk(model):
+        for leaf in module._parameters:
+            places[prefix + leaf] = len(places)
+    return sorted(placements, key=lambda p: min(places[name] for name in p.names))
 
 
 def comes_at_use(parameter: torch.Tensor) -> bool:
@@ -130,24 +168,25 @@ def _install(model: nn.Module, placement: Placement, make: Callable[[bool], torc
         owner._parameters[leaf] = parameter
 
 
-def attach(model: nn.Module, plan: LoadPlan, rules: Rules, runtime: Runtime | None) -> None:
+def attach(model: nn.Module, plan: LoadPlan, rules: Rules, brought: Brought | None) -> None:
     """Last of all: observe the forward, refuse what cannot be done, and bring inputs to several accelerators.
 
     A model that computes on the CPU gets no `hf_device_map`: every weight is there whenever it is used, and libraries
     that read the map take it for one with accelerate's hooks (pipelines compute on the device of its first entry).
     """
-    _loaded[model] = None if runtime is None else weakref.ref(runtime)
+    _loaded[model] = None if brought is None else weakref.ref(brought.runtime)
     if plan.running.dispatch == "accelerate":
         dispatch_by_hooks(model, plan, rules)
         return
-    if runtime is None:
+    if brought is None:
         settle(model, plan, rules.skip_keys)
         return
+    runtime = brought.runtime
     if plan.main_device != "cpu":
         for placement in _initialised_away(plan):
             _let_wait(model, placement, runtime)
         align(model, plan, runtime.place.device, rules.skip_keys)
-    _observe(model, plan, runtime)
+    _observe(model, brought)
     for name, parameter in _on_disk(model):
         if isinstance(parameter, MappedParameter) and parameter.requires_grad:
             hooked: Any = parameter
@@ -166,26 +205,11 @@ def _on_disk(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield prefix + leaf, parameter
 
 
-def _observe(model: nn.Module, plan: LoadPlan, runtime: Runtime) -> None:
+def _observe(model: nn.Module, brought: Brought) -> None:
     """Hooks at every module that has mapped weights of its own, and at the model."""
-    model.register_forward_pre_hook(Observer(runtime.start), prepend=True)
-    owners: dict[int, tuple[nn.Module, list[Placement]]] = {}
-    spans: dict[int, list[tuple[Any, int, int, int]]] = defaultdict(list)
-    for placement in away(plan):
-        if plan.main_device != "cpu" or not lies_ready(placement):
-            continue
-        entry = entry_of(placement, plan)
-        for name in placement.names:
-            owner, _ = owner_of(model, name)
-            tensor = present(model, name)
-            owners.setdefault(id(owner), (owner, []))[1].append(placement)
-            spans[id(owner)].append((entry.file, tensor.data_ptr(), placement.nbytes, entry.offset))
-    for key, (owner, placements) in owners.items():
-        theirs = type(owner).__module__.startswith("torch.nn.")
-        by_need = not theirs and any(parts_of(p) > 1 for p in placements)
-        nbytes = sum(nbytes for _, _, nbytes, _ in spans[key])
-        unit = runtime.add(nbytes, tuple(spans[key]), by_need=by_need)
-        owner.register_forward_pre_hook(Observer(functools.partial(_use, runtime, unit)), prepend=True)
+    model.register_forward_pre_hook(Observer(brought.runtime.start), prepend=True)
+    for owner, unit in brought.owners:
+        owner.register_forward_pre_hook(Observer(functools.partial(_use, brought.runtime, unit)), prepend=True)
 
 
 def _use(runtime: Runtime, unit: Unit) -> None:

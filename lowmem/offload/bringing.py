@@ -27,6 +27,8 @@ class Weight:
         runtime: holds it for as long as it is used, and sees that it is there before.
     """
 
+    is_scratch = False
+
     def __init__(self, placement: Placement, view: View, runtime: Runtime) -> None:
         self.name = placement.target
         self.shape = placement.shape
@@ -142,8 +144,7 @@ class Weight:
         """As `torch.nn.functional.linear`, in blocks of rows."""
         self._runtime.use(self._unit)
         room = self._runtime.running.largest
-        # By `data`, what is written into it does not count as a change of a weight.
-        buffer = self._runtime.get(("block", room), Block(room)).data
+        buffer = self._runtime.get(("block", room), Block(room))
         return linear_in_blocks(x, self._rows_into, self.shape[0], self.shape[1], self.dtype, bias, buffer)
 
     def _rows_into(self, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
@@ -171,7 +172,7 @@ def waiting(tensor: torch.Tensor) -> View:
 class Part:
     """`weight[index]`: as a weight by itself."""
 
-    is_too_large = has_rows = False
+    is_too_large = has_rows = is_scratch = False
     parts = 1
 
     def __init__(self, weight: Weight, index: int) -> None:
@@ -199,6 +200,7 @@ class Part:
 class RowsOf:
     """Some rows of a weight."""
 
+    is_scratch = False
     by_rows = True
 
     def __init__(self, weight: Weight, begin: int, end: int) -> None:
@@ -218,7 +220,7 @@ class RowsOf:
 class Block:
     """Room for rows of what is too large for one buffer."""
 
-    by_rows = True
+    by_rows = is_scratch = True
     dtype = torch.uint8
 
     def __init__(self, nbytes: int) -> None:

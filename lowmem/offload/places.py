@@ -19,6 +19,10 @@ class Recipe(Protocol):
     dtype: torch.dtype
 
     @property
+    def is_scratch(self) -> bool:
+        """Whether there is nothing to make, and whoever has the buffer writes to it."""
+
+    @property
     def by_rows(self) -> bool:
         """Whether some of its rows can be made without the others."""
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from .._strides import row_major
+from ..errors import RunningError
 
 Kind = Literal["passing", "part", "kept"]
 
@@ -26,6 +27,7 @@ class Entry:
         used: whether anyone took it since it was made.
         ticket: of the device: when its values are there.
         users: of the device: what was told to work with it since it was made.
+        version: torch's count of writes to it, when its values were there; None for what may be written to.
     """
 
     __slots__ = ("kind", "nbytes", "ready", "tensor", "ticket", "used", "users", "version")
@@ -38,16 +40,12 @@ class Entry:
         self.used = False
         self.ticket: Any = None
         self.users: list[Any] = []
-        self.version = 0
-
-    def settle(self) -> None:
-        """Its values are there, or on their way."""
-        self.ready, self.version = True, self.tensor._version
+        self.version: int | None = None
 
     @property
     def is_changed(self) -> bool:
-        """Whether someone wrote into it since, by way of a view: it would be lost if the weight were made again."""
-        return self.tensor._version != self.version
+        """Whether someone wrote to it, through a view of the weight."""
+        return self.version is not None and self.tensor._version != self.version
 
     @property
     def is_idle(self) -> bool:
@@ -79,6 +77,8 @@ class Ring:
         self._allocate = allocate
         self._stamp = stamp
         self._entries: dict[Hashable, Entry] = {}
+        # What was written to, and is in no buffer any more.
+        self._changed: set[Hashable] = set()
         self._free: dict[int, list[tuple[torch.UntypedStorage, Any]]] = {}
 
     def find(self, key: Hashable) -> Entry | None:
@@ -86,7 +86,16 @@ class Ring:
         return self._entries.get(key)
 
     def take(self, entry: Entry, key: Hashable, user: Any = None) -> torch.Tensor:
-        """The weight, for use: a tensor of its own over the same memory, so that it is seen when it is let go."""
+        """The weight, for use: a tensor of its own over the same memory, so that it is seen when it is let go.
+
+        Raises:
+            RunningError: it was written to since it was made.
+        """
+        if entry.is_changed or key in self._changed:
+            raise RunningError(
+                "a weight on disk was changed through a view of it, while it was in memory for an operation, and that "
+                "cannot be kept; load the model with it in memory (device_map=), or change the checkpoint"
+            )
         entry.used = True
         if user is not None and user not in entry.users:
             entry.users.append(user)
@@ -152,7 +161,7 @@ class Ring:
             return free.pop()
         for key, entry in self._entries.items():
             if entry.nbytes == nbytes and entry.kind == "passing" and self._is_over(entry):
-                del self._entries[key]
+                self._forget(key)
                 return entry.tensor.untyped_storage(), self._stamps(entry)
         return None
 
@@ -167,7 +176,7 @@ class Ring:
         for key in [*self._expendable(needed, is_part)]:
             if self.held + nbytes <= self.capacity:
                 break
-            entry = self._entries.pop(key)
+            entry = self._forget(key)
             self._account(entry)
             self._free.setdefault(entry.nbytes, []).append((entry.tensor.untyped_storage(), self._stamps(entry)))
             if entry.nbytes == nbytes:
@@ -189,9 +198,15 @@ class Ring:
             yield from (k for k in reversed(by_kind["passing"]) if self._is_unused(self._entries[k]))
             yield from (k for k in reversed(by_kind["kept"]) if self._is_over(self._entries[k]))
 
+    def _forget(self, key: Hashable) -> Entry:
+        entry = self._entries.pop(key)
+        if entry.is_changed:
+            self._changed.add(key)
+        return entry
+
     def _is_over(self, entry: Entry) -> bool:
         # Whatever works with it holds it, until the device was told all.
-        return entry.ready and entry.used and entry.is_idle and not entry.is_changed
+        return entry.ready and entry.used and entry.is_idle
 
     def _is_unused(self, entry: Entry) -> bool:
         return entry.ready and not entry.used and entry.is_idle

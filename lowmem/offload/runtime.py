@@ -8,15 +8,12 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._mapped_pages import bring, holds, let_go
-from .._page_cache import give_back
 from ..engine.crew import compute_alone
 from ..errors import RunningError
 from ..memory import anonymous_memory
@@ -24,13 +21,12 @@ from ..planner.running import Running
 from ..sizes import MIB
 from .files import Files
 from .order import Order
+from .pages import Pages, bring_piece
 from .places import Place, Recipe
 from .ring import Entry, Ring
 
 # More of them are no faster: two read what one disk gives, and two cast what two processors can.
 _WORKERS = 2
-# What is read at once, so that both work at a large layer.
-_PIECE = 4 * MIB
 # Bytes that are used before the readers are woken: more often costs more than it brings.
 _STRIDE = 4 * MIB
 # Ahead of the layer that computes: from here on more does not help.
@@ -48,9 +44,8 @@ class Unit:
     Attributes:
         number: its place among the units.
         nbytes: of memory while it is used.
-        spans: of a mapped one: file, address, and bytes of each range.
+        pages: of a mapped one, its pages.
         make: of one that is made: gives what brings it, if there is room, as long as the weight lives.
-        here: whether its pages were brought, or its buffer is there.
         keeps: whether it stays between two uses; None while it was not used.
         by_need: whether only some of it is used at once, such as experts, so that it is not brought ahead.
         failed: whether bringing it ahead failed; whoever uses it meets the error.
@@ -58,9 +53,8 @@ class Unit:
 
     number: int
     nbytes: int
-    spans: tuple[tuple[Path, int, int, int], ...] = ()
+    pages: Pages | None = None
     make: Callable[[], Callable[[], bool] | None] | None = None
-    here: bool = False
     keeps: bool | None = None
     by_need: bool = False
     failed: bool = False
@@ -111,27 +105,29 @@ class Runtime:
         self.order = Order()
         self._threads: list[threading.Thread] = []
         self._wake = threading.Condition(self._lock)
-        self._past: list[Unit] = []
+        self._past: list[Pages] = []
         self._kept = 0
         self._since = 0
         self._last: Unit | None = None
         self._first: Unit | None = None
-        self._calm = False
+        self._calm = self._learned = False
         for unit in self.units:
-            unit.here = unit.failed = False
+            unit.failed = False
             unit.keeps = None
+            if unit.pages is not None:
+                unit.pages = Pages(unit.pages.spans)
         self.ring.clear()
 
     def add(
         self,
         nbytes: int,
-        spans: tuple[tuple[Path, int, int, int], ...] = (),
+        pages: Pages | None = None,
         make: Callable[[], Callable[[], bool] | None] | None = None,
         *,
         by_need: bool = False,
     ) -> Unit:
         """A unit more."""
-        unit = Unit(len(self.units), nbytes, spans, make, by_need=by_need)
+        unit = Unit(len(self.units), nbytes, pages, make, by_need=by_need)
         self.units.append(unit)
         return unit
 
@@ -147,10 +143,17 @@ class Runtime:
         self.files.check()
         with self._lock:
             self.order.begin()
+            self._learned = self._learned or self._first is not None
             if not self._all_fit:
                 self._adapt()
             elif self._calm and not self._still_here():
                 self._calm = False
+                for unit in self.units:
+                    if unit.pages is not None:
+                        unit.pages.forget()
+            if not self._calm:
+                self._last = None
+                self._call()
 
     def refuse_if_closed(self) -> None:
         """Refuse what was released.
@@ -176,24 +179,24 @@ class Runtime:
         if unit is self._first:
             self.files.check()
         with self._lock:
+            self._learned = self._learned or unit is self._first
             if self._first is None:
                 self._first = unit
             self.order.use(unit.number)
             if self._calm:
                 return
             last, self._last = self._last, unit
-            if unit.spans and unit.keeps is None:
+            if unit.pages is not None and unit.keeps is None:
                 unit.keeps = self._all_fit or self._kept + unit.nbytes <= self._allowed - self._ahead
                 self._kept += unit.nbytes if unit.keeps else 0
-            if last is not None and last is not unit and last.spans and not last.keeps:
-                self._past.append(last)
-            if unit.spans:
-                # Whoever computes with it brings it, if nobody did.
-                unit.here = True
+            if last is not None and last is not unit and not last.keeps:
+                self._unmap(last)
             self._since += unit.nbytes
-            if self._since >= _STRIDE or self._last is self._first:
+            if self._since >= _STRIDE or last is None:
                 self._since = 0
                 self._call()
+        if unit.pages is not None and not unit.by_need:
+            self._bring_now(unit.pages)
 
     def get(self, key: Hashable, recipe: Recipe, *, is_part: bool = False) -> torch.Tensor:
         """A weight that is made: from its buffer, or made now. Who drops the tensor gives the buffer back.
@@ -238,13 +241,14 @@ class Runtime:
         try:
             with torch.no_grad():
                 entry.ticket = self.place.bring(recipe, entry.tensor, writable)
+            entry.version = None if recipe.is_scratch else entry.tensor._version
         except BaseException:
             with self._lock:
                 self.ring.drop(key)
                 self._made.notify_all()
             raise
         with self._lock:
-            entry.settle()
+            entry.ready = True
             self._made.notify_all()
 
     def _call(self) -> None:
@@ -261,11 +265,9 @@ class Runtime:
     def next_task(self) -> Callable[[], object] | None:
         """What is to be done now, nearest first; None when there is nothing. With the lock."""
         if self._past:
-            unit = self._past.pop()
-            unit.here = False
-            return functools.partial(self._give_back, unit)
+            return functools.partial(self._past.pop().give_back, self.files)
         ahead, unsettled = 0, False
-        for number in self.order.upcoming():
+        for number in self._upcoming():
             unit = self.units[number]
             if unit.failed or unit.by_need:
                 continue
@@ -278,12 +280,18 @@ class Runtime:
                 bring = unit.make()
                 if bring is not None and self.ring.find(unit.number) is None:
                     return self._guarded(unit, bring)
-            elif not unit.here:
-                unit.here = True
-                return self._guarded(unit, functools.partial(self._bring, unit))
-        if self._all_fit and not unsettled and not self.running.made:
-            self._calm = all(unit.here for unit in self.units if unit.number in self.order and not unit.by_need)
+            elif unit.pages is not None and (piece := unit.pages.take()) is not None:
+                return functools.partial(self._bring, unit.pages, piece)
+        if self._all_fit and self._learned and not unsettled and not self.running.made:
+            known = (unit for unit in self.units if unit.number in self.order and not unit.by_need)
+            self._calm = all(unit.pages is None or unit.pages.are_here for unit in known)
         return None
+
+    def _upcoming(self) -> Iterator[int]:
+        """What is used next: at first as the modules are in the model, then as it was."""
+        if self._learned:
+            return self.order.upcoming()
+        return iter(range(0 if self._last is None else self._last.number + 1, len(self.units)))
 
     def _guarded(self, unit: Unit, task: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
@@ -296,26 +304,35 @@ class Runtime:
 
         return run
 
-    def _bring(self, unit: Unit) -> bool:
-        for _, address, nbytes, _ in unit.spans:
-            for begin in range(0, nbytes, _PIECE):
-                if self.closed:
-                    return True
-                bring(address + begin, min(_PIECE, nbytes - begin))
-        return True
+    def _bring(self, pages: Pages, piece: tuple[int, int]) -> None:
+        bring_piece(piece)
+        with self._lock:
+            if pages.finish():
+                self._made.notify_all()
 
-    def _give_back(self, unit: Unit) -> None:
-        for file, address, nbytes, offset in unit.spans:
-            if self.closed or not let_go(address, nbytes) or not self._from_cache:
-                continue
-            with contextlib.suppress(OSError), file.open("rb", buffering=0) as opened:
-                for begin, length in self.files.cached(file).absent(offset, nbytes):
-                    give_back(opened.fileno(), begin, length)
+    def _bring_now(self, pages: Pages) -> None:
+        """What is computed with now: together with whoever is at it, instead of page by page as it is touched."""
+        while True:
+            with self._lock:
+                piece = pages.take()
+                if piece is None:
+                    while not pages.are_here and not self.closed:
+                        self._made.wait()
+                    return
+            self._bring(pages, piece)
+
+    def _unmap(self, unit: Unit) -> None:
+        """With the lock."""
+        if unit.pages is None:
+            return
+        unit.pages.unmap()
+        if self._from_cache:
+            self._past.append(unit.pages)
 
     def _still_here(self) -> bool:
         """Whether the kernel left a few of the pages that were brought."""
         step = max(1, len(self.units) // 8)
-        return all(holds(address, nbytes, 1) for unit in self.units[::step] for _, address, nbytes, _ in unit.spans[:1])
+        return all(unit.pages is None or unit.pages.seem_cached() for unit in self.units[::step])
 
     def _adapt(self) -> None:
         """What others took since, such as a cache of keys and values, is not there for pages."""
@@ -325,11 +342,11 @@ class Runtime:
             return
         self._allowed, self._kept = allowed, 0
         for unit in self.units:
-            if unit.spans and unit.keeps is not None:
+            if unit.pages is not None and unit.keeps is not None:
                 kept, unit.keeps = unit.keeps, self._kept + unit.nbytes <= allowed - self._ahead
                 self._kept += unit.nbytes if unit.keeps else 0
                 if kept and not unit.keeps:
-                    self._past.append(unit)
+                    self._unmap(unit)
 
     def close(self) -> None:
         """End the threads, and let go of buffers and mappings. Those that someone uses end with their last use."""
