@@ -27,7 +27,7 @@ from .modeling.int8_choice import NO_INT8, Int8Request
 from .modeling.request import ModelRequest, ModelSource, make_model_request
 from .modeling.rules import Rules
 from .modeling.skeleton import Origin, Skeleton, find_origin, make_skeleton, with_int8
-from .offload import attach, bring_weights
+from .offload import attach, bring_weights, comes_at_use
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
 from .planner.placing import layers_not_by_rows
 from .planner.request import Names, Renames, checks_names, flag, make_request
@@ -440,10 +440,12 @@ def check_present(plan: LoadPlan, option: str = "device_map") -> None:
         PlacementError: a device of the plan is not here.
     """
     here = {"cpu", "disk"}
-    if here.issuperset(plan.devices):
+    # Nothing may stay where all the rest is brought to.
+    named = [*plan.devices, plan.main_device]
+    if here.issuperset(named):
         return
     here |= _accelerators()
-    lost = [d for d in plan.devices if d not in here]
+    lost = [d for d in named if d not in here]
     if lost:
         raise PlacementError(
             f"{option}: {lost[0]} is not on this machine (found: {', '.join(sorted(here))}); "
@@ -481,7 +483,7 @@ def _execute(
         skeleton.rules.finish(_unfed(plan))
         skeleton.model.eval()
         if skeleton.int8 is not None:
-            finish_layers(skeleton.model, skeleton.int8, int8)
+            finish_layers(skeleton.model, skeleton.int8, int8, comes_at_use)
         attach(skeleton.model, plan, skeleton.rules, brought)
         # What fails leaves no mark on a model's config.
         mark(skeleton.model, skeleton.int8, int8)

@@ -186,12 +186,14 @@ def fill(tensor: torch.Tensor, region: Region, source: torch.Tensor) -> None:
 
     A source that is not contiguous has the shape of the region, or the region is dense.
     """
+    # torch counts from the beginning of the memory, and the tensor may lie behind others there.
+    offset = tensor.storage_offset() + region.offset
     if source.shape == region.shape:
-        tensor.as_strided(region.shape, region.strides, region.offset).copy_(source)
+        tensor.as_strided(region.shape, region.strides, offset).copy_(source)
     elif source.is_contiguous():
-        tensor.as_strided(region.shape, region.strides, region.offset).copy_(source.view(region.shape))
+        tensor.as_strided(region.shape, region.strides, offset).copy_(source.view(region.shape))
     else:
-        tensor.as_strided((region.count,), (1,), region.offset).view(source.shape).copy_(source)
+        tensor.as_strided((region.count,), (1,), offset).view(source.shape).copy_(source)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -76,7 +76,9 @@ class Int8Linear(nn.Module):
             raise _refusal(x, self.weight)
         # Named in full: a tensor without elements cannot guess a size.
         flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        y: torch.Tensor = _Product.apply(flat, self.weight, self.SCB, self.bias)  # type: ignore[no-untyped-call]
+        # As a function of torch takes it: a parameter that is elsewhere brings its values here, once.
+        bias = None if self.bias is None else self.bias.view(self.bias.shape)
+        y: torch.Tensor = _Product.apply(flat, self.weight, self.SCB, bias)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], y.shape[1])
 
     def extra_repr(self) -> str:
@@ -196,6 +198,8 @@ def _multiply(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, *, over: int
 ) -> torch.Tensor:
     """`x` times the weight's transpose (`over` 0: its rows are the outputs) or times the weight (`over` 1)."""
+    # Parameters that are elsewhere bring their values here, and not for each of the blocks.
+    weight, scales = weight.view(weight.shape), scales.view(scales.shape)
     y = x.new_empty(x.shape[0], weight.shape[over])
     dtype = _computed_in(x)
     # Integers to 127 are exact in these, so the scales can wait for the product. In fp16 the sums would overflow.

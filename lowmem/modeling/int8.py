@@ -11,7 +11,7 @@ import functools
 import importlib
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,17 +102,23 @@ class Int8Layers:
                 setattr(exchange.old.state, key, value)
             exchange.put(exchange.old)
 
-    def finish(self, threshold: float) -> None:
+    def finish(self, threshold: float, comes_at_use: Callable[[torch.Tensor], bool] = lambda parameter: False) -> None:
         """Exchange each `Int8Linear`, loaded or on meta, for a `Linear8bitLt` where bitsandbytes works.
 
         The memory stays the same. A `Linear8bitLt` that the model had before comes back with the new tensors, its
         own threshold, and whether bitsandbytes works or not. Hooks that load layers from disk must come later.
 
+        A layer with a parameter that is brought whenever it is used stays an `Int8Linear`: bitsandbytes keeps the
+        weight itself between two forwards.
+
         Args:
             threshold: magnitude from which activations are computed in fp16; 0 for never.
+            comes_at_use: tells such parameters.
         """
         here = bitsandbytes_here()
         for exchange in self._exchanges:
+            if any(p is not None and comes_at_use(p) for p in exchange.stand_in._parameters.values()):
+                continue
             if is_bitsandbytes(exchange.old):
                 _fill(exchange.old, exchange.stand_in)
                 exchange.put(exchange.old)
@@ -314,15 +320,18 @@ def _is_expression(pattern: str) -> bool:
     return True
 
 
-def finish_layers(model: nn.Module, layers: Int8Layers, request: Int8Request) -> None:
+def finish_layers(
+    model: nn.Module, layers: Int8Layers, request: Int8Request, comes_at_use: Callable[[torch.Tensor], bool]
+) -> None:
     """When all weights are in their places: exchange the modules for those that compute with int8.
 
     Args:
         model: loaded.
         layers: of it that are int8.
         request: what the user asked.
+        comes_at_use: tells parameters that are brought whenever they are used.
     """
-    layers.finish(_threshold_of(model, request))
+    layers.finish(_threshold_of(model, request), comes_at_use)
 
 
 def mark(model: nn.Module, layers: Int8Layers | None, request: Int8Request) -> None:

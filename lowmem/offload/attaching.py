@@ -13,14 +13,16 @@ from torch import nn
 
 from ..errors import OptionError
 from ..modeling.rules import Rules
-from ..modeling.targets import owner_of, walk
+from ..modeling.targets import owner_of, tensor_of, walk
 from ..planner import LoadPlan, Placement
-from ..planner.running import lies_ready, parts_of
-from .bringing import Weight
+from ..planner.running import in_one_piece, is_away, lies_ready, parts_of
+from .accelerators import accelerator_place
+from .aligning import align, settle, take_back
+from .bringing import Weight, waiting
 from .files import Files, as_lying, away, entry_of
-from .hooks import dispatch_by_hooks, settle_on_one_device
+from .hooks import dispatch_by_hooks
 from .pages import Pages
-from .places import HostPlace
+from .places import HostPlace, Place
 from .refusals import refuse_moves, take_back_refusals
 from .runtime import Runtime, Unit
 from .weights import MappedParameter, OffloadedParameter, ReleasedWeight, refuse_gradient
@@ -76,7 +78,7 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Brought | None:
         CheckpointError: a file changed since it was planned, or cannot be mapped.
     """
     found = list(away(plan))
-    if plan.running.dispatch == "accelerate" or not found:
+    if plan.running.dispatch == "accelerate" or not (found or any(_initialised_away(plan))):
         return None
     place = _place_of(plan)
     runtime = Runtime(plan.checkpoint.source, plan.running, Files(plan), place, plan.host.available - plan.host.peak)
@@ -99,6 +101,8 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Brought | None:
                 unit.nbytes = unit.pages.nbytes
                 theirs = type(owner).__module__.startswith("torch.nn.")
                 unit.by_need = unit.by_need or (not theirs and parts_of(placement) > 1)
+        elif placement.device == "cpu":
+            _let_wait(model, placement, runtime)
         else:
             weight = Weight(as_lying(placement, plan), runtime.files.view, runtime)
             _install(model, placement, functools.partial(OffloadedParameter, weight))
@@ -114,8 +118,25 @@ def _in_order(model: nn.Module, placements: list[Placement]) -> list[Placement]:
     return sorted(placements, key=lambda p: min(places[name] for name in p.names))
 
 
-def _place_of(plan: LoadPlan) -> HostPlace:
-    return HostPlace()
+def comes_at_use(parameter: torch.Tensor) -> bool:
+    """Whether its values are brought whenever an operation takes it."""
+    return isinstance(parameter, OffloadedParameter)
+
+
+def _place_of(plan: LoadPlan) -> Place:
+    return HostPlace() if plan.main_device == "cpu" else accelerator_place(plan.main_device, plan.running)
+
+
+def _let_wait(model: nn.Module, placement: Placement, runtime: Runtime) -> None:
+    """A weight that is in host memory, for a device that computes with it."""
+    tensor = tensor_of(model, placement.target).detach()
+    weight = Weight(in_one_piece(placement), waiting(tensor), runtime)
+    _install(model, placement, functools.partial(OffloadedParameter, weight))
+
+
+def _initialised_away(plan: LoadPlan) -> Iterator[Placement]:
+    """What no file holds, and is not where it computes."""
+    return (p for p in plan.placements if p.residency == "init" and p.nbytes and is_away(p, plan.main_device))
 
 
 def _mapped(tensor: torch.Tensor) -> Callable[[bool], torch.Tensor]:
@@ -158,8 +179,13 @@ def attach(model: nn.Module, plan: LoadPlan, rules: Rules, brought: Brought | No
         dispatch_by_hooks(model, plan, rules)
         return
     if brought is None:
-        settle_on_one_device(model, plan)
+        settle(model, plan, rules.skip_keys)
         return
+    runtime = brought.runtime
+    if plan.main_device != "cpu":
+        for placement in _initialised_away(plan):
+            _let_wait(model, placement, runtime)
+        align(model, plan, runtime.place.device, rules.skip_keys)
     _observe(model, brought)
     for name, parameter in _on_disk(model):
         if isinstance(parameter, MappedParameter) and parameter.requires_grad:
@@ -193,8 +219,9 @@ def _use(runtime: Runtime, unit: Unit) -> None:
 def release(model: nn.Module) -> None:
     """End what a loaded model holds of the disk: the threads that read ahead, and the mappings of weights on disk.
 
-    These weights are gone then: the model cannot be run any more, and another checkpoint can be loaded into it. What is
-    in memory stays, mapped or copied. A model that is dropped releases itself.
+    These weights are gone then, and those that waited in host memory for another device: the model cannot be run any
+    more, and another checkpoint can be loaded into it. What else is in memory stays, mapped or copied. A model that is
+    dropped releases itself.
 
     Args:
         model: what `load` gave; not a part of it. A second time does nothing.
@@ -211,6 +238,8 @@ def release(model: nn.Module) -> None:
     runtime = None if known is None else known()
     if runtime is None:
         return
+    if not isinstance(runtime.place, HostPlace) and not runtime.closed:
+        take_back(model)
     runtime.close()
     take_back_refusals(model)
     for prefix, module in walk(model):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from ..checkpoint import TensorEntry
 from ..planner import Placement
 from ..planner.running import comes_by_rows, parts_of
 from .blocks import linear_in_blocks
@@ -22,7 +23,7 @@ class Weight:
 
     Args:
         placement: what it is, and where it comes from.
-        view: gives the pages of an entry's file as a tensor.
+        view: gives the pages of an entry's file as a tensor, or what waits in memory (see `waiting`).
         runtime: holds it for as long as it is used, and sees that it is there before.
     """
 
@@ -51,9 +52,14 @@ class Weight:
         return self.by_rows and self.nbytes > self._runtime.running.buffers
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all of it lies in one place, though perhaps in another dtype."""
+        return is_whole(self._placement)
+
+    @property
     def has_rows(self) -> bool:
         """Whether single rows can be looked up where they lie."""
-        return len(self.shape) == 2 and is_whole(self._placement)
+        return len(self.shape) == 2 and self.is_whole
 
     def make(self, into: torch.Tensor) -> None:
         """All of it, in host memory."""
@@ -88,6 +94,10 @@ class Weight:
     def make_part(self, index: int, into: torch.Tensor) -> None:
         """`weight[index]`, in host memory."""
         make_part(self._placement, index, self._view, into)
+
+    def make_part_rows(self, index: int, begin: int, end: int, into: torch.Tensor) -> None:
+        """`weight[index][begin:end]`, likewise, of a weight that lies in one place."""
+        into.copy_(self._view(self._placement.links[0].entry, self.shape)[index][begin:end])
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """`weight[index]` of some numbers: a copy, as torch gives it."""
@@ -133,7 +143,8 @@ class Weight:
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As `torch.nn.functional.linear`, in blocks of rows."""
         self._runtime.use(self._unit)
-        buffer = self._runtime.get(("block", self._runtime.running.largest), Block(self._runtime.running.largest))
+        room = self._runtime.running.largest
+        buffer = self._runtime.get(("block", room), Block(room))
         return linear_in_blocks(x, self._rows_into, self.shape[0], self.shape[1], self.dtype, bias, buffer)
 
     def _rows_into(self, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
@@ -149,18 +160,27 @@ class Weight:
         return self._runtime.get_ahead(self._unit.number, self)
 
 
+def waiting(tensor: torch.Tensor) -> View:
+    """What gives a weight that waits in memory, whose placement is `planner.running.in_one_piece`."""
+
+    def view(entry: TensorEntry, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        return tensor if shape is None else tensor.view(shape)
+
+    return view
+
+
 class Part:
     """`weight[index]`: as a weight by itself."""
 
-    is_scratch = False
+    is_too_large = has_rows = is_scratch = False
+    parts = 1
 
     def __init__(self, weight: Weight, index: int) -> None:
         self.name = f"{weight.name}[{index}]"
         self.shape = weight.shape[1:]
         self.dtype = weight.dtype
         self.device = weight.device
-        self.parts = 1
-        self.by_rows = self.is_too_large = self.has_rows = False
+        self.by_rows = weight.is_whole and len(self.shape) == 2
         self._weight = weight
         self._index = index
 
@@ -173,14 +193,15 @@ class Part:
         self._weight.make_part(self._index, into)
 
     def make_rows(self, begin: int, end: int, into: torch.Tensor) -> None:
-        """Comes only as a whole."""
-        raise NotImplementedError
+        """Some rows of it, if `by_rows`."""
+        self._weight.make_part_rows(self._index, begin, end, into)
 
 
 class RowsOf:
     """Some rows of a weight."""
 
-    by_rows = is_scratch = False
+    is_scratch = False
+    by_rows = True
 
     def __init__(self, weight: Weight, begin: int, end: int) -> None:
         self.shape: tuple[int, ...] = (end - begin, weight.shape[1])
@@ -199,8 +220,7 @@ class RowsOf:
 class Block:
     """Room for rows of what is too large for one buffer."""
 
-    by_rows = False
-    is_scratch = True
+    by_rows = is_scratch = True
     dtype = torch.uint8
 
     def __init__(self, nbytes: int) -> None:

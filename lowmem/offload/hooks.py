@@ -31,15 +31,15 @@ def dispatch_by_hooks(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
         return
     if len(devices) == 1 and "disk" not in devices:
         # The weights are there; this moves the buffers that no checkpoint holds.
-        _move(model, torch.device(devices.pop()))
+        move(model, torch.device(devices.pop()))
         return
     from accelerate import dispatch_model
 
-    with _quiet():
+    with quiet():
         dispatch_model(
             model,
-            device_map={module: _as_accelerate(device) for module, device in plan.device_map.items()},
-            main_device=_as_accelerate(plan.main_device),
+            device_map={module: as_accelerate(device) for module, device in plan.device_map.items()},
+            main_device=as_accelerate(plan.main_device),
             state_dict=_held(model, plan),
             offload_index=offload_index(plan),
             skip_keys=list(rules.skip_keys) or None,
@@ -51,14 +51,8 @@ def dispatch_by_hooks(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
         exchange_hooks(model)
 
 
-def settle_on_one_device(model: nn.Module, plan: LoadPlan) -> None:
-    """Where every weight is on one accelerator, move the buffers that no checkpoint holds there too."""
-    devices = set(plan.device_map.values()) - {"disk"}
-    if len(devices) == 1 and devices != {"cpu"}:
-        _move(model, torch.device(devices.pop()))
-
-
-def _move(model: nn.Module, device: torch.device) -> None:
+def move(model: nn.Module, device: torch.device) -> None:
+    """All that is in memory."""
     if getattr(model, "is_loaded_in_8bit", False):
         # transformers' own `to` refuses int8 models beside older bitsandbytes.
         nn.Module.to(model, device)
@@ -67,7 +61,7 @@ def _move(model: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What accelerate warns of is what the plan says: weights on meta, and parameters named beside split modules."""
     logger = logging.getLogger("accelerate.big_modeling")
     disabled = logger.disabled
@@ -136,11 +130,11 @@ def _kept_in_memory(model: nn.Module, plan: LoadPlan) -> dict[str, torch.Tensor]
     for placement in plan.placements:
         waits = placement.device == "cpu" and plan.main_device != "cpu"
         if waits or (placement.residency == "init" and "disk" in plan.device_map.values()):
-            kept.update({name: _present(model, name).detach() for name in placement.names})
+            kept.update({name: present(model, name).detach() for name in placement.names})
     return kept or None
 
 
-def _present(model: nn.Module, name: str) -> torch.Tensor:
+def present(model: nn.Module, name: str) -> torch.Tensor:
     """The tensor under `name`; the scales of a layer of bitsandbytes are no parameter of it."""
     owner, leaf = owner_of(model, name)
     if leaf == "SCB" and leaf not in owner._parameters:
@@ -151,7 +145,8 @@ def _present(model: nn.Module, name: str) -> torch.Tensor:
     return tensor_of(model, name)
 
 
-def _as_accelerate(device: str) -> Any:
+def as_accelerate(device: str) -> Any:
+    """accelerate counts accelerators by number."""
     kind, _, index = device.partition(":")
     return int(index) if kind in ("cuda", "xpu", "npu") else device
 

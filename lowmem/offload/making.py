@@ -94,10 +94,11 @@ def _fill_from_int8(tensor: torch.Tensor, region: Region, source: torch.Tensor, 
     rows = scales.numel()
     values = source.view(rows, -1) if source.is_contiguous() else source
     work = torch.empty(work_size(values.shape[1]), dtype=torch.uint8)
+    offset = tensor.storage_offset() + region.offset
     if region.shape == values.shape:
-        dequantise(values, scales, tensor.as_strided(region.shape, region.strides, region.offset), work)
+        dequantise(values, scales, tensor.as_strided(region.shape, region.strides, offset), work)
     elif region.dense:
-        dequantise(values, scales, tensor.as_strided((region.count,), (1,), region.offset).view(values.shape), work)
+        dequantise(values, scales, tensor.as_strided((region.count,), (1,), offset).view(values.shape), work)
     else:
         floats = torch.empty(values.shape, dtype=tensor.dtype)
         dequantise(values, scales, floats, work)

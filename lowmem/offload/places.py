@@ -42,7 +42,13 @@ class Place(Protocol):
         """A flat uint8 tensor there."""
 
     def bring(self, recipe: Recipe, into: torch.Tensor, writable: Any) -> Any:
-        """Make a weight into a tensor there, which may be written to when `writable` says so; the stamp of that."""
+        """Make a weight into a tensor there, and give the stamp of that.
+
+        Args:
+            recipe: makes it. One with `parts` of more than 1 gives the recipe of each by `part(index)`.
+            into: dense, of its shape and dtype.
+            writable: a stamp, or several in a tuple: when the tensor may be written to. None: now.
+        """
 
     def user(self) -> Any:
         """What the calling thread computes with: a stream."""

@@ -26,11 +26,11 @@ class Entry:
         ready: whether its values are there, or on their way (see `ticket`).
         used: whether anyone took it since it was made.
         ticket: of the device: when its values are there.
-        user: of the device: what was told to work with it last.
+        users: of the device: what was told to work with it since it was made.
         version: torch's count of writes to it, when its values were there; None for what may be written to.
     """
 
-    __slots__ = ("kind", "nbytes", "ready", "tensor", "ticket", "used", "user", "version")
+    __slots__ = ("kind", "nbytes", "ready", "tensor", "ticket", "used", "users", "version")
 
     def __init__(self, tensor: torch.Tensor, nbytes: int, kind: Kind) -> None:
         self.tensor = tensor
@@ -39,7 +39,7 @@ class Entry:
         self.ready = False
         self.used = False
         self.ticket: Any = None
-        self.user: Any = None
+        self.users: list[Any] = []
         self.version: int | None = None
 
     @property
@@ -96,7 +96,9 @@ class Ring:
                 "a weight on disk was changed through a view of it, while it was in memory for an operation, and that "
                 "cannot be kept; load the model with it in memory (device_map=), or change the checkpoint"
             )
-        entry.used, entry.user = True, user
+        entry.used = True
+        if user is not None and user not in entry.users:
+            entry.users.append(user)
         if entry.kind == "part":
             # The last one is the one that was used last.
             self._entries[key] = self._entries.pop(key)
@@ -105,7 +107,7 @@ class Ring:
     def admit(
         self, key: Hashable, shape: tuple[int, ...], dtype: torch.dtype, *, is_part: bool, needed: bool
     ) -> tuple[Entry, Any] | None:
-        """A place for a weight, and when it may be written to (a stamp; None: now).
+        """A place for a weight, and when it may be written to (a stamp, or several in a tuple; None: now).
 
         Args:
             key: by which it is found.
@@ -160,7 +162,7 @@ class Ring:
         for key, entry in self._entries.items():
             if entry.nbytes == nbytes and entry.kind == "passing" and self._is_over(entry):
                 self._forget(key)
-                return entry.tensor.untyped_storage(), self._stamp(entry.user)
+                return entry.tensor.untyped_storage(), self._stamps(entry)
         return None
 
     def _make_room(self, nbytes: int, needed: bool, is_part: bool) -> bool:
@@ -176,7 +178,7 @@ class Ring:
                 break
             entry = self._forget(key)
             self._account(entry)
-            self._free.setdefault(entry.nbytes, []).append((entry.tensor.untyped_storage(), self._stamp(entry.user)))
+            self._free.setdefault(entry.nbytes, []).append((entry.tensor.untyped_storage(), self._stamps(entry)))
             if entry.nbytes == nbytes:
                 return True
             self._free[entry.nbytes].pop()
@@ -208,6 +210,11 @@ class Ring:
 
     def _is_unused(self, entry: Entry) -> bool:
         return entry.ready and not entry.used and entry.is_idle
+
+    def _stamps(self, entry: Entry) -> Any:
+        """When all who were told to work with it are done."""
+        found = tuple(self._stamp(user) for user in entry.users)
+        return found[0] if len(found) == 1 else found or None
 
     def _account(self, entry: Entry) -> None:
         if entry.kind != "passing":

@@ -361,6 +361,9 @@ class Runtime:
         with self._lock:
             self.ring.clear()
             self.files.close()
+            for unit in self.units:
+                # It holds the weight, which holds this, and perhaps memory.
+                unit.make = None
         _living.discard(self)
 
     def __del__(self) -> None:

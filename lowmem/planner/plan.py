@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .._mounts import memory_file_system
@@ -35,7 +36,7 @@ from .placing import (
     to_initialise,
 )
 from .records import DevicePlan, Group, HostPlan, LoadPlan, LoadRequest, OffloadPlan, Reading, Staging
-from .running import Running, is_made, needed_at_once, plan_running
+from .running import Running, in_use, is_made, needed_at_once, plan_pinned, plan_running
 
 # Measured with 5,000 to 30,000 small tensors: Python objects, in all and for each of these.
 _OVERHEAD = 4 * MIB
@@ -44,6 +45,9 @@ _PER_TARGET = KIB
 # lowmem builds the model, so its modules and empty parameters are the load's.
 _PER_TARGET_BUILT = 3 * KIB
 _PER_COPY = KIB
+# Of an accelerator's free memory, what is left to activations and the cache of keys and values, unless max_memory says
+# what weights may take. The largest weight is brought there even where that leaves less.
+_FOR_OTHERS = 0.1
 # Halvings of the CPU's share until an inferred map fits the budget; the step is then below 0.1 %.
 _TRIALS = 10
 
@@ -190,14 +194,16 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
     staging = budget.fit_staging(bound.room - bare.peak, draft.request.staging, need)
     host = _host(draft, placements, groups, staging)
     model, main_device = draft.skeleton.model, devices.main_device
-    largest, widest = needed_at_once(placements, main_device, draft.request.dispatch, lambda: used_by_rows(model))
+    as_used = placements if main_device == "cpu" else [in_use(p) for p in placements]
+    rows = functools.partial(used_by_rows, model)
+    largest, widest = needed_at_once(as_used, main_device, draft.request.dispatch, rows)
     stays = host.resident + host.overhead
     peak = max(host.peak, stays + largest if main_device == "cpu" else 0)
     if peak > bound.room:
         what = _what(groups) if peak == host.peak else _at_each_use(largest, widest)
         remedies = _remedies(draft, placements, bound)
         budget.refuse(peak + bound.extra, bound.room + bound.extra, bound.name, remedies, what)
-    running = _running(draft, placements, main_device, largest, bound.room - stays)
+    running = _running(draft, as_used, main_device, (largest, widest), bound.room - stays)
     reading, about_reading = _read_how(draft, placements, need.in_place)
     plan = LoadPlan(
         checkpoint=draft.checkpoint,
@@ -257,16 +263,39 @@ def _offload(
     return plan_offload(draft.checkpoint, placements, folder, groups, maker_of(draft.skeleton) if groups else "")
 
 
-def _running(draft: Draft, placements: Sequence[Placement], main_device: str, largest: int, room: int) -> Running:
-    """What is left for the forward when the load is done: of the host, `room`."""
-    said = draft.request.ram is not None
-    if main_device != "cpu":
-        # Where weights are brought to a device, that is where their buffers are.
-        limits = draft.request.max_memory or {}
-        room = limits.get(main_device, device_memory().get(main_device, sys.maxsize))
-        room -= sum(p.nbytes for p in placements if p.device == main_device)
-        said = main_device in limits
-    return plan_running(placements, main_device, draft.request.dispatch, largest, room, said)
+def _running(
+    draft: Draft, placements: Sequence[Placement], main_device: str, worst: tuple[int, str], room: int
+) -> Running:
+    """What is left for the forward when the load is done: of the host, `room`.
+
+    Raises:
+        BudgetError: an accelerator has no room for the largest weight that is brought to it, or the host for copies.
+            A stated max_memory bounds the weights that stay there, and is passed by one that is brought, as in
+            accelerate, where it leaves no room.
+    """
+    dispatch, request, (largest, widest) = draft.request.dispatch, draft.request, worst
+    if main_device == "cpu":
+        return plan_running(placements, main_device, dispatch, largest, room, request.ram is not None)
+    if not largest:
+        return Running(dispatch)
+    # Where weights are brought to a device, that is where their buffers are.
+    limits = request.max_memory or {}
+    said = main_device in limits
+    total = limits[main_device] if said else device_memory().get(main_device)
+    stays = sum(p.nbytes for p in placements if p.device == main_device)
+    left = sys.maxsize if total is None else total - stays
+    if largest > left and not said:
+        raise BudgetError(
+            f"device {main_device} would hold {format_size(stays)} and must have room for {widest!r} and what its "
+            f"module uses with it ({format_size(largest)}), brought there at each use, and it has "
+            f"{format_size(total or 0)}; give it fewer modules (device_map=, --device-map)",
+            required=stays + largest,
+            limit=total or 0,
+        )
+    spare = 0 if said or total is None else int(total * _FOR_OTHERS)
+    running = plan_running(placements, main_device, dispatch, largest, left - spare, total is not None)
+    piece, pinned = plan_pinned(placements, main_device, room)
+    return replace(running, pages=0, piece=piece, pinned=pinned)
 
 
 def _at_each_use(largest: int, name: str) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+from ..checkpoint import TensorEntry
 from ..dtypes import itemsize
-from ..sizes import MIB
+from ..errors import BudgetError
+from ..mapping import Link, whole
+from ..sizes import MIB, format_size
 from .moves import Placement, is_one
 
 Dispatch = Literal["lowmem", "accelerate"]
@@ -19,9 +23,16 @@ LEAST_BLOCK = 2 * MIB
 _ENOUGH = 256 * MIB
 
 
+# Pieces of pinned host memory: one is filled by each of two threads, and one is copied from.
+PIECES = 3
+# A copy of this size takes as long as the bus needs for its bytes; of a smaller one, what begins it takes time too.
+_LARGEST_PIECE = 16 * MIB
+_LEAST_PIECE = MIB
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
-    """Host memory of the forward, in bytes, for weights that are on disk, or wait in host memory for a GPU.
+    """Memory of the forward, in bytes, for weights that are on disk, or wait in host memory for a GPU.
 
     Attributes:
         dispatch: who brings weights to where they compute.
@@ -29,8 +40,11 @@ class Running:
         made: those that are made at use: cast, put together from parts, turned from int8 into floats, or brought to
             another device.
         largest: the most that must be in a buffer at once: one such weight, one of its experts, or a block of rows.
-        buffers: bound on all buffers for them; what is more than `largest` holds what comes next, and what stays.
+        buffers: bound on all buffers for them; what is more than `largest` holds what comes next, and what stays. Where
+            an accelerator computes, they are memory of that.
         pages: bound on the file pages of `mapped` that are kept between two uses; more than `mapped` when all are.
+        piece: of host memory for copies to an accelerator; there are `PIECES` of them.
+        pinned: all host memory for such copies: the pieces, and another for what comes only as a whole.
     """
 
     dispatch: Dispatch = "lowmem"
@@ -39,6 +53,8 @@ class Running:
     largest: int = 0
     buffers: int = 0
     pages: int = 0
+    piece: int = 0
+    pinned: int = 0
 
     def to_dict(self) -> dict[str, int | str]:
         """As plain values."""
@@ -71,6 +87,18 @@ def is_made(placement: Placement, main_device: str) -> bool:
     if not is_away(placement, main_device) or not placement.nbytes:
         return False
     return main_device != "cpu" or not lies_ready(placement)
+
+
+def in_one_piece(placement: Placement) -> Placement:
+    """The same weight, fed from a tensor of its shape and dtype, wherever that is."""
+    entry = TensorEntry(placement.target, placement.dtype, placement.shape, Path(), 0, placement.nbytes)
+    return replace(placement, links=(Link(entry, placement.target, whole(placement.shape)),))
+
+
+def in_use(placement: Placement) -> Placement:
+    """Fed as it is when the model runs: what was copied into memory, or written, lies there in one piece."""
+    lies = placement.device == "cpu" or placement.residency == "write"
+    return in_one_piece(placement) if lies and placement.nbytes else placement
 
 
 def parts_of(placement: Placement) -> int:
@@ -157,3 +185,49 @@ def _least(placement: Placement, by_rows: Collection[str]) -> int:
     if comes_by_rows(placement) and all(name in by_rows for name in placement.names):
         return min(size, max(LEAST_BLOCK, 64 * placement.nbytes // max(1, placement.shape[0])))
     return size
+
+
+def plan_pinned(placements: Sequence[Placement], main_device: str, host: int) -> tuple[int, int]:
+    """Bytes of a piece of host memory for copies to an accelerator, and of all of it.
+
+    Args:
+        placements: of the load, `in_use`; some of them are brought to the accelerator.
+        main_device: it.
+        host: bytes of host memory that its limit leaves beside what stays there.
+
+    Raises:
+        BudgetError: not even small pieces fit.
+    """
+    made = [p for p in placements if is_made(p, main_device)]
+    size = max(_taken(p.nbytes) for p in made)
+    piece = min(_LARGEST_PIECE, max(_LEAST_PIECE, size))
+    while True:
+        largest = max((_at_once(p, piece) for p in made), key=lambda pair: pair[0])
+        pinned = PIECES * piece + _taken(largest[0])
+        if pinned <= host:
+            return piece, pinned
+        if piece <= _LEAST_PIECE:
+            whole_one = f", {largest[1]!r} as a whole" if largest[0] else ""
+            raise BudgetError(
+                f"running the model needs {format_size(pinned)} ({pinned} bytes) of host memory through which weights "
+                f"go to the device{whole_one}, and what stays in memory leaves "
+                f"{format_size(max(0, host))}; raise ram (--ram), or keep fewer weights in host memory (device_map=)",
+                required=pinned,
+                limit=max(0, host),
+            )
+        piece //= 2
+
+
+def _at_once(placement: Placement, piece: int) -> tuple[int, str]:
+    """Bytes that do not go through pieces, because they come only as a whole."""
+    parts = parts_of(placement)
+    size = placement.nbytes // parts
+    rows = placement.shape[0] if comes_by_rows(placement) else 1
+    if parts > 1 and len(placement.shape) == 3 and is_one(placement.links, placement.shape):
+        rows = placement.shape[1]
+    return (size if size > piece and size // max(1, rows) > piece else 0), placement.target
+
+
+def _taken(nbytes: int) -> int:
+    """Bytes that torch takes for so many of pinned memory: a power of two (`CachingHostAllocatorImpl::allocate`)."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
