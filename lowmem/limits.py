@@ -94,6 +94,18 @@ def device_memory() -> dict[str, int]:
     return free
 
 
+def accelerators_here() -> set[str]:
+    """Every accelerator that torch can use here."""
+    torch = importlib.import_module("torch")
+    found = {"mps"} if torch.backends.mps.is_available() else set()
+    for kind in ("cuda", "xpu", "npu"):
+        # torch.npu is there only after torch_npu was imported.
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            found.update(f"{kind}:{index}" for index in range(module.device_count()))
+    return found
+
+
 def memory_groups(proc: Path = _PROC) -> list[MemoryGroup]:
     """Memory cgroups of this process, own group first, then up to the root of each mounted hierarchy.
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ._collector import paused_collector
@@ -19,6 +18,7 @@ from .checkpoint import Checkpoint, Survey, TensorEntry, Wish, make_wish, survey
 from .checkpoint.int8 import has_scales
 from .engine import Installer, Snapshot, run, same_bytes, undisturbed
 from .errors import KeysError, OptionError, PlacementError
+from .limits import accelerators_here
 from .mapping import KeyDiff, KeyMapping, Link, check_stays_int8, choose_layers, cover_of, diff_of, match, refuse
 from .mapping.int8 import check_formats
 from .memory import anonymous_memory, measure
@@ -444,24 +444,13 @@ def check_present(plan: LoadPlan, option: str = "device_map") -> None:
     named = [*plan.devices, plan.main_device]
     if here.issuperset(named):
         return
-    here |= _accelerators()
+    here |= accelerators_here()
     lost = [d for d in named if d not in here]
     if lost:
         raise PlacementError(
             f"{option}: {lost[0]} is not on this machine (found: {', '.join(sorted(here))}); "
             "a plan can be made without it, a load cannot"
         )
-
-
-def _accelerators() -> set[str]:
-    """Every accelerator that torch can use here."""
-    found = {"mps"} if torch.backends.mps.is_available() else set()
-    for kind in ("cuda", "xpu", "npu"):
-        # torch.npu is there only after torch_npu was imported.
-        module = getattr(torch, kind, None)
-        if module is not None and module.is_available():
-            found.update(f"{kind}:{index}" for index in range(module.device_count()))
-    return found
 
 
 def _execute(

@@ -176,8 +176,30 @@ def tensor_of(model: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
-def used_by_rows(model: nn.Module) -> frozenset[str]:
-    """Names of matrices that linear layers and embeddings of torch use, and nobody else is known to: these can do with
-    some rows at a time.
+@dataclass(frozen=True)
+class Uses:
+    """How a model uses its weights, as far as their modules tell: names.
+
+    Attributes:
+        by_rows: matrices of torch's linear layers and embeddings, which can do with some rows at a time.
+        looked_up: those of embeddings alone.
+        in_parts: of three dimensions, and not of one of torch's own modules: experts, of which some are used.
     """
-    return frozenset(f"{prefix}weight" for prefix, module in walk(model) if type(module) in (nn.Linear, nn.Embedding))
+
+    by_rows: frozenset[str]
+    looked_up: frozenset[str]
+    in_parts: frozenset[str]
+
+
+def uses_of(model: nn.Module) -> Uses:
+    """How a model uses its weights."""
+    by_rows, looked_up, in_parts = [], [], []
+    for prefix, module in walk(model):
+        kind = type(module)
+        if kind in (nn.Linear, nn.Embedding):
+            by_rows.append(f"{prefix}weight")
+            if kind is nn.Embedding:
+                looked_up.append(f"{prefix}weight")
+        elif not kind.__module__.startswith("torch.nn."):
+            in_parts += [prefix + leaf for leaf, p in module._parameters.items() if p is not None and p.dim() == 3]
+    return Uses(frozenset(by_rows), frozenset(looked_up), frozenset(in_parts))

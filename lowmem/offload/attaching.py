@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import OptionError
 from ..modeling.rules import Rules
-from ..modeling.targets import owner_of, tensor_of, walk
+from ..modeling.targets import Uses, owner_of, tensor_of, uses_of, walk
 from ..planner import LoadPlan, Placement
 from ..planner.running import in_one_piece, is_away, lies_ready, parts_of
 from .accelerators import accelerator_place
@@ -84,6 +84,7 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Brought | None:
     runtime = Runtime(plan.checkpoint.source, plan.running, Files(plan), place, plan.host.available - plan.host.peak)
     brought = Brought(runtime)
     units: dict[int, Unit] = {}
+    uses = uses_of(model)
     for placement in _in_order(model, found):
         if plan.main_device == "cpu" and lies_ready(placement):
             entry = entry_of(placement, plan)
@@ -99,12 +100,11 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Brought | None:
                 assert unit.pages is not None
                 unit.pages.add(span)
                 unit.nbytes = unit.pages.nbytes
-                theirs = type(owner).__module__.startswith("torch.nn.")
-                unit.by_need = unit.by_need or (not theirs and parts_of(placement) > 1)
+                unit.by_need = unit.by_need or parts_of(placement, uses) > 1
         elif placement.device == "cpu":
-            _let_wait(model, placement, runtime)
+            _let_wait(model, placement, runtime, uses)
         else:
-            weight = Weight(as_lying(placement, plan), runtime.files.view, runtime)
+            weight = Weight(as_lying(placement, plan), runtime.files.view, runtime, uses)
             _install(model, placement, functools.partial(OffloadedParameter, weight))
     return brought
 
@@ -127,10 +127,10 @@ def _place_of(plan: LoadPlan) -> Place:
     return HostPlace() if plan.main_device == "cpu" else accelerator_place(plan.main_device, plan.running)
 
 
-def _let_wait(model: nn.Module, placement: Placement, runtime: Runtime) -> None:
+def _let_wait(model: nn.Module, placement: Placement, runtime: Runtime, uses: Uses) -> None:
     """A weight that is in host memory, for a device that computes with it."""
     tensor = tensor_of(model, placement.target).detach()
-    weight = Weight(in_one_piece(placement), waiting(tensor), runtime)
+    weight = Weight(in_one_piece(placement), waiting(tensor), runtime, uses)
     _install(model, placement, functools.partial(OffloadedParameter, weight))
 
 
@@ -184,7 +184,7 @@ def attach(model: nn.Module, plan: LoadPlan, rules: Rules, brought: Brought | No
     runtime = brought.runtime
     if plan.main_device != "cpu":
         for placement in _initialised_away(plan):
-            _let_wait(model, placement, runtime)
+            _let_wait(model, placement, runtime, uses_of(model))
         align(model, plan, runtime.place.device, rules.skip_keys)
     _observe(model, brought)
     for name, parameter in _on_disk(model):

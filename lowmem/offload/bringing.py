@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from ..checkpoint import TensorEntry
+from ..modeling.targets import Uses
 from ..planner import Placement
 from ..planner.running import comes_by_rows, parts_of
 from .blocks import linear_in_blocks
@@ -25,17 +26,18 @@ class Weight:
         placement: what it is, and where it comes from.
         view: gives the pages of an entry's file as a tensor, or what waits in memory (see `waiting`).
         runtime: holds it for as long as it is used, and sees that it is there before.
+        uses: how the model uses its weights.
     """
 
     is_scratch = False
 
-    def __init__(self, placement: Placement, view: View, runtime: Runtime) -> None:
+    def __init__(self, placement: Placement, view: View, runtime: Runtime, uses: Uses) -> None:
         self.name = placement.target
         self.shape = placement.shape
         self.dtype: torch.dtype = getattr(torch, placement.dtype)
         self.device = runtime.place.device
         self.nbytes = placement.nbytes
-        self.parts = parts_of(placement)
+        self.parts = parts_of(placement, uses)
         self.by_rows = comes_by_rows(placement)
         self._placement = placement
         self._view = view
@@ -45,6 +47,9 @@ class Weight:
         # The runtime ends with the last weight, and must not keep it.
         bring = weakref.WeakMethod(self._bring_ahead)
         self._unit: Unit = runtime.add(self.nbytes if ahead else 0, make=bring if ahead else None)
+        if self.has_rows and uses.looked_up.issuperset(placement.names):
+            # Of a table only rows are used, as long as nobody asks for all of it.
+            self._unit.nbytes = 0
 
     @property
     def is_too_large(self) -> bool:
@@ -71,6 +76,8 @@ class Weight:
 
     def whole(self) -> torch.Tensor:
         """All of it, where it computes, until the tensor is dropped."""
+        if self._unit.make is not None:
+            self._unit.nbytes = self.nbytes
         self._runtime.use(self._unit)
         return self._runtime.get(self._unit.number, self)
 

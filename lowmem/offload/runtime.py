@@ -269,7 +269,7 @@ class Runtime:
         ahead, unsettled = 0, False
         for number in self._upcoming():
             unit = self.units[number]
-            if unit.failed or unit.by_need:
+            if unit.failed or unit.by_need or not unit.nbytes:
                 continue
             ahead += unit.nbytes
             if ahead > self._ahead and unit.nbytes < ahead:

@@ -17,7 +17,7 @@ from ..errors import BudgetError, PlacementError
 from ..limits import device_memory, host_memory
 from ..mapping import KeyMapping
 from ..modeling.skeleton import Skeleton
-from ..modeling.targets import used_by_rows
+from ..modeling.targets import uses_of
 from ..sizes import KIB, MIB, format_size
 from . import budget
 from .computed import about, maker_of, price
@@ -195,8 +195,8 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
     host = _host(draft, placements, groups, staging)
     model, main_device = draft.skeleton.model, devices.main_device
     as_used = placements if main_device == "cpu" else [in_use(p) for p in placements]
-    rows = functools.partial(used_by_rows, model)
-    largest, widest = needed_at_once(as_used, main_device, draft.request.dispatch, rows)
+    uses = functools.partial(uses_of, model)
+    largest, widest = needed_at_once(as_used, main_device, draft.request.dispatch, uses)
     stays = host.resident + host.overhead
     peak = max(host.peak, stays + largest if main_device == "cpu" else 0)
     if peak > bound.room:
@@ -294,7 +294,7 @@ def _running(
         )
     spare = 0 if said or total is None else int(total * _FOR_OTHERS)
     running = plan_running(placements, main_device, dispatch, largest, left - spare, total is not None)
-    piece, pinned = plan_pinned(placements, main_device, room)
+    piece, pinned = plan_pinned(placements, main_device, room, uses_of(draft.skeleton.model))
     return replace(running, pages=0, piece=piece, pinned=pinned)
 
 

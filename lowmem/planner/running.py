@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,6 +12,7 @@ from ..checkpoint import TensorEntry
 from ..dtypes import itemsize
 from ..errors import BudgetError
 from ..mapping import Link, whole
+from ..modeling.targets import Uses
 from ..sizes import MIB, format_size
 from .moves import Placement, is_one
 
@@ -101,10 +102,10 @@ def in_use(placement: Placement) -> Placement:
     return in_one_piece(placement) if lies and placement.nbytes else placement
 
 
-def parts_of(placement: Placement) -> int:
+def parts_of(placement: Placement, uses: Uses) -> int:
     """How many parts of a weight can be brought each for itself: experts, along its first dimension; 1 for none."""
     shape = placement.shape
-    if len(shape) < 3 or shape[0] < 2:
+    if len(shape) != 3 or shape[0] < 2 or not uses.in_parts.issuperset(placement.names):
         return 1
     step = placement.nbytes // itemsize(placement.dtype) // shape[0]
     for link in placement.links:
@@ -133,7 +134,7 @@ def comes_by_rows(placement: Placement) -> bool:
 
 
 def needed_at_once(
-    placements: Sequence[Placement], main_device: str, dispatch: Dispatch, by_rows: Callable[[], Collection[str]]
+    placements: Sequence[Placement], main_device: str, dispatch: Dispatch, uses_of: Callable[[], Uses]
 ) -> tuple[int, str]:
     """Bytes of buffers without which the model cannot run, and the largest weight that needs them; 0 for no buffers.
 
@@ -141,17 +142,16 @@ def needed_at_once(
         placements: all of the load.
         main_device: where weights that are elsewhere compute.
         dispatch: who brings them there.
-        by_rows: gives the names of weights that are used by linear layers or embeddings alone, which can do with some
-            rows.
+        uses_of: says how the model uses its weights.
     """
     made = [p for p in placements if is_made(p, main_device)] if dispatch == "lowmem" else []
     if not made:
         return 0, ""
     at_once: dict[str, int] = defaultdict(int)
-    known = by_rows()
+    uses = uses_of()
     for placement in made:
         # What one module has is used at once, or nearly so.
-        at_once[placement.target.rpartition(".")[0]] += _least(placement, known)
+        at_once[placement.target.rpartition(".")[0]] += _least(placement, uses)
     worst = max(at_once, key=lambda module: at_once[module])
     inside = [p for p in made if p.target.rpartition(".")[0] == worst]
     return at_once[worst], max(inside, key=lambda p: p.nbytes).target
@@ -179,21 +179,22 @@ def plan_running(
     return Running(dispatch, mapped, made, largest, buffers, max(0, room - buffers))
 
 
-def _least(placement: Placement, by_rows: Collection[str]) -> int:
+def _least(placement: Placement, uses: Uses) -> int:
     """Bytes of buffer without which it cannot be used."""
-    size = placement.nbytes // parts_of(placement)
-    if comes_by_rows(placement) and all(name in by_rows for name in placement.names):
+    size = placement.nbytes // parts_of(placement, uses)
+    if comes_by_rows(placement) and uses.by_rows.issuperset(placement.names):
         return min(size, max(LEAST_BLOCK, 64 * placement.nbytes // max(1, placement.shape[0])))
     return size
 
 
-def plan_pinned(placements: Sequence[Placement], main_device: str, host: int) -> tuple[int, int]:
+def plan_pinned(placements: Sequence[Placement], main_device: str, host: int, uses: Uses) -> tuple[int, int]:
     """Bytes of a piece of host memory for copies to an accelerator, and of all of it.
 
     Args:
         placements: of the load, `in_use`; some of them are brought to the accelerator.
         main_device: it.
         host: bytes of host memory that its limit leaves beside what stays there.
+        uses: how the model uses its weights.
 
     Raises:
         BudgetError: not even small pieces fit.
@@ -202,7 +203,7 @@ def plan_pinned(placements: Sequence[Placement], main_device: str, host: int) ->
     size = max(_taken(p.nbytes) for p in made)
     piece = min(_LARGEST_PIECE, max(_LEAST_PIECE, size))
     while True:
-        largest = max((_at_once(p, piece) for p in made), key=lambda pair: pair[0])
+        largest = max((_at_once(p, piece, uses) for p in made), key=lambda pair: pair[0])
         pinned = PIECES * piece + _taken(largest[0])
         if pinned <= host:
             return piece, pinned
@@ -218,12 +219,12 @@ def plan_pinned(placements: Sequence[Placement], main_device: str, host: int) ->
         piece //= 2
 
 
-def _at_once(placement: Placement, piece: int) -> tuple[int, str]:
+def _at_once(placement: Placement, piece: int, uses: Uses) -> tuple[int, str]:
     """Bytes that do not go through pieces, because they come only as a whole."""
-    parts = parts_of(placement)
+    parts = parts_of(placement, uses)
     size = placement.nbytes // parts
     rows = placement.shape[0] if comes_by_rows(placement) else 1
-    if parts > 1 and len(placement.shape) == 3 and is_one(placement.links, placement.shape):
+    if parts > 1 and is_one(placement.links, placement.shape):
         rows = placement.shape[1]
     return (size if size > piece and size // max(1, rows) > piece else 0), placement.target
 
