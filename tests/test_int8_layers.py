@@ -18,7 +18,6 @@ from torch import nn
 pytest.importorskip("transformers")
 
 import transformers
-from lowmem.offload.int8 import exchange_hooks
 from tiny_models import KINDS, inputs_of, new_model, outputs_of, same
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -33,6 +32,7 @@ from lowmem.modeling.int8 import mark_quantised, swap, unmark
 from lowmem.modeling.int8_choice import Int8Request, existing_int8, layers_to_quantise
 from lowmem.modeling.quantised import int8_config, refuse_quantised
 from lowmem.modeling.request import ModelRequest
+from lowmem.offload.int8_hook import exchange_hooks
 
 QUANTISE = Int8Request(quantize=True)
 

@@ -288,7 +288,7 @@ def test_what_fails_last_leaves_no_mark(saved: Saved, monkeypatch: pytest.Monkey
     def fail(*_: Any) -> None:
         raise RuntimeError("no more")
 
-    monkeypatch.setattr("lowmem.loader.dispatch", fail)
+    monkeypatch.setattr("lowmem.loader.attach", fail)
     with pytest.raises(RuntimeError, match="no more"):
         lowmem.load(folder, model=model, quantize="int8")
     assert model.config.to_dict() == before

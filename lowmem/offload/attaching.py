@@ -216,6 +216,24 @@ def _use(runtime: Runtime, unit: Unit) -> None:
     runtime.use(unit)
 
 
+def give_up(model: nn.Module, brought: Brought) -> None:
+    """Undo what was begun: nothing of it is left at the model but parameters, which are the caller's to put back."""
+    brought.runtime.close()
+    _detach(model)
+    _loaded.pop(model, None)
+
+
+def _detach(model: nn.Module) -> None:
+    """Take back hooks and refusals."""
+    if any("_hf_hook" in vars(module) for module in model.modules()):
+        take_back(model)
+    take_back_refusals(model)
+    for _, module in walk(model):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, Observer):
+                del module._forward_pre_hooks[key]
+
+
 def release(model: nn.Module) -> None:
     """End what a loaded model holds of the disk: the threads that read ahead, and the mappings of weights on disk.
 
@@ -241,11 +259,8 @@ def release(model: nn.Module) -> None:
     if not isinstance(runtime.place, HostPlace) and not runtime.closed:
         take_back(model)
     runtime.close()
-    take_back_refusals(model)
+    _detach(model)
     for prefix, module in walk(model):
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, Observer):
-                del module._forward_pre_hooks[key]
         for leaf, parameter in module._parameters.items():
             if parameter is not None and (_is_away(parameter) or _is_int8_page(parameter)):
                 module._parameters[leaf] = _released(prefix + leaf, parameter, runtime.source)
