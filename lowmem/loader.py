@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import defaultdict
@@ -27,7 +28,7 @@ from .modeling.int8_choice import NO_INT8, Int8Request
 from .modeling.request import ModelRequest, ModelSource, make_model_request
 from .modeling.rules import Rules
 from .modeling.skeleton import Origin, Skeleton, find_origin, make_skeleton, with_int8
-from .offload import attach, bring_weights, comes_at_use
+from .offload import attach, bring_weights, comes_at_use, give_up
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
 from .planner.placing import layers_not_by_rows
 from .planner.request import Names, Renames, checks_names, flag, make_request
@@ -478,7 +479,7 @@ def _execute(
         mark(skeleton.model, skeleton.int8, int8)
     except BaseException:
         if brought is not None:
-            undisturbed(brought.runtime.close)
+            undisturbed(functools.partial(give_up, skeleton.model, brought))
         if before is not None:
             undisturbed(before.restore)
         raise

@@ -144,5 +144,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         of_x, of_bias = ctx.dtypes
         to_x = ctx.blocks.product_back(grad, of_x) if ctx.needs_input_grad[0] else None
-        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(of_bias) if ctx.needs_input_grad[1] else None
+        # Over all but the last; of nothing at all torch could not tell how many rows there are.
+        summed = grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
+        to_bias = summed.to(of_bias) if ctx.needs_input_grad[1] else None
         return to_x, to_bias, None

@@ -12,7 +12,7 @@ from ..checkpoint import TensorEntry
 from ..modeling.targets import Uses
 from ..planner import Placement
 from ..planner.running import comes_by_rows, parts_of
-from .blocks import linear_in_blocks
+from .blocks import embedding_by_rows, linear_in_blocks
 from .making import View, is_whole, make, make_part, make_rows
 
 if TYPE_CHECKING:
@@ -84,10 +84,7 @@ class Weight:
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows with these numbers, as `torch.nn.functional.embedding` gives them."""
         self._runtime.use(self._unit)
-        table = self._view(self._placement.links[0].entry, self.shape)
-        # As there, a number that is no row's is an error.
-        found = functional.embedding(ids.to(table.device), table).to(self.dtype)
-        return found.to(self.device)
+        return embedding_by_rows(ids, self._view(self._placement.links[0].entry, self.shape), self.dtype)
 
     def part(self, index: int) -> Part:
         """`weight[index]`, not brought yet."""
