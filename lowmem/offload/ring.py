@@ -27,10 +27,11 @@ class Entry:
         used: whether anyone took it since it was made.
         ticket: of the device: when its values are there.
         users: of the device: what was told to work with it since it was made.
+        maker: the thread that makes it because it waits for it, or None.
         version: torch's count of writes to it, when its values were there; None for what may be written to.
     """
 
-    __slots__ = ("kind", "nbytes", "ready", "tensor", "ticket", "used", "users", "version")
+    __slots__ = ("kind", "maker", "nbytes", "ready", "tensor", "ticket", "used", "users", "version")
 
     def __init__(self, tensor: torch.Tensor, nbytes: int, kind: Kind) -> None:
         self.tensor = tensor
@@ -41,6 +42,7 @@ class Entry:
         self.ticket: Any = None
         self.users: list[Any] = []
         self.version: int | None = None
+        self.maker: int | None = None
 
     @property
     def is_changed(self) -> bool:
@@ -196,7 +198,7 @@ class Ring:
         if needed:
             # Made ahead of its use, which has not come; the farthest first.
             yield from (k for k in reversed(by_kind["passing"]) if self._is_unused(self._entries[k]))
-            yield from (k for k in reversed(by_kind["kept"]) if self._is_over(self._entries[k]))
+            yield from (k for k in reversed(by_kind["kept"]) if self._entries[k].ready and self._entries[k].is_idle)
 
     def _forget(self, key: Hashable) -> Entry:
         entry = self._entries.pop(key)

@@ -31,7 +31,7 @@ _WORKERS = 2
 _STRIDE = 4 * MIB
 # Ahead of the layer that computes: from here on more does not help.
 _MOST_AHEAD = 512 * MIB
-# Seconds that a thread may take to see that it has nothing left to do.
+# Seconds that a thread may take for a piece, or to see that it has nothing left to do.
 _PATIENCE = 1.0
 # Memory that others took since is looked at in steps of this.
 _GRAIN = 32 * MIB
@@ -208,6 +208,10 @@ class Runtime:
         with self._lock:
             self.refuse_if_closed()
             while (entry := self.ring.find(key)) is not None and not entry.ready:
+                if entry.maker == threading.get_ident():
+                    # This thread was interrupted before it was made.
+                    self.ring.drop(key)
+                    continue
                 self._made.wait()
             if entry is not None:
                 self.place.wait(entry.ticket)
@@ -215,6 +219,7 @@ class Runtime:
             found = self._admit(key, recipe, is_part=is_part, needed=True)
             assert found is not None
             entry, writable = found
+            entry.maker = threading.get_ident()
             # Held from now on, or others might have the buffer as soon as it is filled.
             taken = self.ring.take(entry, key, user)
         self._fill(entry, key, recipe, writable)
@@ -266,23 +271,22 @@ class Runtime:
         """What is to be done now, nearest first; None when there is nothing. With the lock."""
         if self._past:
             return functools.partial(self._past.pop().give_back, self.files)
-        ahead, unsettled = 0, False
+        ahead = 0
         for number in self._upcoming():
             unit = self.units[number]
             if unit.failed or unit.by_need or not unit.nbytes:
                 continue
             ahead += unit.nbytes
             if ahead > self._ahead and unit.nbytes < ahead:
-                unsettled = True
                 break
             if unit.make is not None:
-                unsettled = unsettled or unit.nbytes > 0
                 bring = unit.make()
                 if bring is not None and self.ring.find(unit.number) is None:
                     return self._guarded(unit, bring)
             elif unit.pages is not None and (piece := unit.pages.take()) is not None:
                 return functools.partial(self._bring, unit.pages, piece)
-        if self._all_fit and self._learned and not unsettled and not self.running.made:
+        if self._all_fit and self._learned and not self.running.made:
+            # From now on there is nothing to do, unless the kernel takes pages.
             known = (unit for unit in self.units if unit.number in self.order and not unit.by_need)
             self._calm = all(unit.pages is None or unit.pages.are_here for unit in known)
         return None
@@ -305,10 +309,12 @@ class Runtime:
         return run
 
     def _bring(self, pages: Pages, piece: tuple[int, int]) -> None:
-        bring_piece(piece)
-        with self._lock:
-            if pages.finish():
-                self._made.notify_all()
+        try:
+            bring_piece(piece)
+        finally:
+            with self._lock:
+                if pages.finish():
+                    self._made.notify_all()
 
     def _bring_now(self, pages: Pages) -> None:
         """What is computed with now: together with whoever is at it, instead of page by page as it is touched."""
@@ -316,8 +322,8 @@ class Runtime:
             with self._lock:
                 piece = pages.take()
                 if piece is None:
-                    while not pages.are_here and not self.closed:
-                        self._made.wait()
+                    # Not for ever: who took a piece may have been interrupted, and pages come when they are touched.
+                    self._made.wait_for(lambda: pages.are_here or self.closed, _PATIENCE)
                     return
             self._bring(pages, piece)
 
