@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from .._mapped_pages import bring, let_go
 from ..checkpoint import TensorEntry
 from ..modeling.targets import Uses
 from ..planner import Placement
 from ..planner.running import comes_by_rows, parts_of
+from ..sizes import KIB
 from .blocks import embedding_by_rows, linear_in_blocks
 from .making import View, is_whole, make, make_part, make_rows
 
 if TYPE_CHECKING:
     from .runtime import Runtime, Unit
+
+
+# Less than this is read with its neighbours.
+_WORTH_READING = 256 * KIB
 
 
 class Weight:
@@ -68,11 +76,13 @@ class Weight:
 
     def make(self, into: torch.Tensor) -> None:
         """All of it, in host memory."""
-        make(self._placement, self._view, into)
+        with self._reading(whole=True) as view:
+            make(self._placement, view, into)
 
     def make_rows(self, begin: int, end: int, into: torch.Tensor) -> None:
         """Some rows of it, in host memory."""
-        make_rows(self._placement, begin, end, self._view, into)
+        with self._reading() as view:
+            make_rows(self._placement, begin, end, view, into)
 
     def whole(self) -> torch.Tensor:
         """All of it, where it computes, until the tensor is dropped."""
@@ -97,11 +107,32 @@ class Weight:
 
     def make_part(self, index: int, into: torch.Tensor) -> None:
         """`weight[index]`, in host memory."""
-        make_part(self._placement, index, self._view, into)
+        with self._reading() as view:
+            make_part(self._placement, index, view, into)
 
     def make_part_rows(self, index: int, begin: int, end: int, into: torch.Tensor) -> None:
         """`weight[index][begin:end]`, likewise, of a weight that lies in one place."""
-        into.copy_(self._view(self._placement.links[0].entry, self.shape)[index][begin:end])
+        with self._reading() as view:
+            into.copy_(view(self._placement.links[0].entry, self.shape)[index][begin:end])
+
+    @contextmanager
+    def _reading(self, *, whole: bool = False) -> Iterator[View]:
+        """Gives the files' pages; read at once where all of them are taken, and given back where memory is tight."""
+        taken: list[tuple[int, int]] = []
+
+        def view(entry: TensorEntry, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+            pages = self._view(entry, shape)
+            if pages.nbytes >= _WORTH_READING:
+                taken.append((pages.data_ptr(), entry.nbytes))
+                if whole:
+                    bring(*taken[-1])
+            return pages
+
+        yield view
+        if self._runtime.is_tight:
+            for address, nbytes in taken:
+                # What waits in memory of its own was written, and stays.
+                let_go(address, nbytes)
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """`weight[index]` of some numbers: a copy, as torch gives it."""

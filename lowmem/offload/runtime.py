@@ -92,6 +92,8 @@ class Runtime:
         self._ahead = max(ahead, min(_MOST_AHEAD, max(8 * MIB, running.pages // 4)) if running.mapped else 0)
         self._all_fit = running.mapped <= running.pages
         self._from_cache = running.mapped > self.available
+        # Pages that weights are made of are given back then.
+        self.is_tight = running.made + running.mapped > running.pages
         self._resting = anonymous_memory()
         self._allowed = running.pages
         self.closed = False
