@@ -40,6 +40,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "quiet")
 class Values:
     """A recipe of known values."""
 
+    name = "values"
+
     is_scratch = False
 
     def __init__(self, seed: int, shape: tuple[int, ...], parts: int = 1, *, by_rows: bool = True) -> None:

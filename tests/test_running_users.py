@@ -383,7 +383,7 @@ def test_what_is_written_into_a_weight_that_is_cast_at_use_is_kept_or_refused(fi
             check_same(ours, other, "float64")
             continue
         # Through a view of it: known at the next use at the latest.
-        with pytest.raises(RunningError, match="on disk was changed"):
+        with pytest.raises(RunningError, match="on disk and was changed"):
             check_same(ours, other, "float64")
         ours, other = load_narrowly(file, "float64"), loaded(file, "float64")
 

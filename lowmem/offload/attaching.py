@@ -99,8 +99,9 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Brought | None:
                 unit = units[id(owner)]
                 assert unit.pages is not None
                 unit.pages.add(span)
-                unit.nbytes = unit.pages.nbytes
-                unit.by_need = unit.by_need or parts_of(placement, uses) > 1
+                # Of a table that is looked up, a few pages are used.
+                unit.nbytes = 0 if name in uses.looked_up else unit.pages.nbytes
+                unit.by_need = unit.by_need or name in uses.looked_up or parts_of(placement, uses) > 1
         elif placement.device == "cpu":
             _let_wait(model, placement, runtime, uses)
         else:
@@ -183,8 +184,9 @@ def attach(model: nn.Module, plan: LoadPlan, rules: Rules, brought: Brought | No
         return
     runtime = brought.runtime
     if plan.main_device != "cpu":
+        uses = uses_of(model)
         for placement in _initialised_away(plan):
-            _let_wait(model, placement, runtime, uses_of(model))
+            _let_wait(model, placement, runtime, uses)
         align(model, plan, runtime.place.device, rules.skip_keys)
     _observe(model, brought)
     for name, parameter in _on_disk(model):
@@ -209,11 +211,8 @@ def _observe(model: nn.Module, brought: Brought) -> None:
     """Hooks at every module that has mapped weights of its own, and at the model."""
     model.register_forward_pre_hook(Observer(brought.runtime.start), prepend=True)
     for owner, unit in brought.owners:
-        owner.register_forward_pre_hook(Observer(functools.partial(_use, brought.runtime, unit)), prepend=True)
-
-
-def _use(runtime: Runtime, unit: Unit) -> None:
-    runtime.use(unit)
+        tell = functools.partial(brought.runtime.use, unit)
+        owner.register_forward_pre_hook(Observer(tell), prepend=True)
 
 
 def give_up(model: nn.Module, brought: Brought) -> None:

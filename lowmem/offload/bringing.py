@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class Weight:
         uses: how the model uses its weights.
     """
 
-    is_scratch = False
+    is_scratch = is_turned = False
 
     def __init__(self, placement: Placement, view: View, runtime: Runtime, uses: Uses) -> None:
         self.name = placement.target
@@ -54,7 +55,7 @@ class Weight:
         ahead = self.parts == 1 and not self.is_too_large
         # The runtime ends with the last weight, and must not keep it.
         bring = weakref.WeakMethod(self._bring_ahead)
-        self._unit: Unit = runtime.add(self.nbytes if ahead else 0, make=bring if ahead else None)
+        self._unit: Unit = runtime.add(self.nbytes if ahead else 0, make=bring)
         if self.has_rows and uses.looked_up.issuperset(placement.names):
             # Of a table only rows are used, as long as nobody asks for all of it.
             self._unit.nbytes = 0
@@ -86,7 +87,8 @@ class Weight:
 
     def whole(self) -> torch.Tensor:
         """All of it, where it computes, until the tensor is dropped."""
-        if self._unit.make is not None:
+        if self.nbytes <= self._runtime.running.buffers:
+            # Whoever takes all of it is likely to do so again.
             self._unit.nbytes = self.nbytes
         self._runtime.use(self._unit)
         return self._runtime.get(self._unit.number, self)
@@ -151,7 +153,7 @@ class Weight:
             del part
         return found.view(*index.shape, *self.shape[1:])
 
-    def grouped(self, x: torch.Tensor, offsets: torch.Tensor, turned: bool) -> torch.Tensor:
+    def grouped(self, x: torch.Tensor, offsets: torch.Tensor, *, turned: bool = False) -> torch.Tensor:
         """As `torch.nn.functional.grouped_mm(x, weight, offs=offsets)`, of the parts that have rows of `x` alone.
 
         Args:
@@ -175,11 +177,32 @@ class Weight:
             begin = max(begin, end)
         return out
 
+    @property
+    def comes_in_turn(self) -> bool:
+        """Whether the buffers do not hold it, and its parts can be used one after the other."""
+        return self.parts > 1 and self.nbytes > self._runtime.running.buffers
+
+    def batched(self, x: torch.Tensor, *, turned: bool = False) -> torch.Tensor:
+        """As `torch.bmm(x, weight)`, one part after the other; `turned`: with each part's transpose."""
+        if x.shape[0] != self.parts:
+            raise RuntimeError(f"expected a batch of {self.parts} matrices for {self.name!r}, found {x.shape[0]}")
+        found = []
+        for number in range(self.parts):
+            part = self.part_whole(number).unsqueeze(0)
+            found.append(torch.bmm(x[number : number + 1], part.transpose(-2, -1) if turned else part))
+            del part
+        return torch.cat(found)
+
+    def turned(self) -> Turned:
+        """With its last two dimensions exchanged, not brought yet."""
+        return Turned(self)
+
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As `torch.nn.functional.linear`, in blocks of rows."""
         self._runtime.use(self._unit)
         room = self._runtime.running.largest
-        buffer = self._runtime.get(("block", room), Block(room))
+        # Each thread has its own.
+        buffer = self._runtime.get(("block", room, threading.get_ident()), Block(room))
         return linear_in_blocks(x, self._rows_into, self.shape[0], self.shape[1], self.dtype, bias, buffer)
 
     def _rows_into(self, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
@@ -204,8 +227,48 @@ def waiting(tensor: torch.Tensor) -> View:
     return view
 
 
+class Turned:
+    """Experts with their last two dimensions exchanged: as a weight by itself."""
+
+    is_scratch = False
+    is_turned = True
+    is_too_large = has_rows = by_rows = False
+
+    def __init__(self, weight: Weight) -> None:
+        count, rows, columns = weight.shape
+        self.name = weight.name
+        self.shape = (count, columns, rows)
+        self.dtype = weight.dtype
+        self.device = weight.device
+        self.parts = weight.parts
+        self._weight = weight
+
+    @property
+    def comes_in_turn(self) -> bool:
+        """As the weight."""
+        return self._weight.comes_in_turn
+
+    def whole(self) -> torch.Tensor:
+        """All of it, where it computes, until the tensor is dropped."""
+        return self._weight.whole().transpose(-2, -1)
+
+    def grouped(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """As that of the weight."""
+        return self._weight.grouped(x, offsets, turned=True)
+
+    def batched(self, x: torch.Tensor) -> torch.Tensor:
+        """As that of the weight."""
+        return self._weight.batched(x, turned=True)
+
+    def turned(self) -> Weight:
+        """As it was."""
+        return self._weight
+
+
 class Part:
     """`weight[index]`: as a weight by itself."""
+
+    is_turned = comes_in_turn = False
 
     is_too_large = has_rows = is_scratch = False
     parts = 1
@@ -239,6 +302,7 @@ class RowsOf:
     by_rows = True
 
     def __init__(self, weight: Weight, begin: int, end: int) -> None:
+        self.name = weight.name
         self.shape: tuple[int, ...] = (end - begin, weight.shape[1])
         self.dtype = weight.dtype
         self._weight, self._begin = weight, begin
@@ -257,6 +321,7 @@ class Block:
 
     by_rows = is_scratch = True
     dtype = torch.uint8
+    name = "a block of rows"
 
     def __init__(self, nbytes: int) -> None:
         self.shape: tuple[int, ...] = (nbytes,)

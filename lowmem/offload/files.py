@@ -12,7 +12,7 @@ import torch
 from .._page_cache import CachedPages, look
 from ..checkpoint import Shard, TensorEntry
 from ..engine.mapping import map_shard, view_of
-from ..errors import CheckpointError, OffloadError
+from ..errors import CheckpointError, OffloadError, RunningError
 from ..planner import LoadPlan, Placement
 from ..planner.running import is_away
 
@@ -59,12 +59,15 @@ class Files:
         self._nodes[shard.file] = info.st_dev, info.st_ino
 
     def view(self, entry: TensorEntry, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """The tensor of an entry: pages of its file."""
-        return view_of(self._pages[entry.file], entry, shape)
+        """The tensor of an entry: pages of its file.
 
-    def pages(self, file: Path) -> mmap.mmap:
-        """The mapping of a file."""
-        return self._pages[file]
+        Raises:
+            RunningError: the model was released.
+        """
+        pages = self._pages.get(entry.file)
+        if pages is None:
+            raise RunningError(f"{entry.file}: tensor {entry.key!r}: the model was released meanwhile; load it again")
+        return view_of(pages, entry, shape)
 
     def cached(self, file: Path) -> CachedPages:
         """Which of its pages were in the page cache when it was mapped."""

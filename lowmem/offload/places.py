@@ -15,6 +15,7 @@ from ..sizes import format_size
 class Recipe(Protocol):
     """How a weight, or a part of one, is made in host memory."""
 
+    name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 

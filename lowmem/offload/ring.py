@@ -81,13 +81,12 @@ class Ring:
         self._entries: dict[Hashable, Entry] = {}
         # What was written to, and is in no buffer any more.
         self._changed: set[Hashable] = set()
-        self._free: dict[int, list[tuple[torch.UntypedStorage, Any]]] = {}
 
     def find(self, key: Hashable) -> Entry | None:
         """What is there under this key, ready or being made."""
         return self._entries.get(key)
 
-    def take(self, entry: Entry, key: Hashable, user: Any = None) -> torch.Tensor:
+    def take(self, entry: Entry, key: Hashable, user: Any = None, name: str = "a weight") -> torch.Tensor:
         """The weight, for use: a tensor of its own over the same memory, so that it is seen when it is let go.
 
         Raises:
@@ -95,9 +94,13 @@ class Ring:
         """
         if entry.is_changed or key in self._changed:
             raise RunningError(
-                "a weight on disk was changed through a view of it, while it was in memory for an operation, and that "
-                "cannot be kept; load the model with it in memory (device_map=), or change the checkpoint"
+                f"{name!r} is on disk and was changed through a view of it, while it was in memory for an operation, "
+                "which cannot be kept; load the model with it in memory (device_map=), or change the checkpoint"
             )
+        # Whether it stays is decided at its first use: much that was made ahead is never used.
+        if not entry.used and entry.kind == "passing" and self._kept + entry.nbytes <= self._most_kept:
+            entry.kind = "kept"
+            self._kept += entry.nbytes
         entry.used = True
         if user is not None and user not in entry.users:
             entry.users.append(user)
@@ -123,69 +126,58 @@ class Ring:
             None where there is no room and it is not needed now.
         """
         nbytes = dtype.itemsize * torch.Size(shape).numel()
-        keeps = self._kept + nbytes <= self._most_kept
-        found = self._reuse(nbytes) if nbytes else (self._allocate(0).untyped_storage(), None)
+        # What several threads, or someone who kept weights, needed once is not needed for ever.
+        self._free(0, needed=False, is_part=True)
+        found = self._find_buffer(nbytes, needed, is_part)
         if found is None:
-            if not self._make_room(nbytes, needed, is_part) and not needed:
+            if self.held + nbytes > self.capacity and not needed:
                 return None
-            found = self._reuse(nbytes)
-        if found is None:
             found = self._allocate(nbytes).untyped_storage(), None
             self.held += nbytes
         storage, ready_at = found
-        kind: Kind = "part" if is_part else "kept" if keeps else "passing"
-        if kind != "passing":
+        if is_part:
             self._kept += nbytes
         # Not a view of another tensor, which would hold the memory as well.
         tensor = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, 0, shape, row_major(shape))
         del storage, found
-        entry = Entry(tensor, nbytes, kind)
+        entry = Entry(tensor, nbytes, "part" if is_part else "passing")
         self._entries[key] = entry
         return entry, ready_at
 
     def drop(self, key: Hashable) -> None:
         """Forget what could not be made."""
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._account(entry)
-            self.held -= entry.nbytes
+        if key in self._entries:
+            self.held -= self._forget(key).nbytes
 
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
-        self._free.clear()
         self.held = self._kept = 0
 
-    def _reuse(self, nbytes: int) -> tuple[torch.UntypedStorage, Any] | None:
-        """A buffer of just this size: free, or of what has passed."""
-        free = self._free.get(nbytes)
-        if free:
-            return free.pop()
+    def _find_buffer(self, nbytes: int, needed: bool, is_part: bool) -> tuple[torch.UntypedStorage, Any] | None:
+        """A buffer of just this size, of what has passed; or room for another."""
+        if not nbytes:
+            return None
         for key, entry in self._entries.items():
             if entry.nbytes == nbytes and entry.kind == "passing" and self._is_over(entry):
-                self._forget(key)
-                return entry.tensor.untyped_storage(), self._stamps(entry)
-        return None
+                return self._take_buffer(key)
+        return self._free(nbytes, needed, is_part)
 
-    def _make_room(self, nbytes: int, needed: bool, is_part: bool) -> bool:
-        """Let go of buffers until there is room for that many bytes."""
+    def _free(self, nbytes: int, needed: bool, is_part: bool) -> tuple[torch.UntypedStorage, Any] | None:
+        """Let go of buffers until there is room for that many bytes, or one of just this size is found."""
         if self.held + nbytes <= self.capacity:
-            return True
-        for size in list(self._free):
-            while self._free[size] and self.held + nbytes > self.capacity:
-                self._free[size].pop()
-                self.held -= size
+            return None
         for key in [*self._expendable(needed, is_part)]:
             if self.held + nbytes <= self.capacity:
                 break
-            entry = self._forget(key)
-            self._account(entry)
-            self._free.setdefault(entry.nbytes, []).append((entry.tensor.untyped_storage(), self._stamps(entry)))
-            if entry.nbytes == nbytes:
-                return True
-            self._free[entry.nbytes].pop()
-            self.held -= entry.nbytes
-        return self.held + nbytes <= self.capacity
+            if self._entries[key].nbytes == nbytes:
+                return self._take_buffer(key)
+            self.held -= self._forget(key).nbytes
+        return None
+
+    def _take_buffer(self, key: Hashable) -> tuple[torch.UntypedStorage, Any]:
+        entry = self._forget(key)
+        return entry.tensor.untyped_storage(), self._stamps(entry)
 
     def _expendable(self, needed: bool, is_part: bool) -> Iterator[Hashable]:
         """Keys in the order in which they may be let go of."""
@@ -204,6 +196,8 @@ class Ring:
         entry = self._entries.pop(key)
         if entry.is_changed:
             self._changed.add(key)
+        if entry.kind != "passing":
+            self._kept -= entry.nbytes
         return entry
 
     def _is_over(self, entry: Entry) -> bool:
@@ -217,10 +211,6 @@ class Ring:
         """When all who were told to work with it are done."""
         found = tuple(self._stamp(user) for user in entry.users)
         return found[0] if len(found) == 1 else found or None
-
-    def _account(self, entry: Entry) -> None:
-        if entry.kind != "passing":
-            self._kept -= entry.nbytes
 
 
 def _holders(tensor: torch.Tensor) -> int:

@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ _STRIDE = 4 * MIB
 _MOST_AHEAD = 512 * MIB
 # Seconds that a thread may take for a piece, or to see that it has nothing left to do.
 _PATIENCE = 1.0
+# Seconds for which files that were looked at are taken for unchanged, where a part of the model is run by itself.
+_FRESH = 0.1
 # Memory that others took since is looked at in steps of this.
 _GRAIN = 32 * MIB
 
@@ -90,7 +93,6 @@ class Runtime:
             self.place.stamp,
         )
         self._ahead = max(ahead, min(_MOST_AHEAD, max(8 * MIB, running.pages // 4)) if running.mapped else 0)
-        self._all_fit = running.mapped <= running.pages
         self._from_cache = running.mapped > self.available
         # Pages that weights are made of are given back then.
         self.is_tight = running.made + running.mapped > running.pages
@@ -99,6 +101,10 @@ class Runtime:
         self.closed = False
         self._begin()
         _living.add(self)
+
+    @property
+    def _all_fit(self) -> bool:
+        return self.running.mapped <= self._allowed
 
     def _begin(self) -> None:
         """As it is at first, and after a fork in the new process, where no thread is and locks are as they were."""
@@ -112,7 +118,8 @@ class Runtime:
         self._since = 0
         self._last: Unit | None = None
         self._first: Unit | None = None
-        self._calm = self._learned = False
+        self._calm = self._learned = self._started = False
+        self._checked = 0.0
         for unit in self.units:
             unit.failed = False
             unit.keeps = None
@@ -142,20 +149,25 @@ class Runtime:
             RunningError: the model was released.
         """
         self.refuse_if_closed()
-        self.files.check()
+        self._check()
         with self._lock:
             self.order.begin()
             self._learned = self._learned or self._first is not None
-            if not self._all_fit:
-                self._adapt()
-            elif self._calm and not self._still_here():
+            last, self._last = self._last, None
+            if last is not None and not last.keeps and not self._calm:
+                self._unmap(last)
+            self._adapt()
+            if self._calm and not self._still_here():
                 self._calm = False
                 for unit in self.units:
                     if unit.pages is not None:
                         unit.pages.forget()
             if not self._calm:
-                self._last = None
                 self._call()
+
+    def _check(self) -> None:
+        self.files.check()
+        self._checked = time.monotonic()
 
     def refuse_if_closed(self) -> None:
         """Refuse what was released.
@@ -176,11 +188,11 @@ class Runtime:
             CheckpointError: a file changed since the load, where the model as a whole was not called.
             RunningError: the model was released.
         """
-        if self.closed:
-            self.refuse_if_closed()
-        if unit is self._first:
-            self.files.check()
+        if time.monotonic() - self._checked > _FRESH:
+            # Whoever runs a part of the model does not pass its beginning.
+            self._check()
         with self._lock:
+            self.refuse_if_closed()
             self._learned = self._learned or unit is self._first
             if self._first is None:
                 self._first = unit
@@ -215,15 +227,16 @@ class Runtime:
                     self.ring.drop(key)
                     continue
                 self._made.wait()
+                self.refuse_if_closed()
             if entry is not None:
                 self.place.wait(entry.ticket)
-                return self.ring.take(entry, key, user)
+                return self.ring.take(entry, key, user, recipe.name)
             found = self._admit(key, recipe, is_part=is_part, needed=True)
             assert found is not None
             entry, writable = found
             entry.maker = threading.get_ident()
             # Held from now on, or others might have the buffer as soon as it is filled.
-            taken = self.ring.take(entry, key, user)
+            taken = self.ring.take(entry, key, user, recipe.name)
         self._fill(entry, key, recipe, writable)
         self.place.wait(entry.ticket)
         return taken
@@ -253,6 +266,7 @@ class Runtime:
             with self._lock:
                 self.ring.drop(key)
                 self._made.notify_all()
+                self.refuse_if_closed()
             raise
         with self._lock:
             entry.ready = True
@@ -260,13 +274,17 @@ class Runtime:
 
     def _call(self) -> None:
         """Let the readers look for work. With the lock."""
-        if not self._threads and not self.closed:
-            self._threads = [
-                threading.Thread(target=_work, args=(weakref.ref(self), self._wake), name="lowmem-ahead", daemon=True)
-                for _ in range(_WORKERS)
-            ]
-            for thread in self._threads:
-                thread.start()
+        if not self._started and not self.closed:
+            self._started = True
+            for _ in range(_WORKERS):
+                thread = threading.Thread(
+                    target=_work, args=(weakref.ref(self), self._wake), name="lowmem-ahead", daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:
+                    break  # No more threads here: fewer are slower, not wrong.
+                self._threads.append(thread)
         self._wake.notify(_WORKERS)
 
     def next_task(self) -> Callable[[], object] | None:
@@ -306,7 +324,7 @@ class Runtime:
             except Exception:
                 # Whoever uses it meets the error, and can be told.
                 unit.failed = True
-                return False
+                return True
 
         return run
 
@@ -349,9 +367,11 @@ class Runtime:
         if allowed == self._allowed:
             return
         self._allowed, self._kept = allowed, 0
+        self._calm = self._calm and self._all_fit
         for unit in self.units:
             if unit.pages is not None and unit.keeps is not None:
-                kept, unit.keeps = unit.keeps, self._kept + unit.nbytes <= allowed - self._ahead
+                kept = unit.keeps
+                unit.keeps = self._all_fit or self._kept + unit.nbytes <= allowed - self._ahead
                 self._kept += unit.nbytes if unit.keeps else 0
                 if kept and not unit.keeps:
                     self._unmap(unit)
@@ -369,20 +389,20 @@ class Runtime:
         with self._lock:
             self.ring.clear()
             self.files.close()
-            for unit in self.units:
-                # It holds the weight, which holds this, and perhaps memory.
-                unit.make = None
+            self._made.notify_all()
         _living.discard(self)
 
     def __del__(self) -> None:
         # The threads see that it is gone. None of them is at work, or it would not be.
+        if sys.is_finalizing():
+            return
         with contextlib.suppress(Exception):
             with self._lock:
                 # They may still get at it while this runs.
                 self.closed = True
                 self._wake.notify_all()
-            for thread in self._threads:
-                if thread is not threading.current_thread() and not sys.is_finalizing():
+            if threading.current_thread() not in self._threads:
+                for thread in self._threads:
                     thread.join(_PATIENCE)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ..errors import RunningError
 
 if TYPE_CHECKING:
-    from .bringing import Part, Weight
+    from .bringing import Part, Turned, Weight
 
 _Function = Callable[..., Any]
 
@@ -56,7 +56,7 @@ class ReleasedWeight:
         # As whatever has no values.
         self.device = torch.device("meta")
         self.parts = 1
-        self.is_too_large = self.has_rows = False
+        self.is_too_large = self.has_rows = self.is_turned = self.comes_in_turn = False
         self._source = source
 
     def whole(self) -> NoReturn:
@@ -87,7 +87,7 @@ class OffloadedParameter(torch.Tensor):
     an ordinary parameter with its values.
     """
 
-    # A `Weight`, a `Part` of one, or a `ReleasedWeight`.
+    # A `Weight`, a `Part` of one, one that is `Turned`, or a `ReleasedWeight`.
     weight: Any
 
     @property
@@ -96,7 +96,7 @@ class OffloadedParameter(torch.Tensor):
         return isinstance(self.weight, ReleasedWeight)
 
     @staticmethod
-    def __new__(cls, weight: Weight | Part, requires_grad: bool) -> OffloadedParameter:  # noqa: D102
+    def __new__(cls, weight: Weight | Part | Turned, requires_grad: bool) -> OffloadedParameter:  # noqa: D102
         make: Any = torch.Tensor._make_wrapper_subclass
         made: OffloadedParameter = make(
             cls, weight.shape, dtype=weight.dtype, device=weight.device, requires_grad=requires_grad
@@ -115,7 +115,7 @@ class OffloadedParameter(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         special = _special().get(func)
-        if special is not None:
+        if special is not None and (func in _named() or (args and not _any_away(kwargs.values()))):
             found = special(*args, **kwargs)
             if found is not NotImplemented:
                 return found
@@ -267,7 +267,7 @@ def _get_data(weight: OffloadedParameter) -> Any:
 
 def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
     """Itself where nothing would change, and nothing but a shape on the meta device."""
-    if type(weight) is not OffloadedParameter or kwargs.pop("copy", False):
+    if not isinstance(weight, OffloadedParameter) or kwargs.pop("copy", False):
         return NotImplemented
     device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
     if device is not None and device.type == "meta":
@@ -283,29 +283,36 @@ def _like(func: _Function) -> _Function:
         def stand_in(value: Any) -> Any:
             if not isinstance(value, OffloadedParameter):
                 return value
-            return torch.empty(1, dtype=value.weight.dtype, device=value.weight.device).expand(tuple(value.shape))
+            return torch.empty((), dtype=value.weight.dtype, device=value.weight.device).expand(tuple(value.shape))
 
         return func(*tree_map(stand_in, args), **tree_map(stand_in, kwargs))
 
     return call
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    if type(weight) is not OffloadedParameter or not weight.weight.is_too_large:
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if not isinstance(weight, OffloadedParameter) or not weight.weight.is_too_large:
         return NotImplemented
     if isinstance(bias, OffloadedParameter):
         bias = _joined(bias.weight.whole(), bias)
-    return _joined(weight.weight.linear(x, bias), weight)
+    return _joined(weight.weight.linear(input, bias), weight)
 
 
-def _embedding(ids: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *others: Any, **named: Any) -> Any:
-    if type(weight) is not OffloadedParameter or max_norm is not None or not weight.weight.has_rows:
+def _embedding(
+    input: Any,
+    weight: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    *others: Any,
+    **named: Any,
+) -> Any:
+    if not isinstance(weight, OffloadedParameter) or max_norm is not None or not weight.weight.has_rows:
         return NotImplemented
-    return _joined(weight.weight.rows(ids), weight)
+    return _joined(weight.weight.rows(input), weight)
 
 
 def _getitem(weight: Any, index: Any) -> Any:
-    if type(weight) is not OffloadedParameter or weight.weight.parts == 1:
+    if weight.weight.parts == 1 or weight.weight.is_turned:
         return NotImplemented
     if isinstance(index, torch.Tensor) and index.dtype in (torch.int64, torch.int32):
         if index.dim():
@@ -316,13 +323,11 @@ def _getitem(weight: Any, index: Any) -> Any:
     return NotImplemented
 
 
-def _turned(weight: Any, *dimensions: Any) -> Any:
+def _turned(weight: Any, dim0: int, dim1: int) -> Any:
     """Transposed, and only brought when it is multiplied with."""
-    if type(weight) is not OffloadedParameter or weight.weight.parts == 1 or len(weight.weight.shape) != 3:
+    if weight.weight.parts == 1 or {d % 3 for d in (dim0, dim1)} != {1, 2}:
         return NotImplemented
-    if {d % 3 for d in dimensions if isinstance(d, int)} != {1, 2}:
-        return NotImplemented
-    return TurnedWeight(weight.weight, weight.requires_grad)
+    return OffloadedParameter(weight.weight.turned(), weight.requires_grad)
 
 
 def _grouped(x: Any, weight: Any, offs: Any = None, **named: Any) -> Any:
@@ -331,8 +336,7 @@ def _grouped(x: Any, weight: Any, offs: Any = None, **named: Any) -> Any:
         return NotImplemented
     if not isinstance(weight, OffloadedParameter) or weight.weight.parts == 1:
         return NotImplemented
-    turned = isinstance(weight, TurnedWeight)
-    made: torch.Tensor = _Grouped.apply(x, weight.weight, offs, turned)  # type: ignore[no-untyped-call]
+    made: torch.Tensor = _Grouped.apply(x, weight.weight, offs)  # type: ignore[no-untyped-call]
     return _joined(made, weight)
 
 
@@ -340,48 +344,54 @@ class _Grouped(torch.autograd.Function):
     """Rows of `x` times the expert that each group of them belongs to."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Weight, offsets: torch.Tensor, turned: bool) -> torch.Tensor:
-        ctx.weight, ctx.offsets, ctx.turned = weight, offsets, turned
-        return weight.grouped(x, offsets, turned)
+    def forward(ctx: Any, x: torch.Tensor, weight: Weight | Turned, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.weight, ctx.offsets = weight, offsets
+        return weight.grouped(x, offsets)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return ctx.weight.grouped(gradient.contiguous(), ctx.offsets, not ctx.turned), None, None, None
+        return ctx.weight.turned().grouped(gradient.contiguous(), ctx.offsets), None, None
 
 
-class TurnedWeight(OffloadedParameter):
-    """Experts with their last two dimensions exchanged."""
+def _batched(x: Any, weight: Any) -> Any:
+    """Experts that are all used at once, and do not fit at once."""
+    if not isinstance(x, torch.Tensor) or isinstance(x, OffloadedParameter) or x.dim() != 3:
+        return NotImplemented
+    if not isinstance(weight, OffloadedParameter) or not weight.weight.comes_in_turn:
+        return NotImplemented
+    made: torch.Tensor = _Batched.apply(x, weight.weight)  # type: ignore[no-untyped-call]
+    return _joined(made, weight)
+
+
+class _Batched(torch.autograd.Function):
+    """`torch.bmm(x, weight)`, one matrix after the other."""
 
     @staticmethod
-    def __new__(cls, weight: Weight, requires_grad: bool) -> TurnedWeight:  # noqa: D102
-        make: Any = torch.Tensor._make_wrapper_subclass
-        count, rows, columns = weight.shape
-        made: TurnedWeight = make(
-            cls, (count, columns, rows), dtype=weight.dtype, device=weight.device, requires_grad=requires_grad
-        )
-        made.weight = weight
-        return made
+    def forward(ctx: Any, x: torch.Tensor, weight: Weight | Turned) -> torch.Tensor:
+        ctx.weight = weight
+        return weight.batched(x)
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """As the weight's; where all of it is asked for, that is turned."""
-        kwargs = kwargs or {}
-        if func in _DESCRIBING or func in _SETTING:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if func in _grouping():
-            found = _grouped(*args, **kwargs)
-            if found is not NotImplemented:
-                return found
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return ctx.weight.turned().batched(gradient), None
 
-        def bring(value: Any) -> Any:
-            if not isinstance(value, TurnedWeight):
-                return value
-            return _joined(value.weight.whole(), value).transpose(-2, -1)
 
-        return func(*tree_map(bring, tuple(args)), **tree_map(bring, dict(kwargs)))
+def _any_away(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, OffloadedParameter) for value in values)
+
+
+@functools.cache
+def _named() -> frozenset[Any]:
+    """Functions whose parameters are named here as torch names them, so that they may be called by keyword."""
+    return frozenset({functional.linear, functional.embedding, *_asking(), torch.Tensor.to})
+
+
+@functools.cache
+def _asking() -> frozenset[Any]:
+    """Functions that take of a tensor nothing but what it is."""
+    likes = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
+    news = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+    return frozenset([getattr(torch, name) for name in likes] + [getattr(torch.Tensor, name) for name in news])
 
 
 @functools.cache
@@ -394,15 +404,7 @@ def _grouping() -> frozenset[Any]:
 def _special() -> Mapping[Any, _Function]:
     """What needs less than the whole weight, or none of it."""
     return {
-        **{
-            function: _like(function)
-            for room, names in (
-                (torch, ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")),
-                (torch.Tensor, ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")),
-            )
-            for name in names
-            if (function := getattr(room, name))
-        },
+        **{function: _like(function) for function in _asking()},
         torch.Tensor.to: _to,
         torch.Tensor.detach: _detach,
         torch.Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
@@ -411,5 +413,7 @@ def _special() -> Mapping[Any, _Function]:
         torch.Tensor.__getitem__: _getitem,
         torch.Tensor.transpose: _turned,
         torch.transpose: _turned,
+        **dict.fromkeys((torch.bmm, torch.matmul, torch.Tensor.bmm, torch.Tensor.matmul), _batched),
+        torch.Tensor.__matmul__: _batched,
         **dict.fromkeys(_grouping(), _grouped),
     }
