@@ -13,12 +13,14 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fresh import server
+from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
 from test_ecosystem import assert_same_files, make_tokenizer, with_lora
 from test_engine import linux, threads_of_lowmem
@@ -901,3 +903,123 @@ def test_a_file_that_changed_before_the_first_forward_is_an_error(file: Path) ->
     os.utime(file, ns=(1, 1))
     with pytest.raises(CheckpointError, match=file.name):
         ours(batch())
+
+
+# -- what reviewers found
+
+
+def test_weights_that_pass_through_one_buffer_are_not_shared(file: Path, tmp_path: Path) -> None:
+    """By their storages libraries tell which tensors are one."""
+    ours, other = load_narrowly(file, "float64"), loaded(file, "float64")
+    save_model(ours, str(tmp_path / "out.safetensors"))
+    with safe_open(tmp_path / "out.safetensors", "pt") as saved:
+        assert set(saved.keys()) == set(other.state_dict())
+        assert all(torch.equal(saved.get_tensor(name), value) for name, value in other.state_dict().items())
+    assert [w.untyped_storage().nbytes() for w in ours.parameters()] == [w.nbytes for w in other.parameters()]
+
+
+def test_threads_have_blocks_of_their_own(tmp_path: Path) -> None:
+    """Linear layers larger than the buffers, of several threads at once."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(1024, 2048), nn.Linear(2048, 1024)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.last(torch.tanh(self.first(x)))
+
+    torch.manual_seed(3)
+    save_file(Wide().state_dict(), tmp_path / "m.safetensors")
+    options: dict[str, Any] = {"model": Wide, "dtype": "float64", "device_map": "disk"}
+    with pytest.raises(BudgetError) as refused:
+        lowmem.plan(tmp_path / "m.safetensors", ram=1, **options)
+    ours = lowmem.load(tmp_path / "m.safetensors", ram=refused.value.required, **options).model
+    other = lowmem.load(tmp_path / "m.safetensors", model=Wide, dtype="float64").model
+    inputs = [torch.randn(2, 1024, dtype=torch.float64) for _ in range(12)]
+    with torch.no_grad():
+        expected = [other(x) for x in inputs]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(torch.no_grad()(ours), inputs))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_forward_that_was_interrupted_leaves_the_next_one_its_way(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, other = load(file), loaded(file)
+    interrupted = []
+
+    def once(piece: tuple[int, int]) -> None:
+        if not interrupted:
+            interrupted.append(piece)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowmem.offload.runtime.Runtime._call", lambda self: None)
+    monkeypatch.setattr("lowmem.offload.runtime.bring_piece", once)
+    with pytest.raises(KeyboardInterrupt):
+        ours(batch("float32"))
+    check_same(ours, other)
+
+
+def test_a_part_that_is_run_by_itself_sees_a_changed_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowmem.offload.runtime._FRESH", -1.0)
+    ours = load(file)
+    ours(batch("float32"))
+    with file.open("r+b") as opened:
+        opened.seek(-64, 2)
+        opened.write(bytes(64))
+    for use in (lambda: ours.layers[1](batch("float32")), ours.state_dict):
+        with pytest.raises(CheckpointError, match="changed while a model on disk uses it"):
+            use()
+
+
+def test_functions_take_weights_by_keyword(file: Path) -> None:
+    ours, other = load_narrowly(file, "float64"), loaded(file, "float64")
+    x = batch("float64")
+    for function in (
+        lambda w, b: nn.functional.linear(input=x, weight=w, bias=b),
+        lambda w, b: torch.transpose(input=w, dim0=0, dim1=1),
+        lambda w, b: w.transpose(dim0=0, dim1=1),
+        lambda w, b: torch.zeros_like(input=w),
+        lambda w, b: w.new_tensor([1.0, 2.0]),
+        lambda w, b: torch.from_numpy(w.detach().numpy()),
+    ):
+        found = function(ours.layers[1].weight, ours.layers[1].bias)
+        assert torch.equal(found, function(other.layers[1].weight, other.layers[1].bias))
+
+
+def test_a_graph_tells_what_was_changed_meanwhile(file: Path) -> None:
+    """As torch does for weights in memory."""
+    ours = load_narrowly(file, "float64")
+    x = batch("float64").requires_grad_()
+    h = x * 2
+    y = nn.functional.layer_norm(h, (h.shape[-1],), ours.layers[0].weight.detach()[0])
+    h.mul_(5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_experts_that_are_all_used_at_once_come_in_turn(tmp_path: Path) -> None:
+    """`torch.bmm` with as many matrices as there are, in buffers of one."""
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(8, 64, 96))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return torch.bmm(x, self.up) + torch.matmul(x, self.up), torch.bmm(x @ self.up, self.up.transpose(1, 2))
+
+    torch.manual_seed(5)
+    save_file(Mixture().state_dict(), tmp_path / "m.safetensors")
+    options: dict[str, Any] = {"model": Mixture, "dtype": "float64", "device_map": "disk"}
+    with pytest.raises(BudgetError) as refused:
+        lowmem.plan(tmp_path / "m.safetensors", ram=1, **options)
+    result = lowmem.load(tmp_path / "m.safetensors", ram=refused.value.required, **options)
+    assert result.plan.running.buffers < result.model.up.nbytes
+    other = lowmem.load(tmp_path / "m.safetensors", model=Mixture, dtype="float64").model
+    x = torch.randn(8, 3, 64, dtype=torch.float64)
+    with torch.no_grad():
+        for a, b in zip(result.model(x), other(x), strict=True):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)

@@ -293,6 +293,17 @@ def _begin_in_block(placement: Placement) -> int:
     return 0 if begin % size else begin
 
 
+def address_space(size: int) -> mmap.mmap:
+    """Addresses that nobody else has, and no memory behind them.
+
+    Raises:
+        OSError: a limit on address space.
+    """
+    if hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
+    return mmap.mmap(-1, size)
+
+
 def anonymous_map(size: int) -> mmap.mmap:
     """Fresh memory that no heap keeps."""
     if hasattr(mmap, "MAP_ANONYMOUS"):

@@ -39,8 +39,8 @@ class Observer:
     def __init__(self, tell: Callable[[], None]) -> None:
         self._tell = tell
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        """Called before the module's forward."""
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Called before the module's forward, or its state dict."""
         if not torch.compiler.is_compiling():
             self._tell()
 
@@ -52,7 +52,7 @@ class Observer:
 class _Nobody:
     """What stands for an observer where there is nothing to observe."""
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, *args: Any) -> None:
         """Nothing."""
 
 
@@ -69,6 +69,7 @@ class Brought:
     owners: list[tuple[nn.Module, Unit]] = field(default_factory=list)
 
 
+@torch.inference_mode(False)  # or they could not be used in a graph later
 def bring_weights(model: nn.Module, plan: LoadPlan) -> Brought | None:
     """Put weights that are elsewhere into the model: pages of files, or parameters that bring them when they are used.
 
@@ -106,7 +107,7 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Brought | None:
             _let_wait(model, placement, runtime, uses)
         else:
             weight = Weight(as_lying(placement, plan), runtime.files.view, runtime, uses)
-            _install(model, placement, functools.partial(OffloadedParameter, weight))
+            _install(model, placement, functools.partial(OffloadedParameter, weight, is_registered=True))
     return brought
 
 
@@ -132,7 +133,7 @@ def _let_wait(model: nn.Module, placement: Placement, runtime: Runtime, uses: Us
     """A weight that is in host memory, for a device that computes with it."""
     tensor = tensor_of(model, placement.target).detach()
     weight = Weight(in_one_piece(placement), waiting(tensor), runtime, uses)
-    _install(model, placement, functools.partial(OffloadedParameter, weight))
+    _install(model, placement, functools.partial(OffloadedParameter, weight, is_registered=True))
 
 
 def _initialised_away(plan: LoadPlan) -> Iterator[Placement]:
@@ -210,6 +211,8 @@ def _on_disk(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _observe(model: nn.Module, brought: Brought) -> None:
     """Hooks at every module that has mapped weights of its own, and at the model."""
     model.register_forward_pre_hook(Observer(brought.runtime.start), prepend=True)
+    hooked: Any = model
+    hooked.register_state_dict_pre_hook(Observer(brought.runtime.check))
     for owner, unit in brought.owners:
         tell = functools.partial(brought.runtime.use, unit)
         owner.register_forward_pre_hook(Observer(tell), prepend=True)
@@ -228,9 +231,10 @@ def _detach(model: nn.Module) -> None:
         take_back(model)
     take_back_refusals(model)
     for _, module in walk(model):
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, Observer):
-                del module._forward_pre_hooks[key]
+        for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, Observer):
+                    del hooks[key]
 
 
 def release(model: nn.Module) -> None:
@@ -249,7 +253,7 @@ def release(model: nn.Module) -> None:
     if not isinstance(model, nn.Module) or model not in _loaded:
         raise OptionError(
             f"release: expected a model that lowmem loaded, found {type(model).__name__} that it did not; give the "
-            "model itself, and not a part of it"
+            "model itself (result.model; of a wrapper what it wraps), and not a part of it"
         )
     known = _loaded[model]
     runtime = None if known is None else known()
@@ -279,4 +283,4 @@ def _is_int8_page(parameter: torch.Tensor) -> bool:
 
 def _released(name: str, parameter: torch.Tensor, source: str) -> Any:
     weight: Any = ReleasedWeight(name, tuple(parameter.shape), parameter.dtype, source)
-    return OffloadedParameter(weight, parameter.requires_grad)
+    return OffloadedParameter(weight, parameter.requires_grad, is_registered=True)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from .._mapped_pages import bring, let_go
 from ..checkpoint import TensorEntry
+from ..engine.destinations import address_space
 from ..modeling.targets import Uses
 from ..planner import Placement
 from ..planner.running import comes_by_rows, parts_of
@@ -51,6 +52,7 @@ class Weight:
         self._placement = placement
         self._view = view
         self._runtime = runtime
+        self._address: torch.UntypedStorage | None = None
         # What is brought by need is not brought ahead.
         ahead = self.parts == 1 and not self.is_too_large
         # The runtime ends with the last weight, and must not keep it.
@@ -93,6 +95,20 @@ class Weight:
         self._runtime.use(self._unit)
         return self._runtime.get(self._unit.number, self)
 
+    def forget(self) -> None:
+        """Make it anew at the next use."""
+        self._runtime.forget(self._unit.number)
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Keep what was brought until another one is to be kept."""
+        self._runtime.pointed_at = tensor
+
+    def address(self) -> torch.UntypedStorage:
+        """Address space that is this weight's alone, and no memory: reading it would end the process."""
+        if self._address is None:
+            self._address = torch.frombuffer(address_space(max(1, self.nbytes)), dtype=torch.uint8).untyped_storage()
+        return self._address
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows with these numbers, as `torch.nn.functional.embedding` gives them."""
         self._runtime.use(self._unit)
@@ -106,6 +122,10 @@ class Weight:
         """`weight[index]`, where it computes."""
         self._runtime.use(self._unit)
         return self._runtime.get((self._unit.number, index), self.part(index), is_part=True)
+
+    def forget_part(self, index: int) -> None:
+        """Make `weight[index]` anew at the next use."""
+        self._runtime.forget((self._unit.number, index))
 
     def make_part(self, index: int, into: torch.Tensor) -> None:
         """`weight[index]`, in host memory."""
@@ -252,6 +272,14 @@ class Turned:
         """All of it, where it computes, until the tensor is dropped."""
         return self._weight.whole().transpose(-2, -1)
 
+    def forget(self) -> None:
+        """As the weight."""
+        self._weight.forget()
+
+    def address(self) -> torch.UntypedStorage:
+        """As the weight."""
+        return self._weight.address()
+
     def grouped(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """As that of the weight."""
         return self._weight.grouped(x, offsets, turned=True)
@@ -285,6 +313,14 @@ class Part:
     def whole(self) -> torch.Tensor:
         """It, where it computes, until the tensor is dropped."""
         return self._weight.part_whole(self._index)
+
+    def forget(self) -> None:
+        """Make it anew at the next use."""
+        self._weight.forget_part(self._index)
+
+    def address(self) -> torch.UntypedStorage:
+        """That of the weight: what is asked for is whether memory is shared."""
+        return self._weight.address()
 
     def make(self, into: torch.Tensor) -> None:
         """It, in host memory."""

@@ -32,7 +32,8 @@ class Apply:
             RunningError: it would change what is on disk.
         """
         module = self._owner()
-        assert module is not None
+        if module is None:
+            raise RunningError("a copy of a model with weights on disk cannot be moved or cast; load it once more")
         for name, parameter in _away(module, recurse):
             _check(fn, name, parameter)
         own = dict(module._parameters)
@@ -102,13 +103,15 @@ def _away(module: nn.Module, recurse: bool) -> list[tuple[str, torch.Tensor]]:
 
 
 def _check(fn: Callable[[torch.Tensor], torch.Tensor], name: str, parameter: torch.Tensor) -> None:
-    probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    # As many dimensions, for what changes the order of elements in memory.
+    probe = torch.empty((2,) * parameter.dim(), dtype=parameter.dtype, device=parameter.device)
     with torch.no_grad():
         try:
             found = fn(probe)
         except Exception as error:
             raise RunningError(
-                f"{name!r} is on disk and cannot be moved or cast, and what was asked for fails in any case: {error}"
+                f"{name!r} is on disk and cannot be moved or cast; what was asked for fails besides ({error}); load "
+                "the checkpoint with the dtype and the device_map that you want"
             ) from error
     shared: Any = probe.is_shared  # torch gives it no type
     if found is probe and not (probe.device.type == "cpu" and shared()):

@@ -93,6 +93,9 @@ class Ring:
             RunningError: it was written to since it was made.
         """
         if entry.is_changed or key in self._changed:
+            # Told once: made anew after that.
+            self.drop(key)
+            self._changed.discard(key)
             raise RunningError(
                 f"{name!r} is on disk and was changed through a view of it, while it was in memory for an operation, "
                 "which cannot be kept; load the model with it in memory (device_map=), or change the checkpoint"

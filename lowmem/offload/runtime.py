@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -120,6 +121,8 @@ class Runtime:
         self._first: Unit | None = None
         self._calm = self._learned = self._started = False
         self._checked = 0.0
+        # The parameter whose address was asked for last.
+        self.pointed_at: torch.Tensor | None = None
         for unit in self.units:
             unit.failed = False
             unit.keeps = None
@@ -149,7 +152,7 @@ class Runtime:
             RunningError: the model was released.
         """
         self.refuse_if_closed()
-        self._check()
+        self.check()
         with self._lock:
             self.order.begin()
             self._learned = self._learned or self._first is not None
@@ -165,7 +168,13 @@ class Runtime:
             if not self._calm:
                 self._call()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Look whether files changed.
+
+        Raises:
+            CheckpointError: a file changed since the load.
+            OffloadError: the same, of one that was written.
+        """
         self.files.check()
         self._checked = time.monotonic()
 
@@ -190,7 +199,7 @@ class Runtime:
         """
         if time.monotonic() - self._checked > _FRESH:
             # Whoever runs a part of the model does not pass its beginning.
-            self._check()
+            self.check()
         with self._lock:
             self.refuse_if_closed()
             self._learned = self._learned or unit is self._first
@@ -240,6 +249,11 @@ class Runtime:
         self._fill(entry, key, recipe, writable)
         self.place.wait(entry.ticket)
         return taken
+
+    def forget(self, key: Hashable) -> None:
+        """What is in a buffer under this key is no good."""
+        with self._lock:
+            self.ring.drop(key)
 
     def get_ahead(self, key: Hashable, recipe: Recipe) -> bool:
         """Make a weight before it is used; whether there was room, or it was there."""
@@ -341,11 +355,11 @@ class Runtime:
         while True:
             with self._lock:
                 piece = pages.take()
-                if piece is None:
-                    # Not for ever: who took a piece may have been interrupted, and pages come when they are touched.
-                    self._made.wait_for(lambda: pages.are_here or self.closed, _PATIENCE)
+                # Not for ever: who took a piece may have been interrupted, and pages come when they are touched.
+                if piece is None and (pages.are_here or self.closed or not self._made.wait(_PATIENCE)):
                     return
-            self._bring(pages, piece)
+            if piece is not None:
+                self._bring(pages, piece)
 
     def _unmap(self, unit: Unit) -> None:
         """With the lock."""
@@ -388,6 +402,7 @@ class Runtime:
                 thread.join()
         with self._lock:
             self.ring.clear()
+            self.pointed_at = None
             self.files.close()
             self._made.notify_all()
         _living.discard(self)
@@ -429,6 +444,13 @@ def _work(of: weakref.ref[Runtime], wake: threading.Condition) -> None:
 
 
 _living: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+@atexit.register
+def _end() -> None:
+    """The end of the interpreter would unwind a thread that computes, which ends the process by a signal."""
+    for runtime in list(_living):
+        runtime.close()
 
 
 def _forked() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from .._strides import row_major
 from ..errors import RunningError
 
 if TYPE_CHECKING:
@@ -59,6 +59,13 @@ class ReleasedWeight:
         self.is_too_large = self.has_rows = self.is_turned = self.comes_in_turn = False
         self._source = source
 
+    def forget(self) -> None:
+        """Nothing to forget."""
+
+    def address(self) -> NoReturn:
+        """There is none."""
+        self.whole()
+
     def whole(self) -> NoReturn:
         """There is none."""
         raise RunningError(
@@ -87,6 +94,10 @@ class OffloadedParameter(torch.Tensor):
     an ordinary parameter with its values.
     """
 
+    # Whether it is the model's own, and not one that stands for it in a state dict or an expression.
+    is_registered: bool
+    # The values, since someone asked where they are.
+    held: torch.Tensor | None
     # A `Weight`, a `Part` of one, one that is `Turned`, or a `ReleasedWeight`.
     weight: Any
 
@@ -96,11 +107,16 @@ class OffloadedParameter(torch.Tensor):
         return isinstance(self.weight, ReleasedWeight)
 
     @staticmethod
-    def __new__(cls, weight: Weight | Part | Turned, requires_grad: bool) -> OffloadedParameter:  # noqa: D102
+    def __new__(  # noqa: D102
+        cls, weight: Weight | Part | Turned, requires_grad: bool, *, is_registered: bool = False
+    ) -> OffloadedParameter:
         make: Any = torch.Tensor._make_wrapper_subclass
+        rows, columns = weight.shape[1:] if weight.is_turned else (0, 0)
+        strides = (rows * columns, 1, rows) if weight.is_turned else row_major(weight.shape)
         made: OffloadedParameter = make(
-            cls, weight.shape, dtype=weight.dtype, device=weight.device, requires_grad=requires_grad
+            cls, weight.shape, strides=strides, dtype=weight.dtype, device=weight.device, requires_grad=requires_grad
         )
+        made.is_registered, made.held = is_registered, None
         made._is_param = True
         made.weight = weight
         return made
@@ -114,12 +130,11 @@ class OffloadedParameter(torch.Tensor):
         if func in _DESCRIBING or func in _SETTING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        special = _special().get(func)
-        if special is not None and (func in _named() or (args and not _any_away(kwargs.values()))):
-            found = special(*args, **kwargs)
-            if found is not NotImplemented:
-                return found
-        return compute(func, args, kwargs)
+        # They know this class.
+        from .functions import specially
+
+        found = specially(func, args, kwargs)
+        return compute(func, args, kwargs) if found is NotImplemented else found
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -148,24 +163,30 @@ def compute(func: _Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         RunningError: it would change one, or ask for its gradient.
     """
     _refuse_change(func, args, kwargs)
-    brought: list[tuple[OffloadedParameter, torch.Tensor]] = []
+    brought: list[tuple[OffloadedParameter, torch.Tensor, int]] = []
 
     def bring(value: Any) -> Any:
         if not isinstance(value, OffloadedParameter):
             return value
         real = value.weight.whole()
-        brought.append((value, real))
-        return _joined(real, value)
+        brought.append((value, real, real._version))
+        return joined(real, value)
 
     args, kwargs = tree_map(bring, tuple(args)), tree_map(bring, dict(kwargs))
     with torch._C.DisableTorchFunctionSubclass():
         if not torch.is_grad_enabled() or not _needs_grad(args, kwargs):
-            return func(*args, **kwargs)
-        # What a graph keeps of a weight is the weight's name.
-        places = {real.untyped_storage().data_ptr(): weight for weight, real in brought if real.numel()}
-        brought.clear()
-        with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, places), _unpack):
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+        else:
+            # What a graph keeps of a weight is the weight's name.
+            places = {real.untyped_storage().data_ptr(): weight for weight, real, _ in brought if real.numel()}
+            with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, places), _unpack):
+                found = func(*args, **kwargs)
+    for weight, real, version in brought:
+        if real._version != version:
+            # Made anew at the next use.
+            weight.weight.forget()
+            _refuse(weight, func)
+    return found
 
 
 def _needs_grad(*values: Any) -> bool:
@@ -185,13 +206,22 @@ def _pack(places: Mapping[int, OffloadedParameter], tensor: torch.Tensor) -> Any
         return tensor
     weight = places.get(tensor.untyped_storage().data_ptr())
     if weight is None:
-        return tensor
+        # As torch does it itself where nobody packs: what was changed meanwhile is no good for a gradient.
+        return tensor.detach(), tensor._version
     return weight, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
 def _unpack(kept: Any) -> torch.Tensor:
     if isinstance(kept, torch.Tensor):
         return kept
+    if len(kept) == 2:
+        tensor: torch.Tensor = kept[0]
+        if tensor._version != kept[1]:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{tuple(tensor.shape)} is at version {tensor._version}; expected version {kept[1]} instead"
+            )
+        return tensor
     weight, shape, strides, offset = kept
     again: torch.Tensor = weight.weight.whole()
     return again.as_strided(shape, strides, offset)
@@ -210,7 +240,8 @@ class _Joined(torch.autograd.Function):
         refuse_gradient(ctx.name)
 
 
-def _joined(real: torch.Tensor, weight: OffloadedParameter) -> torch.Tensor:
+def joined(real: torch.Tensor, weight: OffloadedParameter) -> torch.Tensor:
+    """What was brought of a weight, or computed with it: a gradient that reaches the weight by it is refused."""
     if not torch.is_grad_enabled() or not weight.requires_grad:
         return real
     edge = torch.empty(0, requires_grad=True)
@@ -225,11 +256,21 @@ def _refuse_change(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     inplace = name.endswith("_") and not name.endswith("__")
     if args and isinstance(args[0], OffloadedParameter) and (inplace or func in _CHANGING):
         changed = args[0]
+    schema = getattr(func, "_schema", None)
+    if schema is not None and schema.is_mutable and args and isinstance(args[0], OffloadedParameter):
+        changed = args[0]
     if changed is not None:
-        raise RunningError(
-            f"{changed.weight.name!r} is on disk and cannot be changed ({name or func}); load the model with it in "
-            "memory (device_map=), or change the checkpoint"
-        )
+        _refuse(changed, func)
+
+
+def _refuse(weight: OffloadedParameter, func: Any) -> NoReturn:
+    name = getattr(func, "__name__", "") or str(func)
+    how = "an assignment" if name.startswith("__set") else name
+    raise RunningError(
+        f"{weight.weight.name!r} is on disk, made anew whenever it is used, and cannot be changed ({how}); load the "
+        "model with it in memory (device_map=), give offload_folder=, whose pages take changes in memory, or change "
+        "the checkpoint"
+    )
 
 
 def refuse_copy(name: str) -> NoReturn:
@@ -255,165 +296,3 @@ def refuse_gradient(name: str) -> NoReturn:
         "(requires_grad_(False)) and train what is in memory, such as adapters, or load the model without 'disk' in "
         "device_map"
     )
-
-
-def _detach(weight: OffloadedParameter) -> Any:
-    return OffloadedParameter(weight.weight, requires_grad=False)
-
-
-def _get_data(weight: OffloadedParameter) -> Any:
-    return OffloadedParameter(weight.weight, requires_grad=False)
-
-
-def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
-    """Itself where nothing would change, and nothing but a shape on the meta device."""
-    if not isinstance(weight, OffloadedParameter) or kwargs.pop("copy", False):
-        return NotImplemented
-    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-    if device is not None and device.type == "meta":
-        return torch.empty(weight.weight.shape, dtype=dtype or weight.weight.dtype, device=device)
-    same = device is None or device == weight.weight.device
-    return weight if same and dtype in (None, weight.weight.dtype) else NotImplemented
-
-
-def _like(func: _Function) -> _Function:
-    """A function that asks only for shape, dtype and device."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        def stand_in(value: Any) -> Any:
-            if not isinstance(value, OffloadedParameter):
-                return value
-            return torch.empty((), dtype=value.weight.dtype, device=value.weight.device).expand(tuple(value.shape))
-
-        return func(*tree_map(stand_in, args), **tree_map(stand_in, kwargs))
-
-    return call
-
-
-def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if not isinstance(weight, OffloadedParameter) or not weight.weight.is_too_large:
-        return NotImplemented
-    if isinstance(bias, OffloadedParameter):
-        bias = _joined(bias.weight.whole(), bias)
-    return _joined(weight.weight.linear(input, bias), weight)
-
-
-def _embedding(
-    input: Any,
-    weight: Any,
-    padding_idx: Any = None,
-    max_norm: Any = None,
-    *others: Any,
-    **named: Any,
-) -> Any:
-    if not isinstance(weight, OffloadedParameter) or max_norm is not None or not weight.weight.has_rows:
-        return NotImplemented
-    return _joined(weight.weight.rows(input), weight)
-
-
-def _getitem(weight: Any, index: Any) -> Any:
-    if weight.weight.parts == 1 or weight.weight.is_turned:
-        return NotImplemented
-    if isinstance(index, torch.Tensor) and index.dtype in (torch.int64, torch.int32):
-        if index.dim():
-            return _joined(weight.weight.gather(index), weight)
-        index = int(index)
-    if isinstance(index, int) and -weight.weight.parts <= index < weight.weight.parts:
-        return OffloadedParameter(weight.weight.part(index % weight.weight.parts), weight.requires_grad)
-    return NotImplemented
-
-
-def _turned(weight: Any, dim0: int, dim1: int) -> Any:
-    """Transposed, and only brought when it is multiplied with."""
-    if weight.weight.parts == 1 or {d % 3 for d in (dim0, dim1)} != {1, 2}:
-        return NotImplemented
-    return OffloadedParameter(weight.weight.turned(), weight.requires_grad)
-
-
-def _grouped(x: Any, weight: Any, offs: Any = None, **named: Any) -> Any:
-    """Of experts that lie one behind the other in `weight`, those that have rows of `x`."""
-    if offs is None or any(value is not None for value in named.values()) or x.dim() != 2:
-        return NotImplemented
-    if not isinstance(weight, OffloadedParameter) or weight.weight.parts == 1:
-        return NotImplemented
-    made: torch.Tensor = _Grouped.apply(x, weight.weight, offs)  # type: ignore[no-untyped-call]
-    return _joined(made, weight)
-
-
-class _Grouped(torch.autograd.Function):
-    """Rows of `x` times the expert that each group of them belongs to."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Weight | Turned, offsets: torch.Tensor) -> torch.Tensor:
-        ctx.weight, ctx.offsets = weight, offsets
-        return weight.grouped(x, offsets)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return ctx.weight.turned().grouped(gradient.contiguous(), ctx.offsets), None, None
-
-
-def _batched(x: Any, weight: Any) -> Any:
-    """Experts that are all used at once, and do not fit at once."""
-    if not isinstance(x, torch.Tensor) or isinstance(x, OffloadedParameter) or x.dim() != 3:
-        return NotImplemented
-    if not isinstance(weight, OffloadedParameter) or not weight.weight.comes_in_turn:
-        return NotImplemented
-    made: torch.Tensor = _Batched.apply(x, weight.weight)  # type: ignore[no-untyped-call]
-    return _joined(made, weight)
-
-
-class _Batched(torch.autograd.Function):
-    """`torch.bmm(x, weight)`, one matrix after the other."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Weight | Turned) -> torch.Tensor:
-        ctx.weight = weight
-        return weight.batched(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return ctx.weight.turned().batched(gradient), None
-
-
-def _any_away(values: Iterable[Any]) -> bool:
-    return any(isinstance(value, OffloadedParameter) for value in values)
-
-
-@functools.cache
-def _named() -> frozenset[Any]:
-    """Functions whose parameters are named here as torch names them, so that they may be called by keyword."""
-    return frozenset({functional.linear, functional.embedding, *_asking(), torch.Tensor.to})
-
-
-@functools.cache
-def _asking() -> frozenset[Any]:
-    """Functions that take of a tensor nothing but what it is."""
-    likes = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
-    news = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
-    return frozenset([getattr(torch, name) for name in likes] + [getattr(torch.Tensor, name) for name in news])
-
-
-@functools.cache
-def _grouping() -> frozenset[Any]:
-    names = ((functional, "grouped_mm"), (torch, "_grouped_mm"))
-    return frozenset(getattr(room, name) for room, name in names if hasattr(room, name))
-
-
-@functools.cache
-def _special() -> Mapping[Any, _Function]:
-    """What needs less than the whole weight, or none of it."""
-    return {
-        **{function: _like(function) for function in _asking()},
-        torch.Tensor.to: _to,
-        torch.Tensor.detach: _detach,
-        torch.Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
-        functional.linear: _linear,
-        functional.embedding: _embedding,
-        torch.Tensor.__getitem__: _getitem,
-        torch.Tensor.transpose: _turned,
-        torch.transpose: _turned,
-        **dict.fromkeys((torch.bmm, torch.matmul, torch.Tensor.bmm, torch.Tensor.matmul), _batched),
-        torch.Tensor.__matmul__: _batched,
-        **dict.fromkeys(_grouping(), _grouped),
-    }
