@@ -342,12 +342,13 @@ def test_the_device_map_is_left_on_the_model_as_accelerate_leaves_it(
 
 
 @pytest.mark.parametrize("change", [lambda m: m.to("cpu"), lambda m: m.float().to("meta")])
-def test_a_model_with_layers_on_disk_refuses_moves_as_theirs_does(
+def test_by_accelerates_hooks_a_model_with_layers_on_disk_refuses_moves_as_theirs_does(
     change: Callable[[Any], Any], folder: Path, tmp_path: Path
 ) -> None:
+    """Ours without hooks refuses what would change something, see test_running_users.py."""
     said = []
     for model in (
-        lowmem.load(folder, device_map=FLAT).model,
+        lowmem.load(folder, device_map=FLAT, dispatch="accelerate").model,
         theirs(folder, device_map=FLAT, offload_folder=tmp_path / "off"),
     ):
         try:
