@@ -109,6 +109,8 @@ def check_memory(case: Case, source: Path, model: nn.Module | Mapping[str, torch
     """
     from safetensors import safe_open
 
+    from lowmem.offload.weights import MappedParameter, OffloadedParameter
+
     if not isinstance(model, nn.Module):
         return
     mapped = _file_ranges()
@@ -120,9 +122,10 @@ def check_memory(case: Case, source: Path, model: nn.Module | Mapping[str, torch
                 if case.is_int8 and key.endswith(BESIDE_INT8):
                     continue
                 tensor = weights.declared(key)
-                if tensor.is_meta != (case.on_disk and is_layer(key)):
-                    raise WrongMemoryError(f"{key} is {'not loaded' if tensor.is_meta else 'in memory, not on disk'}")
-                if tensor.is_meta or not tensor.numel():
+                away = tensor.is_meta or isinstance(tensor, (MappedParameter, OffloadedParameter))
+                if away != (case.on_disk and is_layer(key)):
+                    raise WrongMemoryError(f"{key} is {'not loaded' if away else 'in memory, not on disk'}")
+                if away or not tensor.numel():
                     continue
                 is_mapped = _within(tensor.data_ptr(), mapped)
                 # With layers on disk either will do too: what matters there is that the layers are.

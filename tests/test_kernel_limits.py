@@ -71,9 +71,7 @@ except lowmem.BudgetError as error:
 
 def counted(plan: lowmem.LoadPlan) -> int:
     """What RLIMIT_DATA counts besides: mapped files, and stacks of threads and their helpers."""
-    mapped = {p.links[0].entry.file for p in plan.placements if p.residency == "map"}
-    files = sum(shard.size for shard in plan.checkpoint.shards if shard.file in mapped)
-
+    files = budget.mapped_files(plan.placements, plan.checkpoint, plan.offload, plan.running.dispatch)
     return files + budget.thread_stacks(budget.workers_here())
 
 

@@ -42,16 +42,23 @@ class Listed(nn.Module):
 
 @pytest.mark.parametrize("make", [attention, normed, Listed])
 @pytest.mark.parametrize("dtype", ["auto", "float64"])
-def test_weights_that_no_hook_would_fetch_stay_in_memory(make: Any, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dispatch", ["lowmem", "accelerate"])
+def test_weights_that_no_hook_would_fetch_stay_in_memory(make: Any, dtype: str, dispatch: str, tmp_path: Path) -> None:
+    """By accelerate's hooks; without them nothing has to."""
     torch.manual_seed(1)
     model = make().eval()
     save_file({k: v.detach().clone() for k, v in model.state_dict().items()}, tmp_path / "w.safetensors")
     x = torch.randn(2, 3, 16, dtype=torch.float64 if dtype == "float64" else torch.float32)
     result = lowmem.load(
-        tmp_path / "w.safetensors", model=make, device_map="disk", dtype=dtype, offload_folder=tmp_path / "off"
+        tmp_path / "w.safetensors",
+        model=make,
+        device_map="disk",
+        dtype=dtype,
+        offload_folder=tmp_path / "off",
+        dispatch=dispatch,
     )
     assert result.plan.devices["disk"].weights > 0
-    assert any("cannot fetch them" in w for w in result.plan.warnings)
+    assert any("cannot fetch them" in w for w in result.plan.warnings) is (dispatch == "accelerate")
     with torch.no_grad():
         assert torch.equal(result.model(x), model.to(x.dtype)(x))
 

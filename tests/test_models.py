@@ -62,13 +62,18 @@ def test_a_module_with_accelerate_hooks_is_refused(tmp_path: Path) -> None:
     accelerate.hooks.remove_hook_from_submodules(model)
 
 
-def test_a_model_that_was_loaded_onto_disk_is_refused_until_its_hooks_are_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dispatch", ["lowmem", "accelerate"])
+def test_a_model_that_was_loaded_onto_disk_is_refused_until_its_hooks_are_gone(dispatch: str, tmp_path: Path) -> None:
     import accelerate
 
     path = write(Net(), tmp_path)
-    model = lowmem.load(path, model=Net, device_map={"": "cpu", "last": "disk"}).model
-    refused(path, "accelerate hooks", model=model)
-    accelerate.hooks.remove_hook_from_submodules(model)
+    model = lowmem.load(path, model=Net, device_map={"": "cpu", "last": "disk"}, dispatch=dispatch).model
+    if dispatch == "lowmem":
+        refused(path, "expected no weights on disk", model=model)
+        lowmem.release(model)
+    else:
+        refused(path, "accelerate hooks", model=model)
+        accelerate.hooks.remove_hook_from_submodules(model)
     again = lowmem.load(path, model=model).model
     x = torch.ones(2, 3)
     assert same(again(x), lowmem.load(path, model=Net).model(x))

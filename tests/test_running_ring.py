@@ -62,8 +62,7 @@ def test_what_someone_holds_is_never_overwritten(steps: list[tuple[int, str]], c
         if step == "hold":
             held[number] = tensor
         del tensor
-        for kept, one in held.items():
-            assert bool((one == kept).all())
+        assert all(bool((one == kept).all()) for kept, one in held.items())
     if not held:
         bring(ring, "one more", 100)
         assert ring.held <= max(capacity, 100)

@@ -104,6 +104,8 @@ def _check_tensors(prefix: str, module: nn.Module) -> None:
             kind = type(tensor)
             if kind is nn.Parameter or kind is torch.Tensor or tensor is None:
                 continue
+            if getattr(tensor, "is_released", False):
+                continue  # what is left of weights on disk: nothing but a shape
             if is_lazy(tensor):
                 raise ModelError(
                     f"{_place(prefix, module)}: tensor {prefix + leaf!r} is lazy and has no shape yet; run one dummy "

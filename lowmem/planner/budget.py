@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint import Checkpoint
 from ..errors import BudgetError
 from ..int8 import least_work, work_size
 from ..sizes import KIB, MIB, format_size
 from .moves import ALIGNMENT, BLOCK, MOST_ROWS, Placement
-from .records import IO, Staging, may_read_directly
+from .records import IO, OffloadPlan, Staging, may_read_directly
 
 MIN_STAGING = MIB
 MAX_STAGING = 64 * MIB
@@ -140,6 +141,26 @@ def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float]
     kept = 4 * max([MOST_ROWS, *measured])
     work, fewest = (work_size(max(rows)) + kept, least_work(max(rows)) + kept) if rows else (0, 0)
     return Need(each, direct, workers, direct and free_address_space and (cold or io == "direct"), work, least, fewest)
+
+
+def mapped_files(
+    placements: Sequence[Placement], checkpoint: Checkpoint, offload: OffloadPlan | None, dispatch: str
+) -> int:
+    """Bytes of files that stay mapped when a load is done; one that is mapped for memory and for the disk counts twice.
+
+    Args:
+        placements: all of the load.
+        checkpoint: what they come from.
+        offload: the files that are written.
+        dispatch: accelerate's hooks map nothing ahead of their use.
+    """
+    ways = [{p.links[0].entry.file for p in placements if p.residency == "map"}]
+    if dispatch == "lowmem":
+        links = [link for p in placements if p.residency == "refer" for link in p.links]
+        ways.append({e.file for link in links for e in (link.entry, link.scales) if e is not None})
+    size = sum(shard.size for files in ways for shard in checkpoint.shards if shard.file in files)
+    written = dispatch == "lowmem" and any(p.residency == "write" for p in placements)
+    return size + (offload.nbytes if offload is not None and written else 0)
 
 
 def thread_stacks(count: int) -> int:

@@ -187,14 +187,16 @@ def _checked(draft: Draft, table: Mapping[str, str]) -> LoadPlan:
     if offload is not None and offload.reused:
         groups = [g for g in groups if any(p.residency == "copy" for places in g.results for p in places)]
     warnings += [*made_at_use(placements), *about(groups), *_offload_warnings(offload)]
-    bound = min(_bounds(draft, placements), key=lambda b: b.room)
+    bound = min(_bounds(draft, placements, offload), key=lambda b: b.room)
     need = _need(draft, placements, groups, offload)
     # As large as the budget leaves.
     bare = _host(draft, placements, groups, Staging(1, 0))
     staging = budget.fit_staging(bound.room - bare.peak, draft.request.staging, need)
     host = _host(draft, placements, groups, staging)
     model, main_device = draft.skeleton.model, devices.main_device
-    as_used = placements if main_device == "cpu" else [in_use(p) for p in placements]
+    # One pass for the common case, in which nothing is elsewhere.
+    on_disk = [p for p in placements if p.device == "disk"]
+    as_used = on_disk if main_device == "cpu" else [in_use(p) for p in placements]
     uses = functools.partial(uses_of, model)
     largest, widest = needed_at_once(as_used, main_device, draft.request.dispatch, uses)
     stays = host.resident + host.overhead
@@ -244,14 +246,15 @@ class _Bound:
     extra: int = 0
 
 
-def _bounds(draft: Draft, placements: Sequence[Placement]) -> list[_Bound]:
+def _bounds(draft: Draft, placements: Sequence[Placement], offload: OffloadPlan | None) -> list[_Bound]:
     """`ram`, what the machine leaves, and the rlimits, which count mapped files and the stacks of threads too."""
     memory, ram = draft.memory, draft.request.ram
     bounds = [] if ram is None else [_Bound("ram", ram)]
     bounds.append(_Bound(memory.bound_by, memory.available))
-    files = {p.links[0].entry.file for p in placements if p.residency == "map"}
-    extra = sum(shard.size for shard in draft.checkpoint.shards if shard.file in files)
-    if any(p.residency in ("copy", "write") for p in placements):
+    if not memory.rlimits:
+        return bounds
+    extra = budget.mapped_files(placements, draft.checkpoint, offload, draft.request.dispatch)
+    if any(p.residency in ("copy", "write", "refer") for p in placements):
         extra += budget.thread_stacks(budget.workers_here())
     bounds += [_Bound(name, left - extra, extra) for name, left in memory.rlimits.items()]
     return bounds
