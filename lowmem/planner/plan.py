@@ -254,7 +254,7 @@ def _bounds(draft: Draft, placements: Sequence[Placement], offload: OffloadPlan 
     if not memory.rlimits:
         return bounds
     extra = budget.mapped_files(placements, draft.checkpoint, offload, draft.request.dispatch)
-    if any(p.residency in ("copy", "write", "refer") for p in placements):
+    if any(p.residency in ("copy", "write") for p in placements):
         extra += budget.thread_stacks(budget.workers_here())
     bounds += [_Bound(name, left - extra, extra) for name, left in memory.rlimits.items()]
     return bounds
