@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lowmem
 from lowmem.checkpoint import inspect
+from lowmem.errors import RunningError
 from lowmem.int8 import Int8Linear, quantise, work_size
 from lowmem.mapping import Link
 from lowmem.mapping.records import whole
@@ -487,3 +489,28 @@ def test_forwards_take_the_memory_of_one_layer() -> None:
     """Of one layer's floats, that is, which both kinds compute with on most processors."""
     peaks = server().run(_MEASURE, count=32)
     assert max(peaks) <= 4 * 4 * MIB, peaks
+
+
+def test_int8_pages_are_refused_a_move_as_floats_are(tmp_path: Path) -> None:
+    """And a layer whose weights are in memory is not kept from one."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
+    model.save_pretrained(tmp_path / "floats")
+    lowmem.convert(tmp_path / "floats", tmp_path / "int8", quantize="int8")
+    device_map = {"": "cpu", "model.layers.1.mlp": "disk"}
+    ours = lowmem.load(tmp_path / "int8", device_map=device_map).model
+    layer = ours.model.layers[1].mlp.up_proj
+    before = layer.weight.data_ptr()
+    with pytest.raises(RunningError, match="on disk and cannot be moved"):
+        nn.Module.to(ours, "meta")
+    assert layer.weight.data_ptr() == before
+    assert not any(parameter.is_meta for parameter in ours.parameters())
+    nn.Module.to(ours.model.layers[0], "cpu")

@@ -12,7 +12,7 @@ from fresh import JobError, server
 from safetensors.torch import save_file
 from test_engine import linux
 from test_kernel_limits import KINDS
-from tiny_models import new_model
+from tiny_models import least_ram, new_model
 from torch import nn
 
 import lowmem
@@ -79,15 +79,6 @@ STEADY: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("qwen3-moe", {}),
     "experts, cast": ("qwen3-moe", {"dtype": "bfloat16"}),
 }
-
-
-def least_ram(source: Path, **options: Any) -> int:
-    """What the refusal says would do."""
-    try:
-        lowmem.plan(source, ram=1, **options)
-    except BudgetError as error:
-        return error.required
-    raise AssertionError("a byte was enough")
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["much memory", "least memory"])

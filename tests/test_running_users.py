@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
 from test_ecosystem import assert_same_files, make_tokenizer, with_lora
 from test_engine import linux, threads_of_lowmem
-from tiny_models import inputs_of, model_class, new_model, outputs_of, same
+from tiny_models import inputs_of, least_ram, model_class, new_model, outputs_of, same
 from torch import nn
 from torch.nn import functional
 
@@ -87,15 +87,6 @@ def loaded(file: Path, dtype: str = "float32") -> Any:
     model = Net()
     load_model(model, file)
     return model.to(getattr(torch, dtype)).eval()
-
-
-def least_ram(source: Path, **options: Any) -> int:
-    """What the refusal says would do."""
-    try:
-        lowmem.plan(source, ram=1, **options)
-    except BudgetError as error:
-        return error.required
-    raise AssertionError("a byte was enough")
 
 
 def load_narrowly(file: Path, dtype: str) -> Any:

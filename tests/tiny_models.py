@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+import lowmem
 from bench.comparison import differences_of, every_tensor, same, ties_of
+from lowmem.errors import BudgetError
 from lowmem.offload.weights import MappedParameter, OffloadedParameter
 
 __all__ = [
@@ -159,6 +161,15 @@ def outputs_of(model: Any) -> torch.Tensor:
 def is_on_disk(parameter: torch.Tensor) -> bool:
     """Whether a parameter is pages of a file, or has no values before it is used."""
     return isinstance(parameter, (MappedParameter, OffloadedParameter))
+
+
+def least_ram(source: Path, **options: Any) -> int:
+    """What the refusal says would do."""
+    try:
+        lowmem.plan(source, ram=1, **options)
+    except BudgetError as error:
+        return error.required
+    raise AssertionError("a byte was enough")
 
 
 def assert_same_model(ours: Any, theirs: Any) -> None:

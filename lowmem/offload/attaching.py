@@ -25,7 +25,7 @@ from .pages import Pages
 from .places import HostPlace, Place
 from .refusals import refuse_moves, take_back_refusals
 from .runtime import Runtime, Unit
-from .weights import MappedParameter, OffloadedParameter, ReleasedWeight, refuse_gradient
+from .weights import MappedParameter, OffloadedParameter, ReleasedWeight, is_on_disk, refuse_gradient
 
 # Every model that was loaded, and what brings its weights, if any are elsewhere.
 _loaded: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Runtime] | None] = weakref.WeakKeyDictionary()
@@ -90,7 +90,7 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Brought | None:
         if plan.main_device == "cpu" and lies_ready(placement):
             entry = entry_of(placement, plan)
             tensor = runtime.files.view(entry, placement.shape)
-            _install(model, placement, _mapped(tensor))
+            _install(model, placement, functools.partial(MappedParameter, tensor))
             span = entry.file, tensor.data_ptr(), placement.nbytes, entry.offset
             for name in placement.names:
                 owner, _ = owner_of(model, name)
@@ -141,13 +141,6 @@ def _initialised_away(plan: LoadPlan) -> Iterator[Placement]:
     return (p for p in plan.placements if p.residency == "init" and p.nbytes and is_away(p, plan.main_device))
 
 
-def _mapped(tensor: torch.Tensor) -> Callable[[bool], torch.Tensor]:
-    def make(requires_grad: bool) -> torch.Tensor:
-        return MappedParameter(tensor, requires_grad)
-
-    return make
-
-
 def _install(model: nn.Module, placement: Placement, make: Callable[[bool], torch.Tensor]) -> None:
     """Under every name that it has; what the model's author hung on the parameter stays."""
     parameter: Any = None
@@ -190,22 +183,16 @@ def attach(model: nn.Module, plan: LoadPlan, rules: Rules, brought: Brought | No
             _let_wait(model, placement, runtime, uses)
         align(model, plan, runtime.place.device, rules.skip_keys)
     _observe(model, brought)
-    for name, parameter in _on_disk(model):
-        if isinstance(parameter, MappedParameter) and parameter.requires_grad:
-            hooked: Any = parameter
-            hooked.register_hook(functools.partial(_refuse_gradient, name))
+    for prefix, module in walk(model):
+        for leaf, parameter in module._parameters.items():
+            if isinstance(parameter, MappedParameter) and parameter.requires_grad:
+                hooked: Any = parameter
+                hooked.register_hook(functools.partial(_refuse_gradient, prefix + leaf))
     refuse_moves(model)
 
 
 def _refuse_gradient(name: str, gradient: torch.Tensor) -> None:
     refuse_gradient(name)
-
-
-def _on_disk(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for prefix, module in walk(model):
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and _is_away(parameter):
-                yield prefix + leaf, parameter
 
 
 def _observe(model: nn.Module, brought: Brought) -> None:
@@ -265,20 +252,12 @@ def release(model: nn.Module) -> None:
     _detach(model)
     for prefix, module in walk(model):
         for leaf, parameter in module._parameters.items():
-            if parameter is not None and (_is_away(parameter) or _is_int8_page(parameter)):
+            if parameter is not None and is_on_disk(parameter):
                 module._parameters[leaf] = _released(prefix + leaf, parameter, runtime.source)
                 state: Any = module.__dict__.get("state")
                 if hasattr(state, "reset_grads"):
                     # bitsandbytes keeps the weight there too.
                     state.CB = state.SCB = None
-
-
-def _is_away(parameter: torch.Tensor) -> bool:
-    return isinstance(parameter, (MappedParameter, OffloadedParameter))
-
-
-def _is_int8_page(parameter: torch.Tensor) -> bool:
-    return bool(getattr(parameter, "lies_on_disk", False))
 
 
 def _released(name: str, parameter: torch.Tensor, source: str) -> Any:

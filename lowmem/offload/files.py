@@ -13,6 +13,7 @@ from .._page_cache import CachedPages, look
 from ..checkpoint import Shard, TensorEntry
 from ..engine.mapping import map_shard, view_of
 from ..errors import CheckpointError, OffloadError, RunningError
+from ..mapping import Link, whole
 from ..planner import LoadPlan, Placement
 from ..planner.running import is_away
 
@@ -120,8 +121,6 @@ def as_lying(placement: Placement, plan: LoadPlan) -> Placement:
     """The same, fed from where it was written."""
     if placement.residency != "write":
         return placement
-    from ..mapping import Link, whole
-
     entry = entry_of(placement, plan)
     return replace(placement, residency="refer", links=(Link(entry, placement.target, whole(placement.shape)),))
 

@@ -29,10 +29,6 @@ def _detach(weight: OffloadedParameter) -> Any:
     return OffloadedParameter(weight.weight, requires_grad=False)
 
 
-def _get_data(weight: OffloadedParameter) -> Any:
-    return OffloadedParameter(weight.weight, requires_grad=False)
-
-
 def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
     """Itself where nothing would change, and nothing but a shape on the meta device."""
     if not isinstance(weight, OffloadedParameter) or kwargs.pop("copy", False):
@@ -219,7 +215,7 @@ def _special() -> Mapping[Any, _Function]:
             for function in (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__)
         },
         torch.Tensor.detach: _detach,
-        torch.Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
+        torch.Tensor.data.__get__: _detach,  # type: ignore[attr-defined]
         functional.linear: _linear,
         functional.embedding: _embedding,
         torch.Tensor.__getitem__: _getitem,

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import RunningError
 from ..modeling.targets import walk
-from .weights import MappedParameter, OffloadedParameter
+from .weights import OffloadedParameter, is_on_disk
 
 
 class Apply:
@@ -85,7 +85,7 @@ def _concerned(model: nn.Module) -> list[nn.Module]:
     found: dict[str, nn.Module] = {}
     modules = dict(walk(model))
     for prefix, module in modules.items():
-        if any(isinstance(p, (MappedParameter, OffloadedParameter)) for p in module._parameters.values()):
+        if any(map(is_on_disk, module._parameters.values())):
             at = prefix
             while at not in found:
                 found[at] = modules[at]
@@ -98,7 +98,7 @@ def _away(module: nn.Module, recurse: bool) -> list[tuple[str, torch.Tensor]]:
         (prefix + leaf, parameter)
         for prefix, inner in (walk(module) if recurse else [("", module)])
         for leaf, parameter in inner._parameters.items()
-        if isinstance(parameter, (MappedParameter, OffloadedParameter))
+        if parameter is not None and is_on_disk(parameter)
     ]
 
 

@@ -156,6 +156,12 @@ class OffloadedParameter(torch.Tensor):
         return nn.Parameter, (self.weight.whole().clone(), self.requires_grad)
 
 
+def is_on_disk(parameter: torch.Tensor | None) -> bool:
+    """Whether a parameter is pages of a file on disk, of an int8 layer too, or brings its values when it is used."""
+    known = isinstance(parameter, (MappedParameter, OffloadedParameter))
+    return known or bool(getattr(parameter, "lies_on_disk", False))
+
+
 def compute(func: _Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a function with the weights themselves.
 
@@ -245,8 +251,8 @@ def joined(real: torch.Tensor, weight: OffloadedParameter) -> torch.Tensor:
     if not torch.is_grad_enabled() or not weight.requires_grad:
         return real
     edge = torch.empty(0, requires_grad=True)
-    joined: torch.Tensor = _Joined.apply(real, edge, weight.weight.name)  # type: ignore[no-untyped-call]
-    return joined
+    refusing: torch.Tensor = _Joined.apply(real, edge, weight.weight.name)  # type: ignore[no-untyped-call]
+    return refusing
 
 
 def _refuse_change(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
