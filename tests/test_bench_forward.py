@@ -93,7 +93,8 @@ def test_the_disk_is_timed_beside_cold_forwards(results: dict[str, Any]) -> None
         pytest.skip("files that are memory are never cold")
     disk = rows_of(results, "cold")["disk"]
     assert disk["status"] == "ok"
-    assert disk["least"] == min(disk["variants"].values()) > 0
+    assert disk["least"] == min(time for turn in disk["times"] for time in turn) > 0
+    assert len(disk["times"]) == len(rows_of(results, "cold")["lowmem"]["times"])
     assert disk["variant"] in disk["variants"]
     assert "lowmem within 15 % of disk" in {goal["goal"] for goal in results["goals"]}
 
@@ -174,7 +175,14 @@ def test_the_first_turn_that_differs_is_named() -> None:
 
 def timed(case: str, **least: float) -> list[dict[str, Any]]:
     return [
-        {"case": case, "loader": name.replace("_", "-"), "status": "ok", "reason": "", "least": seconds}
+        {
+            "case": case,
+            "loader": name.replace("_", "-"),
+            "status": "ok",
+            "reason": "",
+            "least": seconds,
+            "median": seconds,
+        }
         for name, seconds in least.items()
     ]
 

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", metavar="A,B", help=f"names of cases, or of groups of them: {groups} (default: all)")
     parser.add_argument("--loaders", metavar="X,Y", help="names of loaders (default: all); the first is the reference")
     parser.add_argument("--quick", action="store_true", help="a 250 MB checkpoint, few rounds and forwards")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="turns of each loader (default: 5; quick: 2)")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="turns of each loader (default: 10; quick: 2)")
     parser.add_argument("--steps", type=_positive, metavar="N", help="tokens in a turn (default: 4; quick: 2); cold 1")
     parser.add_argument("--forwards", type=_positive, metavar="N", help="of `steady` (default: 200; quick: 20)")
     parser.add_argument("--tokens", type=_positive, metavar="N", default=16, help="of `limit` (default: 16)")
@@ -76,7 +76,7 @@ def _measure(options: argparse.Namespace, cases: tuple[Case, ...], limit: int) -
 
     quick = options.quick
     counts = {
-        "rounds": options.rounds or (2 if quick else 5),
+        "rounds": options.rounds or (2 if quick else 10),
         "steps": options.steps or (2 if quick else 4),
         "forwards": options.forwards or (20 if quick else 200),
         "tokens": options.tokens,

@@ -43,7 +43,8 @@ def _times(least: float, ours: Sequence[str], peers: Sequence[str]) -> Goal:
             for peer in peers:
                 if one in rows and peer in rows:
                     ratio = rows[peer]["least"] / rows[one]["least"]
-                    yield Outcome(case, f"{one} ≥ {least:g}x {peer}", f"{ratio:.2f}x", ratio >= least)
+                    found = f"{ratio:.2f}x (medians {rows[peer]['median'] / rows[one]['median']:.2f}x)"
+                    yield Outcome(case, f"{one} ≥ {least:g}x {peer}", found, ratio >= least)
 
     return judged
 
@@ -58,7 +59,9 @@ def _near(ours: Sequence[str], peers: Sequence[str]) -> Goal:
                 best = min(there, key=lambda peer: rows[peer]["least"])
                 ratio = rows[one]["least"] / rows[best]["least"]
                 goal = f"{one} within 15 % of {'loaded' if best in LOADED else best}"
-                yield Outcome(case, goal, f"{ratio:.2f} of its time ({best})", ratio <= _NEAR)
+                medians = rows[one]["median"] / rows[best]["median"]
+                found = f"{ratio:.2f} of its time ({best}; medians {medians:.2f})"
+                yield Outcome(case, goal, found, ratio <= _NEAR)
 
     return judged
 

@@ -24,6 +24,10 @@ from .loaders import LOADERS, Order
 
 Tell = Callable[[str], None]
 
+# The row of the disk's own time, and how often each way to read is tried to choose one.
+_DISK = "disk"
+_PROBES = 2
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -95,21 +99,26 @@ class Turns:
         warm(self._files())
         for loader in self._case.loaders:
             self._ask(loader, "prompt", None)
-        reads: dict[str, list[float]] = {}
+        disk_row = self._probe() if self._case.cold else None
+        takers = (*self._case.loaders, *([_DISK] if disk_row is not None else []))
         for turn in range(self._plan.rounds):
             # Each round starts with another one, so that none always comes after the same.
-            shift = turn % len(self._case.loaders)
-            for loader in self._case.loaders[shift:] + self._case.loaders[:shift]:
-                self._turn(loader, turn)
-            if self._case.cold:
-                self._read(reads)
+            shift = turn % len(takers)
+            for taker in takers[shift:] + takers[:shift]:
+                if taker == _DISK and disk_row is not None:
+                    self._read(disk_row, turn)
+                else:
+                    self._turn(taker, turn)
         rows = check_digests(list(self._rows.values()))
-        return [_summed_up(row) for row in rows] + ([_disk_row(reads)] if reads else [])
+        return [_summed_up(row) for row in (*rows, *([disk_row] if disk_row is not None else []))]
 
     def _files(self) -> list[Path]:
         """The checkpoint's, and what the loaders wrote."""
         written = (file for file in self._work.rglob("*") if file.is_file())
-        return [*sorted(self._source.glob("*.safetensors")), *sorted(written)]
+        return [*self._checkpoint(), *sorted(written)]
+
+    def _checkpoint(self) -> list[Path]:
+        return sorted(self._source.glob("*.safetensors"))
 
     def _load(self, loader: str) -> None:
         folder = self._work / loader
@@ -161,12 +170,30 @@ class Turns:
             self._ask(loader, "forget", files)
         return drop(files)
 
-    def _read(self, reads: dict[str, list[float]]) -> None:
-        files = sorted(self._source.glob("*.safetensors"))
-        for name, reader in disk.ways(files[0]).items():
-            if not self._make_cold():
-                reads.setdefault(name, []).append(disk.read_time(files, reader))
-        self._tell(f"{self._case.name}, disk: {min(map(min, reads.values()), default=0.0):.3f} s")
+    def _probe(self) -> Row | None:
+        """A row of the disk: the quickest way to read it here, which takes its turns as the loaders do. A least of more
+        turns would be less than theirs on a disk that others use too.
+        """
+        files = self._checkpoint()
+        ways = disk.ways(files[0])
+        found: dict[str, list[float]] = {}
+        for _ in range(_PROBES):
+            for name, reader in ways.items():
+                if not self._make_cold():
+                    found.setdefault(name, []).append(disk.read_time(files, reader))
+        if not found:
+            return None
+        variants = {name: min(times) for name, times in found.items()}
+        best = min(variants, key=lambda name: variants[name])
+        row = {"loader": _DISK, "status": "ok", "reason": "", "times": [], "digests": []}
+        return {**row, "variant": best, "variants": variants}
+
+    def _read(self, row: Row, turn: int) -> None:
+        if self._make_cold():
+            return
+        files = self._checkpoint()
+        row["times"].append([disk.read_time(files, disk.ways(files[0])[row["variant"]])])
+        self._tell(f"{self._case.name}, round {turn + 1}, {_DISK}: {_brief(row)}")
 
 
 def check_digests(rows: Sequence[Row]) -> list[Row]:
@@ -188,20 +215,6 @@ def _summed_up(row: Row) -> Row:
     digest = {"digest": row["digests"][-1][:16]} if row["digests"] else {}
     kept = {key: value for key, value in row.items() if key != "digests"} | digest
     return {**kept, "least": min(times), "median": statistics.median(times)} if times else kept
-
-
-def _disk_row(reads: Mapping[str, Sequence[float]]) -> Row:
-    """The best way to read is the disk's time."""
-    best = min(reads, key=lambda name: min(reads[name]))
-    times = [seconds for way in reads.values() for seconds in way]
-    return {
-        "loader": "disk",
-        "variant": best,
-        "least": min(times),
-        "median": statistics.median(reads[best]),
-        "times": [list(reads[best])],
-        "variants": {name: min(way) for name, way in reads.items()},
-    }
 
 
 def _run_steady(plan: Plan, context: ForkServerContext, case: Case, source: Path) -> Iterable[Row]:
