@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.arguments import names, positive
 from bench.cases import CASES, Case, find_cases
 from bench.children import Forks, Fresh
 from bench.results import Results, Row, describe_machine, make_results, write
@@ -26,8 +27,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="list cases and loaders, and end")
     parser.add_argument("--cases", metavar="A,B", help="names of cases (default: all)")
     parser.add_argument("--loaders", metavar="X,Y", help="names of loaders (default: all)")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="processes of each (default: 3; quick: 1)")
-    parser.add_argument("--repeats", type=_positive, metavar="N", help="loads in each process (default: 5; quick: 3)")
+    parser.add_argument("--rounds", type=positive, metavar="N", help="processes of each (default: 3; quick: 1)")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="loads in each process (default: 5; quick: 3)")
     parser.add_argument("--timeout", type=float, metavar="S", default=600, help="of a process (default: 600 s)")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written and kept (default: temporary)")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="where results go (bench-results)")
@@ -49,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _list()
         return 0
     try:
-        cases = find_cases(_names(options.cases), options.quick)
-        loaders = _names(options.loaders) or tuple(LOADERS)
+        cases = find_cases(names(options.cases), options.quick)
+        loaders = names(options.loaders) or tuple(LOADERS)
         unknown = [name for name in loaders if name not in LOADERS]
         if unknown:
             raise KeyError(unknown[0])
@@ -104,17 +105,6 @@ def _measure(options: argparse.Namespace, cases: tuple[Case, ...], loaders: tupl
         stack.callback(children.close)
         run(plan, children, done, lambda text: print(text, file=sys.stderr, flush=True))
     return results
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text}")
-    return number
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
 
 
 def _draw(results: Results, out: Path) -> None:

@@ -32,7 +32,7 @@ def address_of(pages: mmap.mmap) -> int:
     return int(np.frombuffer(pages, dtype=np.uint8, count=1).ctypes.data)
 
 
-def bring(address: int, nbytes: int) -> None:
+def bring(address: int, nbytes: int, *, exactly: bool = True) -> None:
     """Read what a range of a mapped file touches, and map it, so that using it waits for nothing.
 
     Returns when it is there, where the kernel can do that (MADV_POPULATE_READ, Linux 5.14), and else when it is asked
@@ -42,13 +42,17 @@ def bring(address: int, nbytes: int) -> None:
         address: within a mapping. Rounded outward to whole pages, which belong to the same mapping, since a mapping
             has no others.
         nbytes: bytes from there, all of the same mapping.
+        exactly: ask for just these pages, all at once. Otherwise they come as the kernel reads ahead of page faults:
+            with neighbours on both sides, and in larger pages, which takes less of the processor. That is quicker where
+            the neighbours are used too, and its read-ahead is far (`_page_cache.read_ahead`).
     """
     begin, end = _outward(address, nbytes)
-    if end <= begin or _advise(begin, end - begin, _POPULATE_READ) != errno.EINVAL:
-        return
-    for at in range(begin, end, _STEP):
-        if _advise(at, min(_STEP, end - at), _WILLNEED):
-            return
+    if exactly:
+        for at in range(begin, end, _STEP):
+            if _advise(at, min(_STEP, end - at), _WILLNEED):
+                break
+    if end > begin and _advise(begin, end - begin, _POPULATE_READ) == errno.EINVAL and not exactly:
+        bring(address, nbytes)
 
 
 def holds(address: int, nbytes: int, samples: int = 8) -> bool:

@@ -122,6 +122,19 @@ def ask_for(pages: mmap.mmap, offset: int, nbytes: int) -> None:
             return  # advice only: a file system that cannot is no error
 
 
+def read_ahead(file: Path) -> int:
+    """Bytes that the kernel reads around what is missing of a file; 0 where it does not say.
+
+    Of the file's device, as in Documentation/ABI/testing/sysfs-class-bdi.
+    """
+    try:
+        device = file.stat().st_dev
+        told = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").read_text(encoding="ascii")
+        return int(told) * 1024
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
 class _Range(ctypes.Structure):
     _fields_ = (("off", ctypes.c_uint64), ("len", ctypes.c_uint64))
 

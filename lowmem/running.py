@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .checkpoint.survey import find
 from .errors import LowmemError, ModelError, OptionError, SourceError
@@ -113,6 +113,13 @@ class _Wish:
     seed: int | None
 
 
+class _Tell(NamedTuple):
+    """Whom to tell."""
+
+    write: Callable[[str], None] | None
+    interrupted: Callable[[RunReport], None] | None
+
+
 def run_prompt(
     source: str | os.PathLike[str],
     prompt: str,
@@ -125,6 +132,7 @@ def run_prompt(
     seed: int | None = None,
     write: Callable[[str], None] | None = None,
     loaded: Callable[[LoadResult], None] | None = None,
+    interrupted: Callable[[RunReport], None] | None = None,
     progress: ProgressCallback | None = None,
     **options: Any,
 ) -> RunReport:
@@ -147,6 +155,8 @@ def run_prompt(
         write: gets the text as it comes, in whole words, and a newline behind the last; also what there is when an
             interrupt ends it.
         loaded: called with what `load` returned, before the first token.
+        interrupted: called with the report of the tokens that there are when an interrupt (Ctrl-C) ends it; the
+            interrupt is raised all the same.
         progress: called while the weights move.
         **options: all others of `load`.
 
@@ -176,15 +186,13 @@ def run_prompt(
     try:
         if loaded is not None:
             loaded(result)
-        return _run(result, tokenizer, ids, wish, write, found.text)
+        return _run(result, tokenizer, ids, wish, _Tell(write, interrupted), found.text)
     finally:
         # Now, and not when the collector comes: an interrupt leaves no thread that reads ahead.
         release(result.model)
 
 
-def _run(
-    result: LoadResult, tokenizer: Any, ids: Any, wish: _Wish, write: Callable[[str], None] | None, where: str
-) -> RunReport:
+def _run(result: LoadResult, tokenizer: Any, ids: Any, wish: _Wish, tell: _Tell, where: str) -> RunReport:
     model: Any = result.model
     _check_generates(model, getattr(model, "config", None), where)
     room = _room(model.config, ids.shape[1], wish.max_new_tokens)
@@ -194,20 +202,29 @@ def _run(
             f"max_new_tokens: {room} instead of {wish.max_new_tokens}: the model has no more positions behind a "
             f"prompt of {ids.shape[1]} tokens"
         )
-    stream = _Stream(tokenizer, write)
-    with measure() as memory:
-        started = time.perf_counter()
-        _generate(model, tokenizer, ids, wish, room, stream)
-    return RunReport(
-        text=tokenizer.decode(stream.ids, skip_special_tokens=True),
-        ids=tuple(stream.ids),
-        prompt_ids=tuple(ids[0].tolist()),
-        load=result.report,
-        first_seconds=stream.first - started,
-        rest_seconds=stream.last - stream.first,
-        memory=memory,
-        warnings=tuple(warnings),
-    )
+    stream = _Stream(tokenizer, tell.write)
+
+    def report() -> RunReport:
+        return RunReport(
+            text=tokenizer.decode(stream.ids, skip_special_tokens=True),
+            ids=tuple(stream.ids),
+            prompt_ids=tuple(ids[0].tolist()),
+            load=result.report,
+            first_seconds=stream.first - started,
+            rest_seconds=stream.last - stream.first,
+            memory=memory,
+            warnings=tuple(warnings),
+        )
+
+    try:
+        with measure() as memory:
+            started = time.perf_counter()
+            _generate(model, tokenizer, ids, wish, room, stream)
+    except KeyboardInterrupt:
+        if tell.interrupted is not None and stream.ids:
+            tell.interrupted(report())
+        raise
+    return report()
 
 
 def _asked(
@@ -378,8 +395,7 @@ def _room(config: Any, prompt: int, wanted: int) -> int:
 
 
 def _positions(config: Any) -> int | None:
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    return found if isinstance(found := getattr(config, "max_position_embeddings", None), int) and found > 0 else None
 
 
 class _Stream:
@@ -482,6 +498,3 @@ def _embeddings(model: Any) -> Any:
         return getattr(model.get_input_embeddings(), "weight", None)
     except (AttributeError, NotImplementedError):
         return None
-
-
-__all__ = ["RunReport", "run_prompt"]

@@ -182,15 +182,18 @@ def test_whole_pages_inside_the_range_go_and_no_write_in_it_or_beside_it_is_lost
 
 
 @needs_cold
+@pytest.mark.parametrize("exactly", [True, False])
 @pytest.mark.parametrize(("begin", "nbytes"), [(0, SIZE), (5, 1), (PAGE - 1, 2), (MIB + 17, 2 * MIB), (SIZE - 1, 1)])
-def test_what_is_brought_is_in_memory_and_mapped(file: Path, begin: int, nbytes: int) -> None:
+def test_what_is_brought_is_in_memory_and_mapped(file: Path, begin: int, nbytes: int, exactly: bool) -> None:
     drop(file)
     with mapping(file) as (pages, address):
         assert not holds(address + begin, nbytes)
         assert not any(present(address, SIZE))
-        bring(address + begin, nbytes)
+        bring(address + begin, nbytes, exactly=exactly)
         assert all(present(address + begin, nbytes))
         assert all(resident(file)[begin // PAGE : -(-(begin + nbytes) // PAGE)])
+        if exactly:
+            assert sum(resident(file)) == -(-(begin + nbytes) // PAGE) - begin // PAGE
         assert holds(address + begin, nbytes)
         assert not written(address, SIZE)
         assert let_go(address, SIZE)
@@ -198,7 +201,8 @@ def test_what_is_brought_is_in_memory_and_mapped(file: Path, begin: int, nbytes:
 
 
 @needs_cold
-def test_an_older_kernel_is_asked_to_read_ahead(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exactly", [True, False])
+def test_an_older_kernel_is_asked_to_read_ahead(exactly: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = mapped_pages.libc(), []
 
     class Older:
@@ -215,11 +219,11 @@ def test_an_older_kernel_is_asked_to_read_ahead(file: Path, monkeypatch: pytest.
     monkeypatch.setattr(mapped_pages, "libc", Older)
     drop(file)
     with mapping(file) as (_, address):
-        bring(address + 5, SIZE - 5)
-        assert asked[0][1] == mapped_pages._POPULATE_READ
-        assert {advice for _, advice in asked[1:]} == {mmap.MADV_WILLNEED}
-        assert sum(nbytes for nbytes, _ in asked[1:]) == -(-SIZE // PAGE) * PAGE
-        assert max(nbytes for nbytes, _ in asked[1:]) <= 2 * MIB
+        bring(address + 5, SIZE - 5, exactly=exactly)
+        assert (asked[0][1] == mapped_pages._POPULATE_READ) is not exactly
+        steps = [nbytes for nbytes, advice in asked if advice == mmap.MADV_WILLNEED]
+        assert sum(steps) == -(-SIZE // PAGE) * PAGE
+        assert max(steps) <= 2 * MIB
 
 
 def test_a_call_that_was_interrupted_is_made_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +240,7 @@ def test_a_call_that_was_interrupted_is_made_again(file: Path, monkeypatch: pyte
 
     monkeypatch.setattr(mapped_pages, "libc", Interrupted)
     with mapping(file) as (_, address):
-        bring(address, SIZE)
+        bring(address, SIZE, exactly=False)
         assert all(present(address, SIZE))
     assert len(calls) == 2
 

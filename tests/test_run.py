@@ -467,7 +467,9 @@ def test_an_interrupt_leaves_what_was_generated(
     code, out, err = run(folder, "--prompt", PROMPT, *(["--json"] if as_json else []))
     assert code == 130
     assert out == ("" if as_json else as_text(ids[:4]) + "\n")
-    assert err.startswith("lowmem: interrupted")
+    *summary, last = err.splitlines()
+    assert last.startswith("lowmem: interrupted")
+    assert any(line.startswith("new: 4 tokens, ") for line in summary) is not as_json
 
 
 def test_an_error_of_the_model_is_one_message(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from bench.arguments import names, positive
 from bench.results import Results, Row, describe_machine, write
 from lowmem.errors import OptionError
 from lowmem.sizes import parse_size
@@ -39,10 +40,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", metavar="A,B", help=f"names of cases, or of groups of them: {groups} (default: all)")
     parser.add_argument("--loaders", metavar="X,Y", help="names of loaders (default: all); the first is the reference")
     parser.add_argument("--quick", action="store_true", help="a 250 MB checkpoint, few rounds and forwards")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="turns of each loader (default: 10; quick: 2)")
-    parser.add_argument("--steps", type=_positive, metavar="N", help="tokens in a turn (default: 4; quick: 2); cold 1")
-    parser.add_argument("--forwards", type=_positive, metavar="N", help="of `steady` (default: 200; quick: 20)")
-    parser.add_argument("--tokens", type=_positive, metavar="N", default=16, help="of `limit` (default: 16)")
+    parser.add_argument("--rounds", type=positive, metavar="N", help="turns of each loader (default: 10; quick: 2)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="tokens in a turn (default: 4; quick: 2); cold 1")
+    parser.add_argument("--forwards", type=positive, metavar="N", help="of `steady` (default: 200; quick: 20)")
+    parser.add_argument("--tokens", type=positive, metavar="N", default=16, help="of `limit` (default: 16)")
     parser.add_argument("--limit", default="1.5GiB", metavar="SIZE", help="of `limit` (default: 1.5GiB)")
     parser.add_argument("--timeout", type=float, metavar="S", default=1800, help="of an answer (default: 1800 s)")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written and kept (default: temporary)")
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # So that the children are ended and temporary files removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        cases = find_cases(_names(options.cases), _names(options.loaders), quick=options.quick)
+        cases = find_cases(names(options.cases), names(options.loaders), quick=options.quick)
         limit = parse_size(options.limit, "--limit")
     except KeyError as error:
         commands.error(f"no case or loader is called {error}; the cases are {', '.join(c.name for c in CASES)}")
@@ -113,17 +114,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text}")
-    return number
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
 
 
 if __name__ == "__main__":

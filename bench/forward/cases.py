@@ -39,6 +39,7 @@ class Case:
 
 
 _WARM = (*LOADED, "lowmem", "accelerate", "accelerate-dat")
+_EXPERTS = ("loaded", "lowmem", "lowmem-folder", "accelerate")
 CASES = (
     Case("warm-all", "everything on disk, bf16, warm", "steps", _WARM),
     Case("warm-half", "half of it on disk, bf16, warm", "steps", _WARM, on_disk="half"),
@@ -50,6 +51,8 @@ CASES = (
         dtype="float32",
     ),
     Case("cold", "everything on disk, bf16, cold", "steps", ("loaded", "lowmem", "accelerate"), cold=True),
+    Case("experts-warm", "8 of 64 experts, everything on disk, bf16, warm", "steps", _EXPERTS, "qwen3-moe"),
+    Case("experts-cold", "8 of 64 experts, everything on disk, bf16, cold", "steps", _EXPERTS, "qwen3-moe", cold=True),
     Case(
         "limit",
         "everything on disk, bf16, a generation under a kernel limit",
@@ -94,7 +97,7 @@ def _is_called(case: Case, name: str) -> bool:
 
 
 def _small(checkpoint: str) -> str:
-    return "llama-125m" if checkpoint.startswith("llama") else checkpoint
+    return "llama-125m" if checkpoint.startswith("llama") else "few-experts"
 
 
 def device_map(source: Path, on_disk: str) -> dict[str, str]:

@@ -95,6 +95,8 @@ _GOALS: dict[str, tuple[Goal, ...]] = {
     "warm-half": _WARM,
     "cast": (_times(3, _OURS, _PEERS), _near(("lowmem-folder",), LOADED)),
     "cold": (_times(1.5, ("lowmem",), ("accelerate",)), _near(("lowmem",), ("disk",))),
+    "experts-warm": (_times(2, _OURS, ("accelerate",)),),
+    "experts-cold": (_times(1.5, _OURS, ("accelerate",)),),
     "limit": (_limited,),
     "steady-dense": (_steady,),
     "steady-experts": (_steady,),

@@ -59,15 +59,26 @@ def _run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             write=None if arguments.json else write_text,
             loaded=loaded,
+            interrupted=None if arguments.json else _show,
             progress=progress,
             **options(arguments),
         )
-    warn(report.warnings[len(report.load.plan.warnings) :])
     if arguments.json:
+        warn(_new_warnings(report))
         print_json(report.to_dict())
     else:
-        say("\n".join(_summary(report)))
+        _show(report)
     return FINE
+
+
+def _show(report: RunReport) -> None:
+    warn(_new_warnings(report))
+    say("\n".join(_summary(report)))
+
+
+def _new_warnings(report: RunReport) -> tuple[str, ...]:
+    """Those of the load were shown."""
+    return report.warnings[len(report.load.plan.warnings) :]
 
 
 def _summary(report: RunReport) -> list[str]:

@@ -21,6 +21,7 @@ from .aligning import align, settle, take_back
 from .bringing import Weight, waiting
 from .files import Files, as_lying, away, entry_of
 from .hooks import dispatch_by_hooks
+from .observing import ExpertsObserver, Lies, Observer, Range, take_back_observers
 from .pages import Pages
 from .places import HostPlace, Place
 from .refusals import refuse_moves, take_back_refusals
@@ -31,31 +32,6 @@ from .weights import MappedParameter, OffloadedParameter, ReleasedWeight, is_on_
 _loaded: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Runtime] | None] = weakref.WeakKeyDictionary()
 
 
-class Observer:
-    """A forward pre-hook: says what is used now. No value depends on it."""
-
-    is_of_lowmem = True
-
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self._tell = tell
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        """Called before the module's forward, or its state dict."""
-        if not torch.compiler.is_compiling():
-            self._tell()
-
-    def __reduce__(self) -> Any:
-        """In another process there is nothing to tell."""
-        return _Nobody, ()
-
-
-class _Nobody:
-    """What stands for an observer where there is nothing to observe."""
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        """Nothing."""
-
-
 @dataclass(eq=False)
 class Brought:
     """What `bring_weights` leaves to `attach`, and to whoever gives up between the two.
@@ -63,10 +39,18 @@ class Brought:
     Attributes:
         runtime: brings what is elsewhere.
         owners: every module that has mapped weights of its own, and what is used with it.
+        experts: every module that has weights on disk of which parts are used: how many there are, and where each lies.
     """
 
     runtime: Runtime
     owners: list[tuple[nn.Module, Unit]] = field(default_factory=list)
+    experts: dict[nn.Module, list[tuple[int, Lies]]] = field(default_factory=dict)
+
+    def add_experts(self, model: nn.Module, placement: Placement, parts: int, lies: Lies) -> None:
+        """A weight on disk that is used in parts."""
+        if parts > 1:
+            for name in placement.names:
+                self.experts.setdefault(owner_of(model, name)[0], []).append((parts, lies))
 
 
 @torch.inference_mode(False)  # or they could not be used in a graph later
@@ -103,12 +87,19 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Brought | None:
                 # Of a table that is looked up, a few pages are used.
                 unit.nbytes = 0 if name in uses.looked_up else unit.pages.nbytes
                 unit.by_need = unit.by_need or name in uses.looked_up or parts_of(placement, uses) > 1
+            parts = parts_of(placement, uses)
+            brought.add_experts(model, placement, parts, functools.partial(_part_of, *span[1:3], parts))
         elif placement.device == "cpu":
             _let_wait(model, placement, runtime, uses)
         else:
             weight = Weight(as_lying(placement, plan), runtime.files.view, runtime, uses)
             _install(model, placement, functools.partial(OffloadedParameter, weight, is_registered=True))
+            brought.add_experts(model, placement, weight.parts, weight.part_ranges)
     return brought
+
+
+def _part_of(address: int, nbytes: int, parts: int, index: int) -> Iterator[Range]:
+    yield address + index * (nbytes // parts), nbytes // parts
 
 
 def _in_order(model: nn.Module, placements: list[Placement]) -> list[Placement]:
@@ -196,13 +187,16 @@ def _refuse_gradient(name: str, gradient: torch.Tensor) -> None:
 
 
 def _observe(model: nn.Module, brought: Brought) -> None:
-    """Hooks at every module that has mapped weights of its own, and at the model."""
+    """Hooks at every module that has mapped weights of its own, or experts, and at the model."""
     model.register_forward_pre_hook(Observer(brought.runtime.start), prepend=True)
     hooked: Any = model
     hooked.register_state_dict_pre_hook(Observer(brought.runtime.check))
     for owner, unit in brought.owners:
         tell = functools.partial(brought.runtime.use, unit)
         owner.register_forward_pre_hook(Observer(tell), prepend=True)
+    for owner, experts in brought.experts.items():
+        observer = ExpertsObserver(brought.runtime.expect, experts)
+        owner.register_forward_pre_hook(observer, prepend=True, with_kwargs=True)
 
 
 def give_up(model: nn.Module, brought: Brought) -> None:
@@ -217,11 +211,7 @@ def _detach(model: nn.Module) -> None:
     if any("_hf_hook" in vars(module) for module in model.modules()):
         take_back(model)
     take_back_refusals(model)
-    for _, module in walk(model):
-        for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, Observer):
-                    del hooks[key]
+    take_back_observers(model)
 
 
 def release(model: nn.Module) -> None:

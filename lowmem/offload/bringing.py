@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
-from .._mapped_pages import bring, let_go
+from .._mapped_pages import let_go
 from ..checkpoint import TensorEntry
 from ..engine.destinations import address_space
 from ..modeling.targets import Uses
@@ -19,7 +19,9 @@ from ..planner import Placement
 from ..planner.running import comes_by_rows, parts_of
 from ..sizes import KIB
 from .blocks import embedding_by_rows, linear_in_blocks
-from .making import View, is_whole, make, make_part, make_rows
+from .making import View, is_whole, links_of_part, make, make_part, make_rows
+from .observing import Range
+from .pages import bring_range
 
 if TYPE_CHECKING:
     from .runtime import Runtime, Unit
@@ -127,34 +129,57 @@ class Weight:
         """Make `weight[index]` anew at the next use."""
         self._runtime.forget((self._unit.number, index))
 
+    def part_ranges(self, index: int) -> Iterator[Range]:
+        """Address and bytes of the file pages that `weight[index]` is made of."""
+        if self.is_whole:
+            pages = self._view(self._placement.links[0].entry, self.shape)
+            yield pages[index].data_ptr(), pages.nbytes // self.parts
+            return
+        for link in links_of_part(self._placement, index):
+            yield self._view(link.entry).data_ptr(), link.entry.nbytes
+
     def make_part(self, index: int, into: torch.Tensor) -> None:
         """`weight[index]`, in host memory."""
-        with self._reading() as view:
-            make_part(self._placement, index, view, into)
+        ranges = list(self.part_ranges(index))
+        self._bring(ranges)
+        make_part(self._placement, index, self._view, into)
+        self._give_back(ranges)
 
     def make_part_rows(self, index: int, begin: int, end: int, into: torch.Tensor) -> None:
         """`weight[index][begin:end]`, likewise, of a weight that lies in one place."""
-        with self._reading() as view:
-            into.copy_(view(self._placement.links[0].entry, self.shape)[index][begin:end])
+        rows = self._view(self._placement.links[0].entry, self.shape)[index][begin:end]
+        ranges = [(rows.data_ptr(), rows.nbytes)]
+        self._bring(ranges)
+        into.copy_(rows)
+        self._give_back(ranges)
+
+    @staticmethod
+    def _bring(ranges: Iterable[Range]) -> None:
+        for address, nbytes in ranges:
+            if nbytes >= _WORTH_READING:
+                bring_range(address, nbytes, exactly=True)
+
+    def _give_back(self, ranges: Iterable[Range]) -> None:
+        if self._runtime.is_tight:
+            for address, nbytes in ranges:
+                # What waits in memory of its own was written, and stays.
+                let_go(address, nbytes)
 
     @contextmanager
     def _reading(self, *, whole: bool = False) -> Iterator[View]:
         """Gives the files' pages; read at once where all of them are taken, and given back where memory is tight."""
-        taken: list[tuple[int, int]] = []
+        taken: list[Range] = []
 
         def view(entry: TensorEntry, shape: tuple[int, ...] | None = None) -> torch.Tensor:
             pages = self._view(entry, shape)
             if pages.nbytes >= _WORTH_READING:
                 taken.append((pages.data_ptr(), entry.nbytes))
                 if whole:
-                    bring(*taken[-1])
+                    bring_range(*taken[-1], exactly=self._runtime.reads_exactly)
             return pages
 
         yield view
-        if self._runtime.is_tight:
-            for address, nbytes in taken:
-                # What waits in memory of its own was written, and stays.
-                let_go(address, nbytes)
+        self._give_back(taken)
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """`weight[index]` of some numbers: a copy, as torch gives it."""

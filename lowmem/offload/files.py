@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .._page_cache import CachedPages, look
+from .._page_cache import CachedPages, look, read_ahead
 from ..checkpoint import Shard, TensorEntry
 from ..engine.mapping import map_shard, view_of
 from ..errors import CheckpointError, OffloadError, RunningError
@@ -49,6 +49,11 @@ class Files:
         }
         for file in sorted(used):
             self._open(known[file])
+
+    @property
+    def read_ahead(self) -> int:
+        """Bytes that the kernel itself reads around what is missing, of the file where they are fewest."""
+        return min((read_ahead(file) for file in self._shards), default=0)
 
     def _open(self, shard: Shard) -> None:
         pages = map_shard(shard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -36,9 +37,15 @@ def make_part(placement: Placement, index: int, view: View, into: torch.Tensor) 
     if is_whole(placement):
         into.copy_(view(placement.links[0].entry, placement.shape)[index])
         return
-    step = into.numel()
-    links = [link for link in placement.links if link.region.offset // step == index]
-    _fill(into, [replace(link, region=_moved(link.region, index * step)) for link in links], view)
+    begin = index * into.numel()
+    links = links_of_part(placement, index)
+    _fill(into, [replace(link, region=_moved(link.region, begin)) for link in links], view)
+
+
+def links_of_part(placement: Placement, index: int) -> list[Link]:
+    """What feeds `weight[index]`, where it is not in one piece with the others (`planner.running.parts_of`)."""
+    step = math.prod(placement.shape[1:])
+    return [link for link in placement.links if link.region.offset // step == index]
 
 
 def make_rows(placement: Placement, begin: int, end: int, view: View, into: torch.Tensor) -> None:

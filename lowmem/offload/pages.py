@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .._mapped_pages import bring, holds, let_go
@@ -12,7 +12,7 @@ from ..sizes import MIB
 from .files import Files
 
 # What a thread reads at once, so that several read one large weight.
-_PIECE = 4 * MIB
+PIECE = 4 * MIB
 
 # Of a range: its file, its address, its bytes, and where it begins in the file.
 Span = tuple[Path, int, int, int]
@@ -38,7 +38,7 @@ class Pages:
         self.spans.append(span)
         _, address, nbytes, _ = span
         self.nbytes += nbytes
-        self._pieces += [(address + at, min(_PIECE, nbytes - at)) for at in range(0, nbytes, _PIECE)]
+        self._pieces += pieces([(address, nbytes)])
 
     @property
     def are_here(self) -> bool:
@@ -83,6 +83,12 @@ class Pages:
         return all(holds(address, nbytes, 1) for _, address, nbytes, _ in self.spans[:1])
 
 
-def bring_piece(piece: tuple[int, int]) -> None:
-    """Read a piece that was taken, without the lock."""
-    bring(*piece)
+def pieces(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges of mapped files, by address and bytes, as what a thread reads at once."""
+    for address, nbytes in ranges:
+        yield from ((address + at, min(PIECE, nbytes - at)) for at in range(0, nbytes, PIECE))
+
+
+def bring_range(address: int, nbytes: int, *, exactly: bool) -> None:
+    """Read what is missing of a range, and map it; see `_mapped_pages.bring`."""
+    bring(address, nbytes, exactly=exactly and not holds(address, nbytes, 2))

@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from .._mapped_pages import holds
 from ..engine.crew import compute_alone
 from ..errors import RunningError
 from ..memory import anonymous_memory
@@ -23,7 +25,7 @@ from ..planner.running import Running
 from ..sizes import MIB
 from .files import Files
 from .order import Order
-from .pages import Pages, bring_piece
+from .pages import PIECE, Pages, bring_range, pieces
 from .places import Place, Recipe
 from .ring import Entry, Ring
 
@@ -97,6 +99,8 @@ class Runtime:
         self._from_cache = running.mapped > self.available
         # Pages that weights are made of are given back then.
         self.is_tight = running.made + running.mapped > running.pages
+        # What is used one after the other comes best as the kernel reads ahead, where that is far.
+        self.reads_exactly = self.files.read_ahead < PIECE
         self._resting = anonymous_memory()
         self._allowed = running.pages
         self.closed = False
@@ -115,6 +119,7 @@ class Runtime:
         self._threads: list[threading.Thread] = []
         self._wake = threading.Condition(self._lock)
         self._past: list[Pages] = []
+        self._expected: deque[tuple[int, int]] = deque()
         self._kept = 0
         self._since = 0
         self._last: Unit | None = None
@@ -221,6 +226,32 @@ class Runtime:
         if unit.pages is not None and not unit.by_need:
             self._bring_now(unit.pages)
 
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Bring file pages, by address and bytes, that are used now, in this order: experts that were chosen. Returns
+        when none is left to begin with.
+        """
+        absent = [(address, nbytes) for address, nbytes in ranges if not holds(address, nbytes, 2)]
+        with self._lock:
+            if self.closed:
+                return
+            room = min(_MOST_AHEAD, self._allowed // 4) if self.is_tight else _MOST_AHEAD
+            # What was expected before is past.
+            self._expected.clear()
+            for piece in pieces(absent):
+                room -= piece[1]
+                if room < 0:
+                    break
+                self._expected.append(piece)
+            if self._expected:
+                self._call()
+        # Whoever touched them before they were asked for would have their neighbours read too.
+        while True:
+            with self._lock:
+                if not self._expected:
+                    return
+                piece = self._expected.popleft()
+            bring_range(*piece, exactly=True)
+
     def get(self, key: Hashable, recipe: Recipe, *, is_part: bool = False) -> torch.Tensor:
         """A weight that is made: from its buffer, or made now. Who drops the tensor gives the buffer back.
 
@@ -305,6 +336,8 @@ class Runtime:
         """What is to be done now, nearest first; None when there is nothing. With the lock."""
         if self._past:
             return functools.partial(self._past.pop().give_back, self.files)
+        if self._expected:
+            return functools.partial(bring_range, *self._expected.popleft(), exactly=True)
         ahead = 0
         for number in self._upcoming():
             unit = self.units[number]
@@ -344,7 +377,7 @@ class Runtime:
 
     def _bring(self, pages: Pages, piece: tuple[int, int]) -> None:
         try:
-            bring_piece(piece)
+            bring_range(*piece, exactly=self.reads_exactly)
         finally:
             with self._lock:
                 if pages.finish():
@@ -394,6 +427,7 @@ class Runtime:
         """End the threads, and let go of buffers and mappings. Those that someone uses end with their last use."""
         with self._lock:
             self.closed = True
+            self._expected.clear()
             self._wake.notify_all()
             self._made.notify_all()
             threads, self._threads = self._threads, []
