@@ -165,7 +165,7 @@ class Runtime:
             if last is not None and not last.keeps and not self._calm:
                 self._unmap(last)
             self._adapt()
-            if self._calm and not self._still_here():
+            if not self._still_here():
                 self._calm = False
                 for unit in self.units:
                     if unit.pages is not None:
@@ -404,8 +404,8 @@ class Runtime:
 
     def _still_here(self) -> bool:
         """Whether the kernel left a few of the pages that were brought."""
-        step = max(1, len(self.units) // 8)
-        return all(unit.pages is None or unit.pages.seem_cached() for unit in self.units[::step])
+        brought = [unit.pages for unit in self.units if unit.pages is not None and unit.pages.are_here]
+        return all(pages.seem_cached() for pages in brought[:: max(1, len(brought) // 8)])
 
     def _adapt(self) -> None:
         """What others took since, such as a cache of keys and values, is not there for pages."""

@@ -1,4 +1,4 @@
-"""Experts on disk: those that a router chose are read ahead of the operations that use them, and no others."""
+"""What is read ahead: pages that the kernel took back, and of experts those that a router chose and no others."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tiny_models import inputs_of, new_model
 import lowmem
 from lowmem.offload import attaching, runtime
 from lowmem.offload.observing import ExpertsObserver, _numbers
+from lowmem.offload.pages import Pages
 from lowmem.sizes import MIB
 
 pytest.importorskip("transformers")
@@ -180,6 +181,26 @@ def test_no_more_is_expected_than_memory_allows(
     running.expect([(0, 600 * MIB), (2**40, MIB)])
     assert sum(nbytes for _, nbytes in brought) == most
     assert [address for address, _ in brought] == list(range(0, most, 4 * MIB))
+
+
+@pytest.mark.parametrize("calm", [True, False])
+def test_pages_that_the_kernel_took_back_are_brought_again(
+    calm: bool, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not it was noticed before that all of them had come."""
+    model = load("where they lie")
+    with torch.no_grad():
+        model(**inputs_of(model))
+        running = runtime_of(model)
+        units = [unit for unit in running.units if unit.pages is not None and not unit.by_need]
+        assert units
+        assert all(unit.pages.are_here for unit in units if unit.pages is not None)
+        running._calm = calm
+        brought: set[int] = set()
+        monkeypatch.setattr(runtime, "bring_range", lambda address, nbytes, *, exactly: brought.add(address))
+        monkeypatch.setattr(Pages, "seem_cached", lambda self: False)
+        model(**inputs_of(model))
+    assert brought.issuperset(address for unit in units if unit.pages for _, address, _, _ in unit.pages.spans)
 
 
 def test_a_released_model_has_no_observers(load: Callable[..., Any]) -> None:
