@@ -232,3 +232,14 @@ def test_a_released_model_has_no_observers(load: Callable[..., Any]) -> None:
 )
 def test_numbers_of_experts_are_told_from_other_inputs(value: Any, expected: list[int]) -> None:
     assert _numbers(value, 4) == expected
+
+
+def test_tensors_without_values_of_their_own_are_no_numbers() -> None:
+    found: list[list[int]] = []
+
+    def look(index: torch.Tensor) -> torch.Tensor:
+        found.append(_numbers(index, 4))
+        return index
+
+    torch.func.vmap(look)(torch.tensor([[3, 1], [1, 0]]))
+    assert found == [[]]

@@ -76,7 +76,10 @@ def _numbers(value: Any, count: int) -> list[int]:
     """Numbers of experts, each once, in their order; none where the value is something else."""
     if type(value) is not torch.Tensor or value.dtype not in (torch.int64, torch.int32) or value.is_meta:
         return []
-    numbers: list[int] = torch.unique(value).tolist()
+    try:
+        numbers: list[int] = torch.unique(value).tolist()
+    except Exception:
+        return []  # there are no values to look at, as under vmap
     # Some routers give the number behind the last to tokens that no expert takes.
     if not numbers or numbers[0] < 0 or numbers[-1] > count:
         return []
