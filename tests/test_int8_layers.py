@@ -32,7 +32,7 @@ from lowmem.modeling.int8 import mark_quantised, swap, unmark
 from lowmem.modeling.int8_choice import Int8Request, existing_int8, layers_to_quantise
 from lowmem.modeling.quantised import int8_config, refuse_quantised
 from lowmem.modeling.request import ModelRequest
-from lowmem.offload.int8_hook import exchange_hooks
+from lowmem.offload.hooked_int8 import exchange_hooks
 
 QUANTISE = Int8Request(quantize=True)
 

@@ -16,7 +16,7 @@ from ..modeling.rules import Rules
 from ..modeling.targets import is_bitsandbytes, owner_of, tensor_of
 from ..planner import LoadPlan, Placement
 from ..planner.moves import is_one
-from .mapped_weights import MappedWeights
+from .hooked_weights import MappedWeights
 
 
 def dispatch_by_hooks(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
@@ -46,7 +46,7 @@ def dispatch_by_hooks(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
         )
     # Its hooks import bitsandbytes, which takes seconds.
     if any(is_bitsandbytes(module) for module in model.modules()):
-        from .int8_hook import exchange_hooks
+        from .hooked_int8 import exchange_hooks
 
         exchange_hooks(model)
 
