@@ -57,10 +57,13 @@ def bring(address: int, nbytes: int, *, exactly: bool = True) -> None:
 
 def holds(address: int, nbytes: int, samples: int = 8) -> bool:
     """Whether pages of a mapped range are in memory, going by `samples` of them, evenly spread from the first to the
-    last. True where the system cannot say. Others' files it calls cached altogether (mincore(2)).
+    last that are the range's alone: those at its ends may be there because of its neighbours. True where the system
+    cannot say. Others' files it calls cached altogether (mincore(2)).
     """
     system = libc()
-    begin, end = _outward(address, nbytes)
+    begin, end = _inward(address, nbytes)
+    if end <= begin:
+        begin, end = _outward(address, nbytes)
     if system is None or end <= begin:
         return True
     last = (end - begin) // mmap.PAGESIZE - 1

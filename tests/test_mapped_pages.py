@@ -258,6 +258,20 @@ def test_bringing_past_the_end_of_a_file_that_shrank_is_borne(tmp_path: Path) ->
 
 
 @needs_cold
+def test_pages_that_neighbours_share_say_nothing(file: Path) -> None:
+    begin, nbytes = PAGE + 5, 64 * PAGE
+    drop(file)
+    with mapping(file) as (_, address):
+        bring(address + PAGE, 1)
+        bring(address + begin + nbytes - 1, 1)
+        assert not holds(address + begin, nbytes, 2)
+        bring(address + begin, nbytes)
+        assert holds(address + begin, nbytes, 2)
+        # Less than a page has no others.
+        assert holds(address + begin, 7)
+
+
+@needs_cold
 def test_what_is_not_in_memory_is_seen_by_samples(file: Path) -> None:
     with mapping(file) as (_, address):
         warm(file)

@@ -21,7 +21,7 @@ from torch import nn
 
 import lowmem
 from lowmem import _page_cache as page_cache
-from lowmem._page_cache import CachedPages, cached_share, give_back, look
+from lowmem._page_cache import CachedPages, cached_share, give_back, look, read_ahead
 from lowmem.limits import HostMemory
 from lowmem.planner import plan as planning
 from lowmem.planner.records import IO
@@ -446,3 +446,12 @@ def test_values_are_right_whatever_is_in_the_cache(file: Path, seed: int) -> Non
         drop(file, random_pages.randrange(16 * MIB), random_pages.randrange(4 * MIB))
     drawn = load(file).model.get_parameter("r3")
     assert torch.equal(drawn, load_mapped(file).model.get_parameter("r3"))
+
+
+def test_the_read_ahead_is_that_of_the_files_device(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_bytes(b"x")
+    device = file.stat().st_dev
+    told = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    assert read_ahead(file) == (int(told.read_text()) * 1024 if told.exists() else 0)
+    assert read_ahead(tmp_path / "none") == 0

@@ -74,7 +74,7 @@ def run_program(seed: int, change: Callable[[AcceleratorPlace, Runtime], None] =
         Values(n, SHAPES[n % len(SHAPES)], parts=3 if len(SHAPES[n % len(SHAPES)]) == 3 else 1) for n in range(16)
     ]
     running = Running(made=10**6, largest=512, buffers=1700)
-    files: Any = SimpleNamespace(check=lambda: None, close=lambda: None)
+    files: Any = SimpleNamespace(check=lambda: None, close=lambda: None, read_ahead=0, range_of=lambda entry: None)
     runtime = Runtime("fake", running, files, place, 0)
     change(place, runtime)
     read: list[tuple[bytes, bytes]] = []
@@ -157,7 +157,7 @@ def test_the_test_above_sees_a_wait_that_is_missing(change: Callable[[Accelerato
 def test_a_weight_is_not_taken_away_between_its_making_and_its_use() -> None:
     backend = FakeBackend()
     place: Any = AcceleratorPlace(backend, 128)
-    files: Any = SimpleNamespace(check=lambda: None, close=lambda: None)
+    files: Any = SimpleNamespace(check=lambda: None, close=lambda: None, read_ahead=0, range_of=lambda entry: None)
     runtime = Runtime("fake", Running(made=1000, largest=64, buffers=64), files, place, 0)
     recipes = [Values(n, (64,)) for n in range(4)]
     wait, others = place.wait, iter(recipes[1:])

@@ -941,13 +941,13 @@ def test_a_forward_that_was_interrupted_leaves_the_next_one_its_way(
     ours, other = load(file), loaded(file)
     interrupted = []
 
-    def once(piece: tuple[int, int]) -> None:
+    def once(*piece: int, exactly: bool) -> None:
         if not interrupted:
             interrupted.append(piece)
             raise KeyboardInterrupt
 
     monkeypatch.setattr("lowmem.offload.runtime.Runtime._call", lambda self: None)
-    monkeypatch.setattr("lowmem.offload.runtime.bring_piece", once)
+    monkeypatch.setattr("lowmem.offload.runtime.bring_range", once)
     with pytest.raises(KeyboardInterrupt):
         ours(batch("float32"))
     check_same(ours, other)

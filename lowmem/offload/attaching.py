@@ -21,11 +21,12 @@ from .aligning import align, settle, take_back
 from .bringing import Weight, waiting
 from .files import Files, as_lying, away, entry_of
 from .hooks import dispatch_by_hooks
-from .observing import ExpertsObserver, Lies, Observer, Range, take_back_observers
+from .observing import ExpertsObserver, Lies, Observer, Range
 from .pages import Pages
 from .places import HostPlace, Place
 from .refusals import refuse_moves, take_back_refusals
-from .runtime import Runtime, Unit
+from .runtime import Runtime
+from .units import Unit
 from .weights import MappedParameter, OffloadedParameter, ReleasedWeight, is_on_disk, refuse_gradient
 
 # Every model that was loaded, and what brings its weights, if any are elsewhere.
@@ -94,7 +95,7 @@ def bring_weights(model: nn.Module, plan: LoadPlan) -> Brought | None:
         else:
             weight = Weight(as_lying(placement, plan), runtime.files.view, runtime, uses)
             _install(model, placement, functools.partial(OffloadedParameter, weight, is_registered=True))
-            brought.add_experts(model, placement, weight.parts, weight.part_ranges)
+            brought.add_experts(model, placement, weight.parts, weight.part_to_expect)
     return brought
 
 
@@ -188,30 +189,34 @@ def _refuse_gradient(name: str, gradient: torch.Tensor) -> None:
 
 def _observe(model: nn.Module, brought: Brought) -> None:
     """Hooks at every module that has mapped weights of its own, or experts, and at the model."""
-    model.register_forward_pre_hook(Observer(brought.runtime.start), prepend=True)
+    hooks = brought.runtime.hooks
+    hooks.append(model.register_forward_pre_hook(Observer(brought.runtime.start), prepend=True))
     hooked: Any = model
-    hooked.register_state_dict_pre_hook(Observer(brought.runtime.check))
+    hooks.append(hooked.register_state_dict_pre_hook(Observer(brought.runtime.check)))
     for owner, unit in brought.owners:
         tell = functools.partial(brought.runtime.use, unit)
-        owner.register_forward_pre_hook(Observer(tell), prepend=True)
+        hooks.append(owner.register_forward_pre_hook(Observer(tell), prepend=True))
     for owner, experts in brought.experts.items():
         observer = ExpertsObserver(brought.runtime.expect, experts)
-        owner.register_forward_pre_hook(observer, prepend=True, with_kwargs=True)
+        hooks.append(owner.register_forward_pre_hook(observer, prepend=True, with_kwargs=True))
 
 
 def give_up(model: nn.Module, brought: Brought) -> None:
     """Undo what was begun: nothing of it is left at the model but parameters, which are the caller's to put back."""
     brought.runtime.close()
-    _detach(model)
+    _detach(model, brought.runtime)
     _loaded.pop(model, None)
 
 
-def _detach(model: nn.Module) -> None:
+def _detach(model: nn.Module, runtime: Runtime) -> None:
     """Take back hooks and refusals."""
     if any("_hf_hook" in vars(module) for module in model.modules()):
         take_back(model)
     take_back_refusals(model)
-    take_back_observers(model)
+    for hook in runtime.hooks:
+        # Also of modules that were taken out of the model since.
+        hook.remove()
+    runtime.hooks.clear()
 
 
 def release(model: nn.Module) -> None:
@@ -239,7 +244,7 @@ def release(model: nn.Module) -> None:
     if not isinstance(runtime.place, HostPlace) and not runtime.closed:
         take_back(model)
     runtime.close()
-    _detach(model)
+    _detach(model, runtime)
     for prefix, module in walk(model):
         for leaf, parameter in module._parameters.items():
             if parameter is not None and is_on_disk(parameter):

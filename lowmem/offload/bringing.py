@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,18 +15,19 @@ from torch.nn import functional
 from .._mapped_pages import let_go
 from ..checkpoint import TensorEntry
 from ..engine.destinations import address_space
+from ..mapping import Link
 from ..modeling.targets import Uses
 from ..planner import Placement
 from ..planner.running import comes_by_rows, parts_of
 from ..sizes import KIB
 from .blocks import embedding_by_rows, linear_in_blocks
-from .making import View, is_whole, links_of_part, make, make_part, make_rows
+from .making import View, is_whole, links_of_parts, make, make_part, make_rows
 from .observing import Range
-from .pages import bring_range
+from .pages import bring_range, joined_ranges
 
 if TYPE_CHECKING:
-    from .runtime import Runtime, Unit
-
+    from .runtime import Runtime
+from .units import Unit
 
 # Less than this is read with its neighbours.
 _WORTH_READING = 256 * KIB
@@ -129,28 +131,47 @@ class Weight:
         """Make `weight[index]` anew at the next use."""
         self._runtime.forget((self._unit.number, index))
 
-    def part_ranges(self, index: int) -> Iterator[Range]:
-        """Address and bytes of the file pages that `weight[index]` is made of."""
-        if self.is_whole:
-            pages = self._view(self._placement.links[0].entry, self.shape)
-            yield pages[index].data_ptr(), pages.nbytes // self.parts
-            return
-        for link in links_of_part(self._placement, index):
-            yield self._view(link.entry).data_ptr(), link.entry.nbytes
+    def part_ranges(self, index: int) -> Sequence[Range]:
+        """Address and bytes of the file pages that `weight[index]` is made of; none where it is not made of pages."""
+        return self._parts_lie[index]
+
+    def part_to_expect(self, index: int) -> Sequence[Range]:
+        """Those of them that its next use reads: none if it is in a buffer."""
+        ring = self._runtime.ring
+        number = self._unit.number
+        is_held = ring.find((number, index)) is not None or ring.find(number) is not None
+        return () if is_held else self.part_ranges(index)
+
+    @functools.cached_property
+    def _parts_lie(self) -> list[list[Range]]:
+        ranges = self._runtime.files.range_of
+        if not self.is_whole:
+            return [joined_ranges(ranges(link.entry) for link in links) for links in self._links_of_parts]
+        lies = ranges(self._placement.links[0].entry)
+        if lies is None:
+            return [[] for _ in range(self.parts)]
+        step = lies[1] // self.parts
+        return [[(lies[0] + index * step, step)] for index in range(self.parts)]
+
+    @functools.cached_property
+    def _links_of_parts(self) -> list[list[Link]]:
+        return [[] for _ in range(self.parts)] if self.is_whole else links_of_parts(self._placement)
 
     def make_part(self, index: int, into: torch.Tensor) -> None:
         """`weight[index]`, in host memory."""
-        ranges = list(self.part_ranges(index))
+        ranges = self.part_ranges(index)
         self._bring(ranges)
-        make_part(self._placement, index, self._view, into)
+        make_part(self._placement, index, self._links_of_parts[index], self._view, into)
         self._give_back(ranges)
 
     def make_part_rows(self, index: int, begin: int, end: int, into: torch.Tensor) -> None:
         """`weight[index][begin:end]`, likewise, of a weight that lies in one place."""
-        rows = self._view(self._placement.links[0].entry, self.shape)[index][begin:end]
-        ranges = [(rows.data_ptr(), rows.nbytes)]
+        ranges = [
+            (address + nbytes // self.shape[1] * begin, nbytes // self.shape[1] * (end - begin))
+            for address, nbytes in self.part_ranges(index)
+        ]
         self._bring(ranges)
-        into.copy_(rows)
+        into.copy_(self._view(self._placement.links[0].entry, self.shape)[index][begin:end])
         self._give_back(ranges)
 
     @staticmethod
@@ -162,7 +183,6 @@ class Weight:
     def _give_back(self, ranges: Iterable[Range]) -> None:
         if self._runtime.is_tight:
             for address, nbytes in ranges:
-                # What waits in memory of its own was written, and stays.
                 let_go(address, nbytes)
 
     @contextmanager
@@ -171,12 +191,12 @@ class Weight:
         taken: list[Range] = []
 
         def view(entry: TensorEntry, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-            pages = self._view(entry, shape)
-            if pages.nbytes >= _WORTH_READING:
-                taken.append((pages.data_ptr(), entry.nbytes))
+            lies = self._runtime.files.range_of(entry)
+            if lies is not None and lies[1] >= _WORTH_READING:
+                taken.append(lies)
                 if whole:
-                    bring_range(*taken[-1], exactly=self._runtime.reads_exactly)
-            return pages
+                    bring_range(*lies, exactly=self._runtime.reads_exactly)
+            return self._view(entry, shape)
 
         yield view
         self._give_back(taken)

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 
+from .._mapped_pages import address_of
 from .._page_cache import CachedPages, look, read_ahead
 from ..checkpoint import Shard, TensorEntry
+from ..dtypes import itemsize
 from ..engine.mapping import map_shard, view_of
 from ..errors import CheckpointError, OffloadError, RunningError
 from ..mapping import Link, whole
 from ..planner import LoadPlan, Placement
 from ..planner.running import is_away
+from .observing import Range
 
 
 class Files:
@@ -32,6 +35,7 @@ class Files:
     def __init__(self, plan: LoadPlan) -> None:
         self._shards: dict[Path, Shard] = {}
         self._pages: dict[Path, mmap.mmap] = {}
+        self._addresses: dict[Path, int] = {}
         self._nodes: dict[Path, tuple[int, int]] = {}
         self._cached: dict[Path, CachedPages] = {}
         self._written = {file for placement in plan.placements if (file := _written(plan, placement))}
@@ -63,6 +67,8 @@ class Files:
         self._shards[shard.file] = shard
         self._pages[shard.file] = pages
         self._nodes[shard.file] = info.st_dev, info.st_ino
+        if shard.size:
+            self._addresses[shard.file] = address_of(pages)
 
     def view(self, entry: TensorEntry, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """The tensor of an entry: pages of its file.
@@ -74,6 +80,13 @@ class Files:
         if pages is None:
             raise RunningError(f"{entry.file}: tensor {entry.key!r}: the model was released meanwhile; load it again")
         return view_of(pages, entry, shape)
+
+    def range_of(self, entry: TensorEntry) -> Range | None:
+        """Address and bytes of the pages of an entry; None of one that is read by way of a copy, or in no file here."""
+        base = self._addresses.get(entry.file)
+        if base is None or entry.offset % itemsize(entry.dtype):
+            return None
+        return base + entry.offset, entry.nbytes
 
     def cached(self, file: Path) -> CachedPages:
         """Which of its pages were in the page cache when it was mapped."""
@@ -109,6 +122,7 @@ class Files:
     def close(self) -> None:
         """Let go of every mapping; each ends with the last tensor that lies in it."""
         self._pages.clear()
+        self._addresses.clear()
 
 
 def entry_of(placement: Placement, plan: LoadPlan) -> TensorEntry:

@@ -32,20 +32,30 @@ def make(placement: Placement, view: View, into: torch.Tensor) -> None:
         _fill(into, placement.links, view)
 
 
-def make_part(placement: Placement, index: int, view: View, into: torch.Tensor) -> None:
-    """As `make`, of `weight[index]` alone: what feeds it must lie in no other part (`planner.running.parts_of`)."""
+def make_part(placement: Placement, index: int, links: Iterable[Link], view: View, into: torch.Tensor) -> None:
+    """As `make`, of `weight[index]` alone: what feeds it must lie in no other part (`planner.running.parts_of`).
+
+    Args:
+        placement: says what feeds it.
+        index: of the part.
+        links: those of it that feed the part (`links_of_parts`).
+        view: gives the pages of an entry's file as a tensor.
+        into: where it goes.
+    """
     if is_whole(placement):
         into.copy_(view(placement.links[0].entry, placement.shape)[index])
         return
     begin = index * into.numel()
-    links = links_of_part(placement, index)
     _fill(into, [replace(link, region=_moved(link.region, begin)) for link in links], view)
 
 
-def links_of_part(placement: Placement, index: int) -> list[Link]:
-    """What feeds `weight[index]`, where it is not in one piece with the others (`planner.running.parts_of`)."""
+def links_of_parts(placement: Placement) -> list[list[Link]]:
+    """What feeds each `weight[index]`, where they are not in one piece together."""
     step = math.prod(placement.shape[1:])
-    return [link for link in placement.links if link.region.offset // step == index]
+    found: list[list[Link]] = [[] for _ in range(placement.shape[0])]
+    for link in placement.links:
+        found[link.region.offset // step].append(link)
+    return found
 
 
 def make_rows(placement: Placement, begin: int, end: int, view: View, into: torch.Tensor) -> None:

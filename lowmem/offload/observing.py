@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import nn
 
 # Address and bytes of what is read of a file.
 Range = tuple[int, int]
+# So many numbers are sorted sooner by Python.
+_FEW = 256
 # Gives the ranges of the expert of a number.
 Lies = Callable[[int], Iterable[Range]]
 
@@ -54,7 +56,7 @@ class ExpertsObserver(Observer):
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         """Called before the module's forward with its arguments, a tuple and a dictionary."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return
         positional, named = args
         count = min(count for count, _ in self._experts)
@@ -77,24 +79,11 @@ def _numbers(value: Any, count: int) -> list[int]:
     if type(value) is not torch.Tensor or value.dtype not in (torch.int64, torch.int32) or value.is_meta:
         return []
     try:
-        numbers: list[int] = torch.unique(value).tolist()
+        few = value.numel() <= _FEW
+        numbers: list[int] = sorted(set(value.flatten().tolist())) if few else torch.unique(value).tolist()
     except Exception:
         return []  # there are no values to look at, as under vmap
     # Some routers give the number behind the last to tokens that no expert takes.
     if not numbers or numbers[0] < 0 or numbers[-1] > count:
         return []
     return numbers[:-1] if numbers[-1] == count else numbers
-
-
-def take_back_observers(model: nn.Module) -> None:
-    """Remove every observer."""
-    for module in model.modules():
-        hooks: Any
-        for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks):
-            for key in list(_observers(hooks)):
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _observers(hooks: Any) -> Iterator[int]:
-    return (key for key, hook in hooks.items() if isinstance(hook, Observer))

@@ -89,6 +89,19 @@ def pieces(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         yield from ((address + at, min(PIECE, nbytes - at)) for at in range(0, nbytes, PIECE))
 
 
+def joined_ranges(ranges: Iterable[tuple[int, int] | None]) -> list[tuple[int, int]]:
+    """They, with those that follow one another as one."""
+    found: list[tuple[int, int]] = []
+    for one in ranges:
+        if one is None or not one[1]:
+            continue
+        if found and sum(found[-1]) == one[0]:
+            found[-1] = found[-1][0], found[-1][1] + one[1]
+        else:
+            found.append(one)
+    return found
+
+
 def bring_range(address: int, nbytes: int, *, exactly: bool) -> None:
     """Read what is missing of a range, and map it; see `_mapped_pages.bring`."""
     bring(address, nbytes, exactly=exactly and not holds(address, nbytes, 2))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from .._mapped_pages import holds
 from ..engine.crew import compute_alone
@@ -28,6 +29,7 @@ from .order import Order
 from .pages import PIECE, Pages, bring_range, pieces
 from .places import Place, Recipe
 from .ring import Entry, Ring
+from .units import Unit
 
 # More of them are no faster: two read what one disk gives, and two cast what two processors can.
 _WORKERS = 2
@@ -43,29 +45,6 @@ _FRESH = 0.1
 _GRAIN = 32 * MIB
 
 
-@dataclass(eq=False, slots=True)
-class Unit:
-    """What is used at once: the mapped weights of one module, or one weight that is made.
-
-    Attributes:
-        number: its place among the units.
-        nbytes: of memory while it is used.
-        pages: of a mapped one, its pages.
-        make: of one that is made: gives what brings it, if there is room, as long as the weight lives.
-        keeps: whether it stays between two uses; None while it was not used.
-        by_need: whether only some of it is used at once, such as experts, so that it is not brought ahead.
-        failed: whether bringing it ahead failed; whoever uses it meets the error.
-    """
-
-    number: int
-    nbytes: int
-    pages: Pages | None = None
-    make: Callable[[], Callable[[], bool] | None] | None = None
-    keeps: bool | None = None
-    by_need: bool = False
-    failed: bool = False
-
-
 @dataclass(eq=False)
 class Runtime:
     """Everything about one model's weights that are elsewhere. Its threads do not keep it alive.
@@ -76,6 +55,9 @@ class Runtime:
         files: where its weights lie.
         place: the device that computes.
         available: host memory that there was for the load, in bytes.
+
+    Attributes:
+        hooks: what tells it of the forward, to be removed when the model is released.
     """
 
     source: str
@@ -84,6 +66,7 @@ class Runtime:
     place: Place
     available: int
     units: list[Unit] = field(default_factory=list)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         running = self.running
@@ -99,7 +82,7 @@ class Runtime:
         self._from_cache = running.mapped > self.available
         # Pages that weights are made of are given back then.
         self.is_tight = running.made + running.mapped > running.pages
-        # What is used one after the other comes best as the kernel reads ahead, where that is far.
+        # Where the kernel reads far ahead, what is used one after the other comes best as it reads.
         self.reads_exactly = self.files.read_ahead < PIECE
         self._resting = anonymous_memory()
         self._allowed = running.pages
@@ -120,6 +103,7 @@ class Runtime:
         self._wake = threading.Condition(self._lock)
         self._past: list[Pages] = []
         self._expected: deque[tuple[int, int]] = deque()
+        self._watched: list[Pages] | None = None
         self._kept = 0
         self._since = 0
         self._last: Unit | None = None
@@ -227,14 +211,14 @@ class Runtime:
             self._bring_now(unit.pages)
 
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Bring file pages, by address and bytes, that are used now, in this order: experts that were chosen. Returns
-        when none is left to begin with.
-        """
+        """Bring file pages, by address and bytes, that are used now: experts that were chosen. Others help."""
         absent = [(address, nbytes) for address, nbytes in ranges if not holds(address, nbytes, 2)]
         with self._lock:
             if self.closed:
                 return
-            room = min(_MOST_AHEAD, self._allowed // 4) if self.is_tight else _MOST_AHEAD
+            # One weight's pages are there anyway while it is made.
+            share = self._allowed // 4 if self.is_tight else self._allowed
+            room = min(_MOST_AHEAD, max(share, self.running.largest))
             # What was expected before is past.
             self._expected.clear()
             for piece in pieces(absent):
@@ -332,12 +316,14 @@ class Runtime:
                 self._threads.append(thread)
         self._wake.notify(_WORKERS)
 
-    def next_task(self) -> Callable[[], object] | None:
-        """What is to be done now, nearest first; None when there is nothing. With the lock."""
+    def next_task(self, *, is_full: bool = False) -> Callable[[], object] | None:
+        """What is to be done now, nearest first, in buffers that are full too; None: nothing. With the lock."""
         if self._past:
             return functools.partial(self._past.pop().give_back, self.files)
         if self._expected:
             return functools.partial(bring_range, *self._expected.popleft(), exactly=True)
+        if is_full:
+            return None
         ahead = 0
         for number in self._upcoming():
             unit = self.units[number]
@@ -404,8 +390,10 @@ class Runtime:
 
     def _still_here(self) -> bool:
         """Whether the kernel left a few of the pages that were brought."""
-        brought = [unit.pages for unit in self.units if unit.pages is not None and unit.pages.are_here]
-        return all(pages.seem_cached() for pages in brought[:: max(1, len(brought) // 8)])
+        if self._watched is None:
+            found = [unit.pages for unit in self.units if unit.pages is not None and not unit.by_need]
+            self._watched = found[:: max(1, len(found) // 8)]
+        return all(pages.seem_cached() for pages in self._watched if pages.are_here)
 
     def _adapt(self) -> None:
         """What others took since, such as a cache of keys and values, is not there for pages."""
@@ -458,11 +446,11 @@ class Runtime:
 def _work(of: weakref.ref[Runtime], wake: threading.Condition) -> None:
     """A reader: does what is next, and waits while there is nothing."""
     compute_alone()
-    idle = False
+    is_full = False
     while True:
         with wake:
             runtime = of()
-            task = None if runtime is None or runtime.closed or idle else runtime.next_task()
+            task = None if runtime is None or runtime.closed else runtime.next_task(is_full=is_full)
             if task is None:
                 gone = runtime is None or runtime.closed
                 # Perhaps the last one that held it.
@@ -470,10 +458,10 @@ def _work(of: weakref.ref[Runtime], wake: threading.Condition) -> None:
                 if gone or of() is None:
                     return
                 wake.wait()
-                idle = False
+                is_full = False
                 continue
         # Where there was no room, there is none before something is used.
-        idle = task() is False
+        is_full = task() is False
         del task, runtime
 
 

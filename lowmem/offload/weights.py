@@ -176,6 +176,9 @@ def compute(func: _Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             return value
         real = value.weight.whole()
         brought.append((value, real, real._version))
+        if value.requires_grad and not torch.is_grad_enabled():
+            # Torch multiplies in another way where nothing requires a gradient (`should_fold`), and rounds otherwise.
+            return real.requires_grad_()
         return joined(real, value)
 
     args, kwargs = tree_map(bring, tuple(args)), tree_map(bring, dict(kwargs))
