@@ -459,12 +459,14 @@ def test_layers_without_bitsandbytes_on_disk(tmp_path: Path, where: str, dtype: 
 
 
 _MEASURE = """
-import torch, tempfile, pathlib
+import ctypes, torch, tempfile, pathlib
 import test_int8_on_disk as made
 from torch import nn
 from lowmem.memory import measure
 
 torch.set_num_threads(1)
+# M_MMAP_THRESHOLD: what glibc keeps of freed blocks is no weight's, and is some of them or all by chance.
+getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(-3, 64 * 1024)
 
 def peak(make, count):
     torch.manual_seed(0)
