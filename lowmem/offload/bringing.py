@@ -24,10 +24,10 @@ from .blocks import embedding_by_rows, linear_in_blocks
 from .making import View, is_whole, links_of_parts, make, make_part, make_rows
 from .observing import Range
 from .pages import bring_range, joined_ranges
+from .units import Unit
 
 if TYPE_CHECKING:
     from .runtime import Runtime
-from .units import Unit
 
 # Less than this is read with its neighbours.
 _WORTH_READING = 256 * KIB
