@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,22 +13,20 @@ from typing import Any
 from torch import nn
 
 from ._collector import paused_collector
-from .checkpoint import Checkpoint, Survey, TensorEntry, Wish, make_wish, survey
+from .checkpoint import Survey, Wish, make_wish, survey
 from .checkpoint.int8 import has_scales
-from .engine import Installer, Snapshot, run, same_bytes, undisturbed
-from .errors import KeysError, OptionError, PlacementError
+from .engine import Installer, Snapshot, run, undisturbed
+from .errors import OptionError, PlacementError
+from .fitting import Phases, differing, fit
 from .limits import accelerators_here
-from .mapping import KeyDiff, KeyMapping, Link, check_stays_int8, choose_layers, cover_of, diff_of, match, refuse
-from .mapping.int8 import check_formats
+from .mapping import KeyDiff, diff_of, match, refuse
 from .memory import anonymous_memory, measure
-from .modeling.int8 import bitsandbytes_here, finish_layers, mark, says_int8
+from .modeling.int8 import bitsandbytes_here, finish_layers, mark
 from .modeling.int8_choice import NO_INT8, Int8Request
 from .modeling.request import ModelRequest, ModelSource, make_model_request
-from .modeling.rules import Rules
-from .modeling.skeleton import Origin, Skeleton, find_origin, make_skeleton, with_int8
+from .modeling.skeleton import Origin, Skeleton, find_origin
 from .offload import attach, bring_weights, comes_at_use, give_up
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
-from .planner.placing import layers_not_by_rows
 from .planner.request import Names, Renames, checks_names, flag, make_request
 from .report import LoadReport
 from .sizes import shown
@@ -193,7 +189,7 @@ def load(
     if asked.int8 is not None:
         request = replace(request, int8=asked.int8)
     wish = make_wish(weights, ema)
-    clock = _Phases()
+    clock = Phases()
     held = anonymous_memory()
     found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
     held = max(0, anonymous_memory() - held)
@@ -250,7 +246,7 @@ def plan(
     with paused_collector(), ExitStack() as undo:
         found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         origin = find_origin(found.glance(wish), asked)
-        return _prepare(found, wish, origin, request, undo, settle_ties=False, clock=_Phases())[1]
+        return _prepare(found, wish, origin, request, undo, settle_ties=False, clock=Phases())[1]
 
 
 @checks_names
@@ -292,7 +288,7 @@ def diff(
     with paused_collector(), ExitStack() as undo:
         found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         origin = find_origin(found.glance(wish), asked)
-        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, undo, _Phases())
+        skeleton, checkpoint, mapping = fit(found, wish, origin, request, undo, Phases())
         return replace(diff_of(mapping, checkpoint, skeleton), opened=checkpoint.opened)
 
 
@@ -316,70 +312,6 @@ def _asked(
     )
 
 
-class _Phases:
-    """Seconds of each phase of a load."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.begin()
-
-    def begin(self) -> None:
-        """What was before belongs to no phase."""
-        self._last = time.perf_counter()
-
-    def end(self, phase: str) -> None:
-        """What was since the last call belongs to `phase`."""
-        now = time.perf_counter()
-        self.seconds[phase] = now - self._last
-        self._last = now
-
-
-def _fit(
-    found: Survey, wish: Wish, origin: Origin, request: LoadRequest, undo: ExitStack, clock: _Phases
-) -> tuple[Skeleton, Checkpoint, KeyMapping]:
-    """The model without weights, the checkpoint opened for it, and which key feeds what."""
-    skeleton = make_skeleton(origin, found.glance(wish), request.dtype)
-    clock.end("build")
-    checkpoint = found.open(wish, cover_of(skeleton, request.keys))
-    mapping = match(checkpoint, skeleton, rules=request.keys)
-    choice = choose_layers(checkpoint, skeleton, mapping, request.int8, request.keep_fp32)
-    plain, names, warnings = skeleton, list(choice.names), [*skeleton.warnings, *choice.warnings]
-    while names:
-        skeleton = with_int8(plain, names)
-        assert skeleton.int8 is not None
-        undo.callback(skeleton.int8.undo)
-        mapping = match(checkpoint, skeleton, rules=request.keys)
-        odd = layers_not_by_rows(skeleton, mapping)
-        if not odd:
-            break
-        # Once more without these, whose weights come in another order than that of rows.
-        undo.close()
-        skeleton, names = plain, [name for name in names if name not in odd]
-        mapping = match(checkpoint, skeleton, rules=request.keys)
-        warnings.append(
-            f"{len(odd)} layers stay floats, because their rows are not in the checkpoint as they are in the model "
-            f"({odd[0]!r}{', …' if len(odd) > 1 else ''})"
-        )
-    check_stays_int8(checkpoint, mapping, request.int8)
-    check_formats(checkpoint, mapping)
-    warnings += _about_int8(skeleton, mapping, request.int8)
-    return replace(skeleton, warnings=tuple(warnings)), checkpoint, mapping
-
-
-def _about_int8(skeleton: Skeleton, mapping: KeyMapping, request: Int8Request) -> list[str]:
-    """What was said about int8 and means nothing here."""
-    warnings = []
-    if skeleton.int8 is None and request.threshold is not None:
-        warnings.append("int8_threshold: no layer is int8, so it does nothing (quantize='int8' makes layers int8)")
-    if request.dequantize and not any(link.scales for link in mapping.links):
-        warnings.append("dequantize: nothing in the checkpoint is int8, so it does nothing")
-    elif skeleton.int8 is None and not request.dequantize and says_int8(skeleton.model):
-        warnings.append(
-            "the config says that the weights are int8, and none is: they are floats, as the model says then"
-        )
-    return warnings
-
-
 def _prepare(
     found: Survey,
     wish: Wish,
@@ -387,51 +319,17 @@ def _prepare(
     request: LoadRequest,
     undo: ExitStack,
     settle_ties: bool,
-    clock: _Phases,
+    clock: Phases,
 ) -> tuple[Skeleton, LoadPlan]:
     """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
     with paused_collector():
-        skeleton, checkpoint, mapping = _fit(found, wish, origin, request, undo, clock)
+        skeleton, checkpoint, mapping = fit(found, wish, origin, request, undo, clock)
         if settle_ties and mapping.doubled:
-            untied = _differing(checkpoint, skeleton, mapping, request)
+            untied = differing(checkpoint, skeleton, mapping, request)
             mapping = match(checkpoint, skeleton, untied, request.keys)
         refuse(mapping, checkpoint.source, request.strict, request.keys)
         plan = make_plan(checkpoint, skeleton, mapping, request)
         return skeleton, replace(plan, warnings=(*skeleton.warnings, *plan.warnings)) if skeleton.warnings else plan
-
-
-def _differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, request: LoadRequest) -> set[str]:
-    """Names that are tied in the model but have values of their own in the checkpoint.
-
-    Raises:
-        KeysError: a plain module cannot hold two values in one tensor.
-    """
-    keys = mapping.sources
-    shards = {shard.file: shard for shard in checkpoint.shards}
-    differing: set[str] = set()
-    parts: dict[str, list[Link]] = defaultdict(list)
-    if not mapping.converted.isdisjoint((*mapping.doubled, *mapping.doubled.values())):
-        for link in match(checkpoint, skeleton, set(mapping.doubled), request.keys).links:
-            parts[link.target].append(link)
-    for name, leader in mapping.doubled.items():
-        a, b = checkpoint[keys[name]], checkpoint[keys[leader]]
-        pairs = [(a, b)]
-        if not mapping.converted.isdisjoint((name, leader)):
-            pairs = _paired(parts[name], parts[leader])
-        if not pairs or not all(same_bytes(*pair, shards, keep_cache=request.keep_cache) for pair in pairs):
-            if type(skeleton.rules) is Rules:
-                raise KeysError(
-                    f"{a.file}: {a.key!r} and {b.key!r} differ, and the model ties them to one tensor; "
-                    "untie them in the model, or bring the checkpoint that belongs to it"
-                )
-            differing.add(name)
-    return differing
-
-
-def _paired(some: Sequence[Link], others: Sequence[Link]) -> list[tuple[TensorEntry, TensorEntry]]:
-    """What feeds the same regions of two targets; nothing where they are made in other ways, or computed."""
-    regions = [[link.region for link in links] for links in (some, others)]
-    return [(a.entry, b.entry) for a, b in zip(some, others, strict=True)] if regions[0] == regions[1] else []
 
 
 def check_present(plan: LoadPlan, option: str = "device_map") -> None:

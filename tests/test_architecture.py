@@ -43,6 +43,7 @@ ORDER = [
     "engine",
     "offload",
     "report",
+    "fitting",
     "loader",
     "drop_in",
     "running",
