@@ -23,11 +23,11 @@ from .mapping import KeyDiff, diff_of, match, refuse
 from .memory import anonymous_memory, measure
 from .modeling.int8 import bitsandbytes_here, finish_layers, mark
 from .modeling.int8_choice import NO_INT8, Int8Request
-from .modeling.request import ModelRequest, ModelSource, make_model_request
+from .modeling.request import ModelSource, make_model_request
 from .modeling.skeleton import Origin, Skeleton, find_origin
 from .offload import attach, bring_weights, comes_at_use, give_up
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
-from .planner.request import Names, Renames, checks_names, flag, make_request
+from .planner.request import FilterFn, Names, Renames, Transforms, checks_names, flag, make_request
 from .report import LoadReport
 from .sizes import shown
 
@@ -57,6 +57,8 @@ def load(
     attn_implementation: str | Mapping[str, str] | None = None,
     experts_implementation: str | Mapping[str, str] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
     dtype: Any = "auto",
     device_map: Any = None,
     max_memory: Mapping[Any, int | str] | None = None,
@@ -82,6 +84,9 @@ def load(
     skip: Names = None,
     rename: Renames = None,
     reshape: str | Iterable[str] | None = None,
+    preset: str | None = None,
+    filter_fn: FilterFn = None,
+    transforms: Transforms = None,
     ignore_mismatched_sizes: bool = False,
     quantize: str | None = None,
     skip_modules: str | Iterable[str] | None = None,
@@ -104,6 +109,8 @@ def load(
         experts_implementation: how it computes fused experts: `"eager"`, `"grouped_mm"`, …, likewise.
         model_kwargs: attributes of the config → what they are to be, such as `{"num_labels": 3}`; others go to the
             class.
+        num_classes: of a timm model, outputs of its classifier; where the checkpoint has others it is initialised.
+        in_chans: of a timm model, channels of its input; the first convolution is adapted as timm does it.
         dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only. Also sub-config → dtype, of
             which that of `""`, the whole, counts, as in transformers.
         device_map: None (CPU), a device, `"auto"`, `"balanced"`, `"balanced_low_0"`, `"sequential"`, or module →
@@ -137,6 +144,11 @@ def load(
         skip: those to leave, likewise; the model's own rule initialises what they would have fed.
         rename: regular expression → replacement as `re.sub` takes them, a function of a key, or a list of these.
         reshape: the model's tensors, or patterns, that may be fed from another shape of as many elements.
+        preset: a known change from one library's layout to another's, such as `"convnextv2->timm"`.
+        filter_fn: a function of a state dict, or of one and the model, that gives the state dict to load, such as
+            timm's `checkpoint_filter_fn`. It is run without values when the load is planned: what only renames or moves
+            elements about costs nothing, and the rest is computed with the values of the tensors that it takes.
+        transforms: the model's tensors, or patterns → what is done to what feeds them (`lowmem.interpolate`, …).
         ignore_mismatched_sizes: the model's own rule initialises what has another shape, though `strict`.
         quantize: `"int8"`: make the linear layers int8 while they are read, row by row, as bitsandbytes does it
             (LLM.int8). Layers that are int8 in the checkpoint are so without it.
@@ -155,8 +167,16 @@ def load(
     Raises:
         LowmemError: see `lowmem.errors`; a failed load leaves no thread, no temporary file and no changed model.
     """
-    asked = _asked(
-        model, auto_class, config, attn_implementation, experts_implementation, model_kwargs, trust_remote_code
+    asked = make_model_request(
+        model,
+        auto_class=auto_class,
+        config=config,
+        attn_implementation=attn_implementation,
+        experts_implementation=experts_implementation,
+        model_kwargs=model_kwargs,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        trust_remote_code=flag(trust_remote_code, "trust_remote_code"),
     )
     request = make_request(
         dtype=dtype,
@@ -178,6 +198,9 @@ def load(
         skip=skip,
         rename=rename,
         reshape=reshape,
+        preset=preset,
+        filter_fn=filter_fn,
+        transforms=transforms,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
         quantize=quantize,
         skip_modules=skip_modules,
@@ -224,6 +247,8 @@ def plan(
     attn_implementation: str | Mapping[str, str] | None = None,
     experts_implementation: str | Mapping[str, str] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
     weights: str | None = None,
     ema: bool | None = None,
     variant: str | None = None,
@@ -238,8 +263,16 @@ def plan(
     Raises:
         LowmemError: whatever `load` would refuse before its first byte.
     """
-    asked = _asked(
-        model, auto_class, config, attn_implementation, experts_implementation, model_kwargs, trust_remote_code
+    asked = make_model_request(
+        model,
+        auto_class=auto_class,
+        config=config,
+        attn_implementation=attn_implementation,
+        experts_implementation=experts_implementation,
+        model_kwargs=model_kwargs,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        trust_remote_code=flag(trust_remote_code, "trust_remote_code"),
     )
     request = make_request(**options)
     wish = make_wish(weights, ema)
@@ -259,6 +292,8 @@ def diff(
     attn_implementation: str | Mapping[str, str] | None = None,
     experts_implementation: str | Mapping[str, str] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
     weights: str | None = None,
     ema: bool | None = None,
     variant: str | None = None,
@@ -271,6 +306,9 @@ def diff(
     skip: Names = None,
     rename: Renames = None,
     reshape: str | Iterable[str] | None = None,
+    preset: str | None = None,
+    filter_fn: FilterFn = None,
+    transforms: Transforms = None,
     dequantize: bool = False,
 ) -> KeyDiff:
     """What differs between the keys and shapes of a checkpoint and those of a model, and what would mend it.
@@ -280,36 +318,34 @@ def diff(
     Raises:
         LowmemError: the source or the model cannot be read, or a rule fits nothing.
     """
-    asked = _asked(
-        model, auto_class, config, attn_implementation, experts_implementation, model_kwargs, trust_remote_code
-    )
-    request = make_request(prefix=prefix, only=only, skip=skip, rename=rename, reshape=reshape, dequantize=dequantize)
-    wish = make_wish(weights, ema)
-    with paused_collector(), ExitStack() as undo:
-        found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
-        origin = find_origin(found.glance(wish), asked)
-        skeleton, checkpoint, mapping = fit(found, wish, origin, request, undo, Phases())
-        return replace(diff_of(mapping, checkpoint, skeleton), opened=checkpoint.opened)
-
-
-def _asked(
-    model: ModelSource,
-    auto_class: Any,
-    config: Any,
-    attn_implementation: str | Mapping[str, str] | None,
-    experts_implementation: str | Mapping[str, str] | None,
-    model_kwargs: Mapping[str, Any] | None,
-    trust_remote_code: bool,
-) -> ModelRequest:
-    return make_model_request(
+    asked = make_model_request(
         model,
         auto_class=auto_class,
         config=config,
         attn_implementation=attn_implementation,
         experts_implementation=experts_implementation,
         model_kwargs=model_kwargs,
+        num_classes=num_classes,
+        in_chans=in_chans,
         trust_remote_code=flag(trust_remote_code, "trust_remote_code"),
     )
+    request = make_request(
+        prefix=prefix,
+        only=only,
+        skip=skip,
+        rename=rename,
+        reshape=reshape,
+        preset=preset,
+        filter_fn=filter_fn,
+        transforms=transforms,
+        dequantize=dequantize,
+    )
+    wish = make_wish(weights, ema)
+    with paused_collector(), ExitStack() as undo:
+        found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
+        origin = find_origin(found.glance(wish), asked)
+        skeleton, checkpoint, mapping = fit(found, wish, origin, request, undo, Phases())
+        return replace(diff_of(mapping, checkpoint, skeleton), opened=checkpoint.opened)
 
 
 def _prepare(

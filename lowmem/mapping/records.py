@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._records import cheap_init
 from ..checkpoint import TensorEntry
@@ -15,6 +15,8 @@ from ..checkpoint import TensorEntry
 if TYPE_CHECKING:
     from ..modeling.conversions import Operation
     from .diff import KeyDiff
+    from .presets import Preset
+    from .transforms import Transform
 
 
 @cheap_init
@@ -118,15 +120,17 @@ class Computation:
 
     Attributes:
         what: the operation's name, for messages.
-        sources: what it takes, in order. Each is cast to the final dtype of the first target before.
+        sources: what it takes, in order. Each is cast to the final dtype of the first target before, if `casts`.
         targets: names of the model's tensors that it gives, in order.
         operation: the operation.
+        casts: the sources are cast before; else they come as they are, and what is made of them is cast.
     """
 
     what: str
     sources: tuple[TensorEntry, ...]
     targets: tuple[str, ...]
     operation: Operation
+    casts: bool = True
 
 
 RenameRule = tuple[re.Pattern[str], str] | Callable[[str], str]
@@ -134,7 +138,7 @@ RenameRule = tuple[re.Pattern[str], str] | Callable[[str], str]
 
 @dataclass(frozen=True, slots=True)
 class KeyRules:
-    """What the user said about keys. In this order: `prefix`, `only` and `skip`, `rename`.
+    """What the user said about keys. In this order: `prefix`, `only` and `skip`, `preset`, `filter_fn`, `rename`.
 
     Attributes:
         prefix: take only the keys inside this module, without it: `"backbone"` makes `backbone.a` into `a`.
@@ -143,6 +147,9 @@ class KeyRules:
         rename: regular expressions with their replacements, or functions of a key, one applied after the other.
         reshape: names of the model's tensors, or patterns, that may be fed from another shape of as many elements.
         ignore_mismatched_sizes: what has another shape is initialised by the model's own rule.
+        preset: a known change of names and shapes from one library's layout to another's.
+        filter_fn: a function of a state dict, or of one and the model, that gives the state dict to load.
+        transforms: names of the model's tensors, or patterns, with what is done to a tensor that feeds them.
     """
 
     prefix: str | None = None
@@ -151,6 +158,9 @@ class KeyRules:
     rename: tuple[RenameRule, ...] = ()
     reshape: tuple[str, ...] = ()
     ignore_mismatched_sizes: bool = False
+    preset: Preset | None = None
+    filter_fn: Callable[..., Mapping[str, Any]] | None = None
+    transforms: tuple[tuple[str, Transform], ...] = ()
 
 
 NO_RULES = KeyRules()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -68,6 +68,10 @@ class Cost:
     scratch: int
 
 
+# Name → tensor, and the same as it is to be loaded.
+StateFunction = Callable[[dict[str, Any]], Mapping[str, Any]]
+
+
 class Operation(Protocol):
     """An operation on whole tensors, which may be run several times."""
 
@@ -90,6 +94,7 @@ class Conversion:
         operation: computes the tensors of `targets` from those of `keys`.
         parts: which part of the one goes where in the other, all of `targets`; None when that could not be found out,
             so that `operation` must be run.
+        casts: the sources are cast before `operation`; else they come as they are, and what it gives is cast.
     """
 
     what: str
@@ -98,3 +103,4 @@ class Conversion:
     shapes: tuple[tuple[int, ...], ...]
     operation: Operation
     parts: tuple[Part, ...] | None = None
+    casts: bool = True

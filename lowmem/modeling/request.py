@@ -63,6 +63,8 @@ class ModelRequest:
         generation_config: what `generate` takes its defaults from; None for that of the folder.
         name: what `name_or_path` is to say; None for the folder.
         trust_remote_code: whether Python files beside the checkpoint may run.
+        num_classes: of a timm model, how many outputs its classifier is to have; None for what the config says.
+        in_chans: of a timm model, how many channels its input is to have; None for what the config says.
         int8: what a `quantization_config` asks, instead of the options of a load; None for these.
     """
 
@@ -77,6 +79,8 @@ class ModelRequest:
     generation_config: Any = None
     name: str | None = None
     trust_remote_code: bool = False
+    num_classes: int | None = None
+    in_chans: int | None = None
     int8: Int8Request | None = None
 
     @property
@@ -101,6 +105,8 @@ def make_model_request(
     experts_implementation: str | Mapping[str, str] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
 ) -> ModelRequest:
     """Parse what is asked about the model; one that is parsed already is given back.
 
@@ -113,6 +119,8 @@ def make_model_request(
         ("attn_implementation", attn_implementation),
         ("experts_implementation", experts_implementation),
         ("model_kwargs", model_kwargs or None),
+        ("num_classes", num_classes),
+        ("in_chans", in_chans),
     ):
         if model is not None and value is not None:
             raise OptionError(
@@ -132,6 +140,8 @@ def make_model_request(
         experts_implementation=_implementation(experts_implementation, "experts_implementation"),
         model_kwargs=_model_kwargs(model_kwargs),
         trust_remote_code=trust_remote_code,
+        num_classes=_count(num_classes, "num_classes", 0),
+        in_chans=_count(in_chans, "in_chans", 1),
     )
 
 
@@ -150,6 +160,12 @@ def _implementation(value: Any, what: str) -> str | dict[str, str] | None:
     if isinstance(value, Mapping) and all(isinstance(part, str) for pair in value.items() for part in pair):
         return dict(value)
     raise OptionError(f"{what}: expected a name such as 'sdpa' or 'eager', or sub-config → name, found {shown(value)}")
+
+
+def _count(value: int | None, what: str, least: int) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+        return value
+    raise OptionError(f"{what}: expected a whole number, {least} or more, found {shown(value)}")
 
 
 def _model_kwargs(value: Any) -> dict[str, Any]:

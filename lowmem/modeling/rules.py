@@ -9,7 +9,7 @@ from torch import nn
 
 from ..checkpoint import TensorEntry
 from ..errors import ModelError
-from .conversions import Conversion, Renaming
+from .conversions import Conversion, Renaming, StateFunction
 from .empty import real_tensors
 from .targets import Target, owner_of, walk
 
@@ -35,6 +35,10 @@ class Rules:
     def declared_ties(self) -> Mapping[str, str]:
         """Targets that will share a tensor after the load, beyond those that share one now."""
         return {}
+
+    def filter_function(self) -> StateFunction | None:
+        """What this kind does to a state dict before all else; it is run on tensors without values. None: nothing."""
+        return None
 
     def rename(self, entries: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> Renaming:
         """Which target each key is for.

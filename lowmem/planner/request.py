@@ -17,7 +17,9 @@ import torch
 
 from ..dtypes import parse_dtype
 from ..errors import OptionError
+from ..mapping.presets import find_preset
 from ..mapping.records import KeyRules, RenameRule
+from ..mapping.transforms import Transform
 from ..modeling.int8_choice import Int8Request
 from ..sizes import parse_size, shown
 from .budget import MIN_STAGING
@@ -34,6 +36,9 @@ Renames = (
     | None
 )
 
+FilterFn = Callable[..., Mapping[str, Any]] | None
+Transforms = Mapping[str, Transform] | None
+
 
 def checks_names(verb: Callable[P, R]) -> Callable[P, R]:
     """Decorate a verb: an option that it does not have is refused under the verb's own name, with the nearest one.
@@ -49,7 +54,7 @@ def checks_names(verb: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **options: P.kwargs) -> R:
         unknown = next((name for name in options if name not in known), None)
         if unknown is not None:
-            near = difflib.get_close_matches(unknown, known, n=1)
+            near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.7)
             hint = f". Did you mean {near[0]!r}?" if near else ""
             if not near and "model_kwargs" in known:
                 hint = "; what is an attribute of the model's config goes into model_kwargs="
@@ -80,6 +85,9 @@ def make_request(
     skip: Names = None,
     rename: Renames = None,
     reshape: str | Iterable[str] | None = None,
+    preset: str | None = None,
+    filter_fn: FilterFn = None,
+    transforms: Transforms = None,
     ignore_mismatched_sizes: bool = False,
     quantize: str | None = None,
     skip_modules: str | Iterable[str] | None = None,
@@ -117,6 +125,9 @@ def make_request(
             skip=skip,
             rename=rename,
             reshape=reshape,
+            preset=preset,
+            filter_fn=filter_fn,
+            transforms=transforms,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
         ),
         int8=make_int8_request(quantize, skip_modules, dequantize, int8_threshold),
@@ -188,6 +199,9 @@ def make_key_rules(
     skip: Names = None,
     rename: Renames = None,
     reshape: str | Iterable[str] | None = None,
+    preset: str | None = None,
+    filter_fn: FilterFn = None,
+    transforms: Transforms = None,
     ignore_mismatched_sizes: bool = False,
 ) -> KeyRules:
     """Parse what the user says about keys.
@@ -198,6 +212,9 @@ def make_key_rules(
         skip: likewise, what to leave.
         rename: regular expression → replacement, a function of a key, or a list of such pairs and functions.
         reshape: names of the model's tensors, or patterns, that may be fed from another shape of as many elements.
+        preset: name of a known change of layout.
+        filter_fn: a function of a state dict, or of one and the model.
+        transforms: names of the model's tensors, or patterns → what is done to what feeds them.
         ignore_mismatched_sizes: initialise what has another shape.
 
     Raises:
@@ -211,8 +228,32 @@ def make_key_rules(
         skip=() if skip is None else skip if callable(skip) else names_of(skip, "skip"),
         rename=parse_rename(rename),
         reshape=() if reshape is None else names_of(reshape, "reshape"),
+        preset=None if preset is None else find_preset(preset),
+        filter_fn=_function(filter_fn),
+        transforms=_transforms(transforms),
         ignore_mismatched_sizes=flag(ignore_mismatched_sizes, "ignore_mismatched_sizes"),
     )
+
+
+def _function(value: FilterFn) -> FilterFn:
+    if value is not None and not callable(value):
+        raise OptionError(f"filter_fn: expected a function of a state dict, found {shown(value)}")
+    return value
+
+
+def _transforms(value: Transforms) -> tuple[tuple[str, Transform], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Mapping):
+        raise OptionError(f"transforms: expected {{name of a tensor: transform}}, found {shown(value)}")
+    for name, transform in value.items():
+        if not isinstance(name, str) or not name:
+            raise OptionError(f"transforms: expected names of the model's tensors, found {shown(name)}")
+        if not isinstance(transform, Transform):
+            raise OptionError(
+                f"transforms: {name!r}: expected a transform such as lowmem.interpolate(), found {shown(transform)}"
+            )
+    return tuple(value.items())
 
 
 def parse_rename(value: Renames) -> tuple[RenameRule, ...]:
