@@ -15,7 +15,6 @@ from .mapping import KeyMapping, Link, check_stays_int8, choose_layers, cover_of
 from .mapping.int8 import check_formats
 from .modeling.int8 import says_int8
 from .modeling.int8_choice import Int8Request
-from .modeling.rules import Rules
 from .modeling.skeleton import Origin, Skeleton, make_skeleton, with_int8
 from .planner import LoadRequest
 from .planner.placing import layers_not_by_rows
@@ -104,7 +103,7 @@ def differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, r
         if not mapping.converted.isdisjoint((name, leader)):
             pairs = _paired(parts[name], parts[leader])
         if not pairs or not all(same_bytes(*pair, shards, keep_cache=request.keep_cache) for pair in pairs):
-            if type(skeleton.rules) is Rules:
+            if not skeleton.rules.unties:
                 raise KeysError(
                     f"{a.file}: {a.key!r} and {b.key!r} differ, and the model ties them to one tensor; "
                     "untie them in the model, or bring the checkpoint that belongs to it"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +18,25 @@ _users = 0
 _register: Callable[..., None] = nn.Module.register_parameter
 
 
+@dataclass(eq=False)
+class Registrations:
+    """What a build registered, in order, and which of it keeps its values.
+
+    Attributes:
+        real: numbers of the parameters that do not go to the meta device.
+        made: what was registered, None where that is no parameter.
+    """
+
+    real: Collection[int] = ()
+    made: list[nn.Parameter | None] = field(default_factory=list)
+
+
 @contextmanager
-def empty_parameters() -> Iterator[None]:
+def empty_parameters(registrations: Registrations | None = None) -> Iterator[None]:
     """Every parameter that this thread registers inside goes to the meta device; buffers keep their values.
+
+    Those that `registrations` names by their number stay real: a second build of the same model, which registers the
+    same in the same order, gives the initial values of some parameters for the memory of these.
 
     accelerate's `init_empty_weights` does the same, but makes a new object at each registration, which loses ties
     (`head.weight = embed.weight`), and acts on every thread. Here a parameter that is on meta already stays the
@@ -31,8 +48,8 @@ def empty_parameters() -> Iterator[None]:
             _register = nn.Module.register_parameter
             nn.Module.register_parameter = _register_here  # type: ignore[method-assign, assignment]
         _users += 1
-    outer = getattr(_here, "empty", False)
-    _here.empty = True
+    outer = getattr(_here, "empty", None)
+    _here.empty = Registrations() if registrations is None else registrations
     try:
         yield
     finally:
@@ -45,7 +62,12 @@ def empty_parameters() -> Iterator[None]:
 
 def _register_here(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
     _register(module, name, param)
-    if param is None or param.is_meta or not getattr(_here, "empty", False):
+    registrations: Registrations | None = getattr(_here, "empty", None)
+    if registrations is None:
+        return
+    number = len(registrations.made)
+    registrations.made.append(param)
+    if param is None or param.is_meta or number in registrations.real:
         return
     if is_lazy(param) or nn.Parameter not in type(param).__mro__:
         return  # has no shape, or wraps a tensor subclass: refused by checks.py, with its name
@@ -56,7 +78,7 @@ def _register_here(module: nn.Module, name: str, param: nn.Parameter | None) -> 
         moved.__dict__.update(attributes)
     else:
         moved = kind(param.detach().to("meta"), requires_grad=param.requires_grad, **attributes)
-    module._parameters[name] = moved
+    module._parameters[name] = registrations.made[number] = moved
 
 
 @contextmanager

@@ -50,6 +50,7 @@ class TransformersRules(Rules):
     """
 
     kind = "transformers"
+    unties = True
 
     def __init__(
         self,

@@ -20,12 +20,14 @@ class Rules:
     Attributes:
         kind: name for reports.
         owns_dtypes: the model was built at its final dtypes, so the checkpoint's dtypes do not decide them.
+        unties: tied tensors whose values differ in the checkpoint get each their own.
         no_split: class names of modules that must stay on one device.
         skip_keys: keyword names that accelerate's hooks must not move between devices.
     """
 
     kind = "torch.nn.Module"
     owns_dtypes = False
+    unties = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

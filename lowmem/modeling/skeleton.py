@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..checkpoint import Checkpoint
-from ..errors import ModelError
+from ..errors import ModelError, OptionError
 from . import hf
 from .checks import checked_modules
 from .empty import empty_parameters, real_tensors
@@ -20,6 +20,8 @@ from .int8 import Int8Layers, swap
 from .request import ModelRequest
 from .rules import Rules
 from .targets import Target, dtype_name, join_declared, read_targets
+from .timm import TimmBlueprint, TimmModel, build_timm, is_timm_config, read_timm_blueprint
+from .timm_rules import TimmRules
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +49,14 @@ class Skeleton:
 class Origin:
     """Where the model will come from, with everything imported that building it needs."""
 
-    model: nn.Module | Callable[[], nn.Module] | hf.Blueprint
+    model: nn.Module | Callable[[], nn.Module] | hf.Blueprint | TimmBlueprint
 
 
 def find_origin(checkpoint: Checkpoint, request: ModelRequest) -> Origin:
     """Settle what the model is made from, before any memory is counted.
+
+    A `config.json` of timm makes a model of timm, unless a class or a config of transformers is asked for: that has a
+    wrapper for these.
 
     Args:
         checkpoint: gives the `config.json`, when the request has neither a model nor a config.
@@ -59,7 +64,7 @@ def find_origin(checkpoint: Checkpoint, request: ModelRequest) -> Origin:
 
     Raises:
         ModelError: there is no config and no model, or the config cannot be used.
-        OptionError: what is asked is nothing of transformers.
+        OptionError: what is asked is nothing of such a model.
         UnsupportedError: the config asks for what lowmem does not do.
     """
     model = request.model
@@ -71,10 +76,21 @@ def find_origin(checkpoint: Checkpoint, request: ModelRequest) -> Origin:
         return Origin(model)
     if checkpoint.config is None and request.config is None:
         raise ModelError(
-            f"{checkpoint.source}: no config.json beside the weights, so the model is unknown; "
-            "give model= (a module or a callable that makes one), or config="
+            f"{checkpoint.source}: no config.json beside the weights, so the model is unknown; bring the config.json "
+            "that belongs to them (transformers and timm save one), or give model= (a module or a callable that makes "
+            "one), or config="
         )
+    asks_transformers = request.config is not None or request.auto_class is not None
     with real_tensors():
+        if not asks_transformers and checkpoint.config is not None and is_timm_config(checkpoint.config):
+            return Origin(read_timm_blueprint(checkpoint, request))
+        for name, value in (("num_classes", request.num_classes), ("in_chans", request.in_chans)):
+            if value is not None:
+                entry = "num_labels" if name == "num_classes" else "num_channels"
+                raise OptionError(
+                    f"{name}: it is about a model of timm, and this is one of transformers; give "
+                    f"model_kwargs={{{entry!r}: {value}}}, where its config has that entry"
+                )
         return Origin(hf.read_blueprint(checkpoint, request))
 
 
@@ -90,9 +106,13 @@ def make_skeleton(origin: Origin, checkpoint: Checkpoint, dtype: str) -> Skeleto
         ModelError: building failed, or the module is one that lowmem cannot fill (see `checks.checked_modules`).
     """
     source = origin.model
+    timm: TimmModel | None = None
     with real_tensors():
         if isinstance(source, hf.Blueprint):
             module = hf.build(source, checkpoint, dtype)
+        elif isinstance(source, TimmBlueprint):
+            timm = build_timm(source, dtype)
+            module = timm.model
         elif isinstance(source, nn.Module):
             module = source
         else:
@@ -100,7 +120,7 @@ def make_skeleton(origin: Origin, checkpoint: Checkpoint, dtype: str) -> Skeleto
         transformers = hf.is_transformers_model(module)
         targets = read_targets(checked_modules(module, transformers))
         blueprint = source if isinstance(source, hf.Blueprint) else None
-        rules = _rules_of(module, transformers, blueprint, checkpoint)
+        rules = TimmRules(timm) if timm is not None else _rules_of(module, transformers, blueprint, checkpoint)
     joined = join_declared(targets, rules.declared_ties())
     warnings = () if blueprint is None else blueprint.warnings
     return Skeleton(module, joined, rules, isinstance(source, nn.Module), warnings)
