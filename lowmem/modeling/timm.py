@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..checkpoint import Checkpoint
 from ..errors import LowmemError, ModelError, OptionError
@@ -49,6 +50,7 @@ class TimmBlueprint:
         options: what `create_model` is given besides.
         hub: of a model of the hub its `org/name[@revision]`; empty for a local folder.
         where: what errors call the config.
+        text: the config.
     """
 
     architecture: str
@@ -56,6 +58,7 @@ class TimmBlueprint:
     options: Mapping[str, Any]
     hub: str
     where: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,7 +138,9 @@ def read_timm_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> TimmBl
     assert checkpoint.config is not None
     config, where = checkpoint.config, str(checkpoint.config)
     options = _options(request)
-    architecture = _check_table(where, json.loads(config.read_bytes()))
+    with refusing(f"{where}: cannot be read"):
+        text = config.read_text(encoding="utf-8")
+        architecture = _check_table(where, json.loads(text))
     timm = import_timm(where)
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture.partition(".")[0], timm.list_models(), n=3)
@@ -144,7 +149,7 @@ def read_timm_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> TimmBl
             f"{where}: timm {timm.__version__} has no architecture {architecture!r}{like}; correct it, install a timm "
             "that has it, or give model="
         )
-    return TimmBlueprint(architecture, config.parent, options, _hub_name(checkpoint), where)
+    return TimmBlueprint(architecture, config.parent, options, _hub_name(checkpoint), where, text)
 
 
 def _options(request: ModelRequest) -> dict[str, Any]:
@@ -240,9 +245,41 @@ def create(blueprint: TimmBlueprint) -> tuple[nn.Module, Adaptation | None]:
     """
     timm = import_timm(blueprint.where)
     given: list[Adaptation] = []
-    with _refusing_options(blueprint), _captured(given):
+    with _refusing_options(blueprint), _captured(given), _OnTheCPU():
         model: nn.Module = timm.create_model(f"local-dir:{blueprint.folder}", pretrained=True, **blueprint.options)
     return model, given[-1] if given else None
+
+
+class _OnTheCPU(TorchFunctionMode):
+    """For models that ask their parameters where they are, which are on meta here, or that run while they are built.
+
+    What is made where a parameter is (the masks of Swin) is made on the CPU, so that buffers have values. A function
+    that is given tensors of both kinds gives one on meta: who runs a backbone to learn the shape of its features (the
+    hybrids of ViT) learns that. What would be lost so, values written in place, stays the error that it is.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args = tuple(map(_off_meta, args))
+        kwargs = {name: _off_meta(value) for name, value in (kwargs or {}).items()}
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            name = getattr(func, "__name__", "_")
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            mixed = len({tensor.is_meta for tensor in tensors}) > 1
+            if not mixed or "out" in kwargs or (name.endswith("_") and not name.endswith("__")):
+                raise
+            return func(*map(_to_meta, args), **{name: _to_meta(value) for name, value in kwargs.items()})
+
+
+def _off_meta(value: Any) -> Any:
+    return torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 @contextmanager

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from .conversions import StateFunction
 from .empty import Registrations, empty_parameters, real_tensors
 from .rules import Rules
 from .targets import tensor_of, walk
-from .timm import Adaptation, TimmModel, create
+from .timm import Adaptation, TimmModel, create, import_timm
+from .tracing import Step
 
 # Entries of a `pretrained_cfg` that say where weights are; a state dict counts only without them.
 _SOURCES = frozenset({"source", "file", "url", "hf_hub_id", "hf_hub_filename"})
@@ -44,9 +44,13 @@ class TimmRules(Rules):
         }
         self._outer = {} if built.adaptation is None else _outer_names(built.adaptation.model, built.model)
 
-    def filter_function(self) -> StateFunction | None:
+    def filter_step(self) -> Step | None:
         """timm's `load_pretrained`, up to where it would set the tensors."""
-        return None if self._adaptation is None else self._adapt
+        if self._adaptation is None:
+            return None
+        made = self._blueprint
+        version = import_timm(made.where).__version__
+        return Step("timm's load_pretrained", self._adapt, f"timm {version} {made.options!r} {made.text}")
 
     def _adapt(self, state: dict[str, Any]) -> Mapping[str, Any]:
         from timm.models import _builder
