@@ -19,6 +19,8 @@ from .tracing import Step
 
 # Entries of a `pretrained_cfg` that say where weights are; a state dict counts only without them.
 _SOURCES = frozenset({"source", "file", "url", "hf_hub_id", "hf_hub_filename"})
+# What a batch norm counts; torch's own load does without.
+_COUNTER = ".num_batches_tracked"
 
 
 class TimmRules(Rules):
@@ -32,6 +34,7 @@ class TimmRules(Rules):
         self._blueprint = built.blueprint
         self._adaptation = built.adaptation
         self._relaxed: set[str] = set()
+        self._counted = True
         numbers: dict[int, list[int]] = defaultdict(list)
         for number, parameter in enumerate(built.registrations.made):
             numbers[id(parameter)].append(number)
@@ -81,6 +84,7 @@ class TimmRules(Rules):
             _builder.load_pretrained(model, **{**options, "pretrained_cfg": {**table, "state_dict": cleaned}})
         found, strict = loaded[-1]
         dropped = filtered.keys() - found.keys()
+        self._counted = any(name.endswith(_COUNTER) for name in found)
         self._relaxed = set()
         if not strict:
             self._relaxed = {self._name(name) for name in (*dropped, *_classifiers(adaptation, table))}
@@ -92,9 +96,9 @@ class TimmRules(Rules):
         return self._outer.get(name, name)
 
     def may_miss(self, names: Collection[str]) -> set[str]:
-        """What timm dropped or could not adapt, and the counters that batch norms of old checkpoints lack."""
-        counters = {name for name in names if name.rpartition(".")[2] == "num_batches_tracked"}
-        return counters | self._relaxed.intersection(names)
+        """What timm dropped or could not adapt, and the counters of batch norms where an old checkpoint has none."""
+        counters = () if self._counted else [name for name in names if name.endswith(_COUNTER)]
+        return {*counters, *self._relaxed.intersection(names)}
 
     def check_initialisable(self, names: Collection[str]) -> None:
         """timm initialises every module."""
