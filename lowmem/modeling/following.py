@@ -162,6 +162,8 @@ class _Here(threading.local):
     # How often this thread could not follow: code that catches every error would hide one.
     refusals = 0
     deriver: Deriver | None = None
+    # What is made for the sake of following is no memory of the code that is followed.
+    uncounted = False
 
 
 HERE = _Here()
@@ -278,7 +280,11 @@ def follow(number: int, shape: Shape, dtype: torch.dtype) -> Followed:
     pieces = (Piece(number, 0, 0, joined([(count, 1, 1)])),) if count else ()
     made = _made(shape, dtype, pieces)
     made.takes = frozenset((number,))
-    made.like = torch.empty(shape, dtype=dtype, device="meta")
+    HERE.uncounted = True
+    try:
+        made.like = torch.empty(shape, dtype=dtype, device="meta")
+    finally:
+        HERE.uncounted = False
     return made
 
 

@@ -354,8 +354,9 @@ def test_a_load_needs_no_memory_for_the_whole(tmp_path: Path) -> None:
     path = write(tmp_path, model)
     size = (path / "model.safetensors").stat().st_size
     del model
+    plan = lowmem.plan(path, num_classes=10, in_chans=1)
     with lowmem.measure() as memory:
         result = lowmem.load(path, num_classes=10, in_chans=1)
     assert size > 150 << 20
-    assert memory.peak < 48 << 20
+    assert memory.peak <= plan.host.peak < 24 << 20
     assert result.model.patch_embed.proj.weight.shape[1] == 1
