@@ -104,6 +104,11 @@ def _to_int8(checkpoint: Checkpoint, request: ConvertRequest, int8: Int8Request,
         )
     origin = find_origin(checkpoint, make_model_request(trust_remote_code=trust_remote_code))
     skeleton = make_skeleton(origin, checkpoint, request.dtype)
+    if skeleton.rules.kind == "timm":
+        raise UnsupportedError(
+            f"{checkpoint.source}: quantize='int8' (--quantize int8): expected a model of transformers, whose config can "
+            "say that its weights are int8, found one of timm; load with quantize='int8' instead"
+        )
     mapping = match(checkpoint, skeleton, rules=request.rules)
     choice = choose_layers(checkpoint, skeleton, mapping, int8, ())
     keys, left = floats_that_become_int8(checkpoint, skeleton, mapping, choice.names)

@@ -150,6 +150,37 @@ def test_an_overlay_changes_the_config(own: Path) -> None:
     assert result.model.pretrained_cfg == by_timm(own, **overlay).pretrained_cfg
 
 
+def test_a_folder_is_converted_but_not_to_int8(own: Path, tmp_path: Path) -> None:
+    lowmem.convert(own, tmp_path / "out", max_shard_size="2MiB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert_same(lowmem.load(tmp_path / "out").model, by_timm(own))
+    with pytest.raises(lowmem.UnsupportedError, match=r"one of timm; load with quantize='int8'"):
+        lowmem.convert(own, tmp_path / "int8", quantize="int8")
+
+
+def test_linear_layers_become_int8_while_they_are_read(own: Path) -> None:
+    model = lowmem.load(own, num_classes=6, in_chans=1, quantize="int8", skip_modules=[]).model
+    assert model.fc.weight.dtype != torch.int8  # initialised, so there is nothing to read
+    write(own, new("vit_tiny_patch16_224"))
+    result = lowmem.load(own, in_chans=1, quantize="int8")
+    assert result.model.blocks[0].attn.qkv.weight.dtype == torch.int8
+    image = torch.linspace(-1, 1, 64 * 64).reshape(1, 1, 64, 64)
+    assert torch.allclose(result.model(image), by_timm(own, in_chans=1)(image), atol=0.02)
+
+
+def test_weights_on_disk_give_the_same(own: Path, tmp_path: Path) -> None:
+    """What is adapted needs a file of its own; another adaptation needs another."""
+    image = torch.linspace(-1, 1, 2 * 64 * 64).reshape(1, 2, 64, 64)
+    with pytest.raises(lowmem.PlacementError, match="offload_folder"):
+        lowmem.load(own, in_chans=2, device_map="disk")
+    for chans in (2, 1, 2):
+        options = {"device_map": "disk", "offload_folder": tmp_path / "off"}
+        model = lowmem.load(own, in_chans=chans, **options).model
+        expected = by_timm(own, in_chans=chans)
+        assert torch.allclose(model(image[:, :chans]), expected(image[:, :chans]), atol=1e-5)
+        lowmem.release(model)
+
+
 def test_a_class_of_transformers_makes_its_wrapper_of_it(own: Path) -> None:
     from transformers import AutoModelForImageClassification
 
