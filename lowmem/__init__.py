@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .offload import release
     from .planner import LoadPlan, Progress
     from .report import LoadReport
+    from .sources import Source
     from .streaming import stream
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ _HOMES = {
     "Progress": "planner",
     "release": "offload",
     "LoadReport": "report",
+    "Source": "sources",
     "stream": "streaming",
 }
 
@@ -97,6 +99,7 @@ __all__ = [
     "PlotError",
     "Progress",
     "RunningError",
+    "Source",
     "SourceError",
     "TensorEntry",
     "UnsupportedError",
