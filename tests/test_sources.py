@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
 import lowmem
 from lowmem import KeysError, OptionError
+from lowmem.report import plan_tables
 
 
 class Tower(nn.Module):
@@ -252,3 +255,16 @@ def test_nothing_is_kept_when_it_is_done(files: dict[str, Any]) -> None:
     del model
     gc.collect()
     assert len([o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]) < before
+
+
+def test_the_report_says_what_each_source_feeds(files: dict[str, Any]) -> None:
+    result = lowmem.load(sources(files), model=Llava)
+    shares = result.report.to_dict()["sources"]
+    state = {"": 6, "model.vision_tower": 7, "model.mm_projector": 4}
+    assert {share["module"]: share["tensors"] for share in shares} == state
+    assert [share["bytes"] for share in shares][2] == sum(v.nbytes for v in files["projector"].values())
+    console = Console(width=200)
+    with console.capture() as printed:
+        console.print(*plan_tables(result.plan))
+    assert re.search(r"model\.vision_tower +\S+tower\.pth +7 ", printed.get())
+    assert lowmem.load(files["folder"] / "tower.pth", model=Tower).plan.to_dict()["sources"] == []

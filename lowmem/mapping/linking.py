@@ -148,8 +148,8 @@ class Linked:
             if front + name in self.sources:
                 raise KeysError(
                     f"the model's {front + name!r}: expected one source for it, found "
-                    f"{self.sources[front + name]!r} and {key!r}; give the source of the smaller module after the other, "
-                    "or leave one of them out by skip= of its lowmem.Source"
+                    f"{self.sources[front + name]!r} and {key!r}; give the source of the smaller module after the "
+                    "other, or leave one of them out by skip= of its lowmem.Source"
                 )
             self.sources[front + name] = key
         self.links += [replace(link, target=front + link.target) for link in other.links] if front else other.links

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.records import stored_bytes
 from ..errors import KeysError, OptionError, UnsupportedError
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
@@ -15,7 +16,7 @@ from .diff import KeyDiff, Naming, bare_diff, make_diff
 from .int8 import pair
 from .linking import Linked, Named, link, resolve
 from .opened import Opened
-from .records import NO_RULES, KeyMapping, KeyRules, Link
+from .records import NO_RULES, KeyMapping, KeyRules, Link, Share
 from .suggest import vocabulary_hint
 
 
@@ -84,6 +85,7 @@ def match(
         made=pairs.made,
         maker="; ".join(makers),
         apart={name: look.part.dtype or "" for look in looks if look.part.path for name in state if look.owns(name)},
+        shares=tuple(look.share() for look in looks) if parts else (),
     )
     if not mapping.missing and not mapping.mismatched:
         return mapping
@@ -143,6 +145,15 @@ class _Look:
                 more = ", …" if len(lost) > 1 else ""
                 said.append(f"{len(lost)} tensors ({lost[0]!r}{more}) are not read: {other} feeds {path!r}")
         return [f"{self.part.label}: {line}" if self.part.label else line for line in said]
+
+    def share(self) -> Share:
+        """What it feeds."""
+        fed = {link.target for link in self.linked.links}
+        entries = [link.entry for link in self.linked.links]
+        for computation in self.linked.computed:
+            fed.update(computation.targets)
+            entries += computation.sources
+        return Share(self.part.path, self.part.checkpoint.source, len(fed), stored_bytes(entries))
 
     def makers(self) -> list[str]:
         """What tells the functions that were used from others."""
