@@ -18,7 +18,7 @@ from ..sizes import shown
 Grid = tuple[int, int]
 _MODES = ("bicubic", "bilinear", "nearest")
 _LAYOUTS = ("tokens", "nchw", "nhwc", "relative")
-# Class and register tokens that models have; more would make most pairs of grids ambiguous.
+# Class and register tokens that models have; among more numbers two could fit.
 _MOST_EXTRA = 16
 
 
@@ -62,8 +62,8 @@ def interpolate(
         grid: the model's, (height, width), or one number for a square. Default: by the shape of its tensor, square.
         from_grid: the checkpoint's, likewise.
         extra_tokens: tokens that are no part of the grid and are kept: class and register tokens in front, and in a
-            table of relative positions those at the end. Default: the number, up to 16, that makes both grids square,
-            where there is only one.
+            table of relative positions those at the end. Default: the one number, up to 16, that makes both grids
+            square.
         mode: `"bicubic"`, `"bilinear"` or `"nearest"`.
         antialias: smooth what is made smaller, as PIL does; not for `"nearest"`.
         align_corners: as in torch's `interpolate`; not for `"nearest"`.
@@ -310,16 +310,14 @@ def _extra_tokens(have: int, want: int, new: Grid | None, old: Grid | None, odd:
     if old is not None:
         return _rest(have, old, "checkpoint", None)
     sides = [(n, _side(have - n), _side(want - n)) for n in range(_MOST_EXTRA + 1)]
-    fitting = [n for n, a, b in sides if a > 1 and b > 1 and not (odd and (a * b) % 2 == 0)]
-    if len(fitting) == 1:
-        return fitting[0]
-    found = f"{have} tokens in the checkpoint and {want} in the model"
-    if fitting:
-        raise ValueError(
-            f"expected one number of extra tokens that leaves square grids, found {' or '.join(map(str, fitting))} for "
-            f"{found}; give extra_tokens="
-        )
-    raise ValueError(f"expected square grids beside extra tokens, found {found}; give grid= and from_grid=")
+    # Of grids of 2 x 2 and more no two pairs are as far apart with so few more tokens beside them.
+    for n, a, b in sides:
+        if a > 1 and b > 1 and not (odd and (a * b) % 2 == 0):
+            return n
+    raise ValueError(
+        f"expected square grids and the same extra tokens, found {have} tokens in the checkpoint and {want} in the "
+        "model; give grid= and from_grid="
+    )
 
 
 def _side(count: int) -> int:
@@ -348,7 +346,7 @@ def _whole_grids(
         return tensor
     grids = tensor if tensor.ndim == 4 else tensor.unsqueeze(0)
     grids = grids.permute(0, 3, 1, 2) if channels_last else grids
-    made = resize(grids, (want[at][0], want[at][1])).to(tensor.dtype)
+    made: torch.Tensor = resize(grids, (want[at][0], want[at][1])).to(tensor.dtype)
     made = made.permute(0, 2, 3, 1) if channels_last else made
     return made.reshape(want)
 
