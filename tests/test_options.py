@@ -58,7 +58,7 @@ def linear() -> nn.Module:
         ("load", "Progress", "progress"),
         ("stream", "devise", "device"),
         ("stream", "device_map", "device"),
-        ("stream", "ram", "rename"),
+        ("stream", "ram", None),
         ("stream", "zzz", None),
     ],
 )

@@ -62,11 +62,12 @@ def _problem(group: Group, made: Sequence[object]) -> str:
         return f"expected {len(group.results)} tensors, found {len(made)}"
     for places, result in zip(group.results, made, strict=True):
         planned = places[0]
-        expected = f"expected {planned.target!r} as {planned.dtype} of shape {planned.shape} on the CPU"
+        given = group.dtype or planned.dtype
+        expected = f"expected {planned.target!r} as {given} of shape {planned.shape} on the CPU"
         if not isinstance(result, torch.Tensor):
             return f"{expected}, found {type(result).__name__}"
         dtype = dtype_name(result.dtype)
-        if (tuple(result.shape), dtype, result.device.type) != (planned.shape, planned.dtype, "cpu"):
+        if (tuple(result.shape), dtype, result.device.type) != (planned.shape, given, "cpu"):
             return f"{expected}, found {dtype} of shape {tuple(result.shape)} on {result.device}"
     return ""
 
@@ -74,6 +75,8 @@ def _problem(group: Group, made: Sequence[object]) -> str:
 def _own(result: torch.Tensor, placement: Placement, taken: set[int]) -> torch.Tensor:
     """The result, dense and alone in its storage: what is a view of a source would keep all of it."""
     storage = result.untyped_storage()
+    if dtype_name(result.dtype) != placement.dtype:
+        return allocate(replace(placement, device="cpu")).copy_(result)
     alone = storage.nbytes() == result.nbytes and storage.data_ptr() not in taken
     if not alone or not result.is_contiguous():
         result = allocate(replace(placement, device="cpu")).copy_(result)

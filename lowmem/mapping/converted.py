@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from .._strides import columns, joined, row_major
 from ..checkpoint import TensorEntry
@@ -27,6 +28,7 @@ class Converted:
         mismatched: targets that would get another shape, under the first key that feeds them.
         sources: target → the first key that feeds it or would.
         leads: target → the one whose dtype it gets, where several are made together.
+        files: target → the file of that key.
     """
 
     links: list[Link] = field(default_factory=list)
@@ -34,6 +36,7 @@ class Converted:
     mismatched: list[Mismatch] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
     leads: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
 
 
 def link_converted(
@@ -64,7 +67,7 @@ def link_converted(
                 )
             if name in found.sources:
                 raise KeysError(collision(first.file, first.key, found.sources[name], name))
-            found.sources[name] = first.key
+            found.sources[name], found.files[name] = first.key, first.file
             if shape == target.shape:
                 fitting.add(name)
             else:
@@ -80,7 +83,9 @@ def link_converted(
         except NotFollowedError:
             if len(fitting) == len(conversion.targets):
                 sources = tuple(entries[key] for key in conversion.keys)
-                found.computed.append(Computation(conversion.what, sources, conversion.targets, conversion.operation))
+                found.computed.append(
+                    Computation(conversion.what, sources, conversion.targets, conversion.operation, conversion.dtype)
+                )
             else:
                 # It is computed as a whole or not at all: those that would fit are missing then, and told so.
                 for name in fitting:

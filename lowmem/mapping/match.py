@@ -14,10 +14,11 @@ from ..errors import KeysError, OptionError, UnsupportedError
 from ..modeling.conversions import Renaming
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
-from .converted import link_converted
+from .converted import Converted, link_converted
 from .diff import KeyDiff, Naming, make_diff
 from .evidence import NOTHING, Evidence, find_evidence
 from .int8 import pair, turned
+from .made import Transforms, make_names, refuse_twice
 from .names import Given, choose, collision, give_names
 from .records import NO_RULES, Computation, KeyMapping, KeyRules, Link, Mismatch, whole
 from .suggest import vocabulary_hint
@@ -44,6 +45,8 @@ def match(
     state = {name: target for name, target in skeleton.targets.items() if target.persistent}
     named = _resolve(checkpoint, skeleton, state, rules)
     found = _link(named, state, skeleton)
+    tracing, changed = named.given.tracing, named.transforms.used(found.sources)
+    makers = [changed] if tracing is None else [tracing.maker(), changed]
     pairs = pair(found.links, skeleton, checkpoint, set(named.given.left_out.values()))
     links, tied, doubled = _resolve_ties(
         replace(found, links=pairs.links), state, untied, set(skeleton.rules.declared_ties().values())
@@ -78,6 +81,7 @@ def match(
         leads=found.leads,
         converted=found.converted,
         made=pairs.made,
+        maker="; ".join(filter(None, makers)) if found.computed else "",
     )
     if not mapping.missing and not mapping.mismatched:
         return mapping
@@ -96,6 +100,7 @@ class _Named:
         left_out: target names of tensors that the user left out.
         unreadable: target name → the key that cannot be read, and why.
         fits: whether an entry may feed a target.
+        transforms: what is done to tensors that feed certain targets.
     """
 
     given: Given = field(repr=False)
@@ -104,11 +109,12 @@ class _Named:
     left_out: Collection[str]
     unreadable: Mapping[str, str]
     fits: Fits
+    transforms: Transforms = field(repr=False)
 
 
 def _resolve(checkpoint: Checkpoint, skeleton: Skeleton, state: Mapping[str, Target], rules: KeyRules) -> _Named:
-    """User's names, evidence, and the renames of the model's kind, in this order."""
-    given = give_names(checkpoint, rules)
+    """User's names, functions, evidence, and the renames of the model's kind, in this order."""
+    given = make_names(give_names(checkpoint, rules), checkpoint, skeleton, rules)
     fits = _fits(checkpoint.source, state, rules)
     renaming = skeleton.rules.rename(given.entries, state)
     evidence = NOTHING
@@ -127,6 +133,7 @@ def _resolve(checkpoint: Checkpoint, skeleton: Skeleton, state: Mapping[str, Tar
         {others[name] for name in given.left_out},
         {others[name]: f"{key!r}: {checkpoint.unreadable[key]}" for name, key in given.unreadable.items()},
         fits,
+        Transforms(checkpoint.source, rules.transforms, state),
     )
 
 
@@ -181,8 +188,11 @@ def _link(named: _Named, state: Mapping[str, Target], skeleton: Skeleton) -> _Li
 
     Raises:
         KeysError: two keys become the same target, or keys cannot be converted.
+        UnsupportedError: what functions made would be converted once more.
     """
     found = _Linked()
+    tracing = named.given.tracing
+    made = tracing.made if tracing is not None else ()
     converted: dict[str, TensorEntry] = {}
     names, sources, fits = named.evidence.names, found.sources, named.fits
     for given, entry in named.given.entries.items():
@@ -191,6 +201,11 @@ def _link(named: _Named, state: Mapping[str, Target], skeleton: Skeleton) -> _Li
         target = state.get(name)
         if target is None:
             found.unexpected.append(key)
+            continue
+        if given in made or name in named.transforms:
+            refuse_twice(changed, entry, named.renaming)
+            conversion, entries = named.transforms.conversion(given, entry, target, tracing)
+            _add(found, link_converted([conversion], entries, state))
             continue
         if changed in named.renaming.converted:
             if changed in converted:
@@ -212,28 +227,30 @@ def _link(named: _Named, state: Mapping[str, Target], skeleton: Skeleton) -> _Li
             reshaped = replace(entry, shape=target.shape) if entry.strides is None else entry
             found.links.append(Link(reshaped, name, whole(target.shape)))
     if converted:
-        _add_converted(found, converted, named, state, skeleton)
+        conversions = skeleton.rules.convert(converted, named.renaming, state)
+        _add(found, link_converted(conversions, converted, state))
+    if found.converted:
+        # In the checkpoint's file order again.
+        order = {entry.key: i for i, entry in enumerate(named.given.sources)}
+        found.links.sort(key=lambda link: (order[link.entry.key], link.entry.offset))
     return found
 
 
-def _add_converted(
-    found: _Linked,
-    entries: Mapping[str, TensorEntry],
-    named: _Named,
-    state: Mapping[str, Target],
-    skeleton: Skeleton,
-) -> None:
-    more = link_converted(skeleton.rules.convert(entries, named.renaming, state), entries, state)
+def _add(found: _Linked, more: Converted) -> None:
+    """What conversions feed, too.
+
+    Raises:
+        KeysError: it is fed already.
+    """
     for name, key in more.sources.items():
         if name in found.sources:
-            raise KeysError(collision(named.given.entries[key].file, key, found.sources[name], name))
+            raise KeysError(collision(more.files[name], key, found.sources[name], name))
     found.sources.update(more.sources)
+    found.links += more.links
     found.mismatched += more.mismatched
     found.computed += more.computed
-    found.leads, found.converted = more.leads, frozenset(more.sources)
-    # In the checkpoint's file order again.
-    order = {entry.key: i for i, entry in enumerate(named.given.entries.values())}
-    found.links = sorted([*found.links, *more.links], key=lambda link: (order[link.entry.key], link.entry.offset))
+    found.leads.update(more.leads)
+    found.converted |= more.sources.keys()
 
 
 def _resolve_ties(

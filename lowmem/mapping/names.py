@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .._patterns import name_matches
 from ..checkpoint import Checkpoint, TensorEntry
 from ..errors import KeysError, OptionError, UnsupportedError
+from ..modeling.tracing import Tracing
 from ..sizes import shown
 from .records import KeyRules, RenameRule
 
@@ -21,13 +22,20 @@ class Given:
         entries: the chosen tensors under their new names, in file order.
         left_out: new name → key of tensors that `only` and `skip` leave.
         unreadable: new name → key of chosen tensors that cannot be read.
-        idle: rules that changed no name, a sentence each.
+        idle: rules that changed no name, and tensors that functions leave out, a sentence each.
+        tracing: what functions made of the tensors, if there are any; `entries` is what they gave then.
     """
 
     entries: Mapping[str, TensorEntry] = field(repr=False)
     left_out: Mapping[str, str] = field(repr=False)
     unreadable: Mapping[str, str] = field(repr=False)
     idle: tuple[str, ...] = ()
+    tracing: Tracing | None = field(default=None, repr=False)
+
+    @property
+    def sources(self) -> Iterable[TensorEntry]:
+        """The chosen tensors of the checkpoint, in file order."""
+        return (self.entries if self.tracing is None else self.tracing.given).values()
 
 
 def give_names(checkpoint: Checkpoint, rules: KeyRules) -> Given:

@@ -120,17 +120,18 @@ class Computation:
 
     Attributes:
         what: the operation's name, for messages.
-        sources: what it takes, in order. Each is cast to the final dtype of the first target before, if `casts`.
+        sources: what it takes, in order. Each is cast to the final dtype of the first target before, unless `dtype`
+            is given.
         targets: names of the model's tensors that it gives, in order.
         operation: the operation.
-        casts: the sources are cast before; else they come as they are, and what is made of them is cast.
+        dtype: of what the operation gives, where its sources come as they are and the results are cast. Else empty.
     """
 
     what: str
     sources: tuple[TensorEntry, ...]
     targets: tuple[str, ...]
     operation: Operation
-    casts: bool = True
+    dtype: str = ""
 
 
 RenameRule = tuple[re.Pattern[str], str] | Callable[[str], str]
@@ -138,7 +139,7 @@ RenameRule = tuple[re.Pattern[str], str] | Callable[[str], str]
 
 @dataclass(frozen=True, slots=True)
 class KeyRules:
-    """What the user said about keys. In this order: `prefix`, `only` and `skip`, `preset`, `filter_fn`, `rename`.
+    """What the user said about keys. In this order: `prefix`, `only` and `skip`, `rename`, `preset`, `filter_fn`.
 
     Attributes:
         prefix: take only the keys inside this module, without it: `"backbone"` makes `backbone.a` into `a`.
@@ -207,6 +208,7 @@ class KeyMapping:
         leads: target → the one whose dtype the model's kind gives it, where one tensor becomes several.
         converted: targets that are not the tensor of their key as it is.
         made: targets with the row scales of weights that become int8 on the way: scales → weight.
+        maker: what tells functions that compute tensors from others, beside the model's own; empty without them.
     """
 
     links: tuple[Link, ...]
@@ -225,6 +227,7 @@ class KeyMapping:
     leads: Mapping[str, str] = field(default_factory=dict)
     converted: frozenset[str] = frozenset()
     made: Mapping[str, str] = field(default_factory=dict)
+    maker: str = ""
 
     @functools.cached_property
     def fed(self) -> frozenset[str]:

@@ -94,7 +94,8 @@ class Conversion:
         operation: computes the tensors of `targets` from those of `keys`.
         parts: which part of the one goes where in the other, all of `targets`; None when that could not be found out,
             so that `operation` must be run.
-        casts: the sources are cast before `operation`; else they come as they are, and what it gives is cast.
+        dtype: of what `operation` gives, where the sources come as they are and the results are cast to their final
+            dtype. Empty where the sources are cast before, to the final dtype of the first target.
     """
 
     what: str
@@ -103,4 +104,4 @@ class Conversion:
     shapes: tuple[tuple[int, ...], ...]
     operation: Operation
     parts: tuple[Part, ...] | None = None
-    casts: bool = True
+    dtype: str = ""

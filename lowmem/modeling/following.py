@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -148,22 +148,33 @@ def _within(
     return parts
 
 
-class _Refusals(threading.local):
-    """How often a thread could not follow: code that catches every error would hide one."""
+class Deriver(Protocol):
+    """Goes on where a step cannot be followed."""
 
-    count = 0
+    def is_changed(self, arguments: Any) -> bool:
+        """Whether one of the tensors has other values than its pieces say."""
+
+    def derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function of torch gives, without pieces."""
 
 
-_REFUSALS = _Refusals()
+class _Here(threading.local):
+    # How often this thread could not follow: code that catches every error would hide one.
+    refusals = 0
+    deriver: Deriver | None = None
+
+
+HERE = _Here()
 
 
 def refusals() -> int:
     """How often this thread could not follow yet; what was made while it rose is not what values would make."""
-    return _REFUSALS.count
+    return HERE.refusals
 
 
-def _refuse(what: str) -> NotFollowedError:
-    _REFUSALS.count += 1
+def refuse(what: str) -> NotFollowedError:
+    """The error for what cannot be followed, which is counted."""
+    HERE.refusals += 1
     return NotFollowedError(what)
 
 
@@ -174,7 +185,9 @@ class Followed(torch.Tensor):
     meta device, to which everything is done too: so shapes, strides and errors are torch's own.
     """
 
+    # None where only the sources are known that it takes (see `deriving`).
     pieces: tuple[Piece, ...]
+    takes: frozenset[int]
     like: torch.Tensor
 
     # What is made of it must be dispatched, not merely bear its class.
@@ -184,10 +197,13 @@ class Followed(torch.Tensor):
         return f"Followed({tuple(self.shape)}, {self.pieces})"
 
     def _has_no_values(self, *_: Any, **__: Any) -> Any:
-        raise _refuse("the values of a tensor")
+        raise refuse("the values of a tensor")
 
     # What torch refuses for every tensor of a class of its own, and not for the checkpoint's.
     numpy = tolist = data_ptr = untyped_storage = __array__ = __dlpack__ = _has_no_values
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.clone()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -196,13 +212,20 @@ class Followed(torch.Tensor):
         name = func.overloadpacket.__name__
         step = _STEPS.get(name)
         kwargs = kwargs or {}
+        deriver = HERE.deriver
+        if deriver is not None and deriver.is_changed((args, kwargs)):
+            step = None
         if step is None or kwargs.get("out") is not None or kwargs.get("device") not in (None, torch.device("cpu")):
-            raise _refuse(f"torch's {name}")
+            if deriver is not None:
+                return deriver.derive(func, args, kwargs)
+            raise refuse(f"torch's {name}")
         here = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory", "non_blocking")}
         try:
             made = step(*args, **here)
         except (NotFollowedError, TypeError):
-            raise _refuse(f"torch's {name}") from None
+            if deriver is not None:
+                return deriver.derive(func, args, kwargs)
+            raise refuse(f"torch's {name}") from None
         like = func(*map(_like, args), **here)
         if isinstance(made, Followed):
             return _settled(made, like)
@@ -213,14 +236,14 @@ def _like(value: Any) -> Any:
     if isinstance(value, Followed):
         return value.like
     if isinstance(value, torch.Tensor):
-        raise _refuse("a tensor that is no source")
+        raise refuse("a tensor that is no source")
     return list(map(_like, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _settled(made: Followed, like: torch.Tensor) -> Followed:
     """What a step made, lying as torch would have it."""
     if made.shape != like.shape or made.dtype != like.dtype:
-        raise _refuse("a result of another shape")
+        raise refuse("a result of another shape")
     if made.stride() != like.stride():
         made = _made(made.shape, made.dtype, made.pieces, like.stride())
     made.like = like
@@ -234,6 +257,18 @@ def _made(
         Followed, tuple(shape), strides=strides, dtype=dtype, device=torch.device("cpu")
     )
     made.pieces = pieces
+    made.takes = frozenset(piece.source for piece in pieces)
+    return made
+
+
+def derived(like: torch.Tensor, takes: frozenset[int]) -> Followed:
+    """A tensor that lies as `like` does, without values or pieces, made of these sources."""
+    made: Followed = torch.Tensor._make_wrapper_subclass(
+        Followed, tuple(like.shape), strides=like.stride(), dtype=like.dtype, device=torch.device("cpu")
+    )
+    made.pieces = None  # type: ignore[assignment]
+    made.takes = takes
+    made.like = like
     return made
 
 
@@ -242,6 +277,7 @@ def follow(number: int, shape: Shape, dtype: torch.dtype) -> Followed:
     count = math.prod(shape)
     pieces = (Piece(number, 0, 0, joined([(count, 1, 1)])),) if count else ()
     made = _made(shape, dtype, pieces)
+    made.takes = frozenset((number,))
     made.like = torch.empty(shape, dtype=dtype, device="meta")
     return made
 

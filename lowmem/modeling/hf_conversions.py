@@ -11,27 +11,24 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import logging
 import pickle
 import traceback
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._strides import Shape, columns
 from ..checkpoint import TensorEntry
 from ..errors import KeysError
 from .conversions import Conversion, Cost, Part, Renaming
 from .following import Followed, NotFollowedError, follow, refusals
+from .rehearsing import Counting, rehearse
 from .targets import Target, dtype_name
 
 # Transforms of one key know nothing of the keys before it; any other may, and wants them in transformers' order.
@@ -252,7 +249,7 @@ class _Group:
         """Find out what the operations give, without values; `reason`: why they could not be followed."""
         traceback.clear_frames(reason.__traceback__)
         try:
-            results = _ConverterOperation(self, ()).rehearse(target.dtype, _Counting())
+            results = _ConverterOperation(self, ()).rehearse(target.dtype, Counting())
         except Exception as error:
             # Where torch refuses too, what was said first says more.
             first = error if isinstance(reason, NotFollowedError) else reason
@@ -279,36 +276,19 @@ class _ConverterOperation:
 
     def cost(self, dtype: str) -> Cost:
         """What it gives and takes when its sources are cast to `dtype` before."""
-        counting = _Counting()
+        counting = Counting()
         results = self.rehearse(dtype, counting)
         ends = [(tuple(results[name].shape), dtype_name(results[name].dtype)) for name in self.targets]
         return Cost(tuple(ends), max(0, counting.most - sum(result.nbytes for result in results.values())))
 
-    def rehearse(self, dtype: str, counting: _Counting) -> dict[str, torch.Tensor]:
+    def rehearse(self, dtype: str, counting: Counting) -> dict[str, torch.Tensor]:
         """Target name → tensor without values, from sources that are cast to `dtype` before.
 
         Args:
             dtype: name of the dtype.
             counting: counts what is made meanwhile.
         """
-        refusal: Exception | None = None
-        try:
-            # What it makes itself has no memory either; but the numbers by which it indexes may have to be there.
-            for device, surrounding in (("meta", _on_meta), ("cpu", _in_disguise), ("meta", nullcontext)):
-                with surrounding():
-                    sources = self._sources(dtype, device)
-                    counting.reset()
-                    try:
-                        with counting:
-                            return self.run(sources)
-                    except Exception as error:
-                        traceback.clear_frames(error.__traceback__)
-                        refusal = refusal or error
-            assert refusal is not None
-            raise refusal
-        finally:
-            # It knows this frame, which would be kept until the collector runs.
-            del refusal
+        return rehearse(counting, lambda device: self._sources(dtype, device), self.run)
 
     def _sources(self, dtype: str, device: str) -> list[torch.Tensor]:
         return [
@@ -354,65 +334,3 @@ def _described(operation: Any) -> str:
     except Exception:
         return f"{cls.__module__}.{cls.__qualname__} {uuid.uuid4().hex}"
     return f"{cls.__module__}.{cls.__qualname__} {settings} {source}"
-
-
-def _on_meta() -> AbstractContextManager[Any]:
-    return torch.device("meta")
-
-
-@contextmanager
-def _in_disguise() -> Iterator[None]:
-    """Tensors without values say that they are on the CPU: code may bring them there."""
-    # Most operations need it not.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    # Every error is logged there besides.
-    log = logging.getLogger(FakeTensorMode.__module__)
-    before, log.disabled = log.disabled, True
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        log.disabled = before
-
-
-class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that are made inside of it, at the worst moment."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was counted."""
-        self.most = 0
-        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {_storage(tensor) for tensor in _tensors((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            if _storage(tensor) not in before:
-                storage = tensor.untyped_storage()
-                self._held[_storage(tensor)] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
-        self._held = {number: held for number, held in self._held.items() if not _is_gone(held[0])}
-        self.most = max(self.most, sum(nbytes for _, nbytes in self._held.values()))
-        return result
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    number: int = tensor.untyped_storage()._cdata
-    return number
-
-
-def _is_gone(storage: StorageWeakRef) -> bool:
-    gone: bool = storage.expired()  # type: ignore[no-untyped-call]
-    return gone
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for part in value for t in _tensors(part)] if isinstance(value, (list, tuple)) else []

@@ -9,9 +9,10 @@ from torch import nn
 
 from ..checkpoint import TensorEntry
 from ..errors import ModelError
-from .conversions import Conversion, Renaming, StateFunction
+from .conversions import Conversion, Renaming
 from .empty import real_tensors
 from .targets import Target, owner_of, walk
+from .tracing import Step
 
 
 class Rules:
@@ -36,8 +37,8 @@ class Rules:
         """Targets that will share a tensor after the load, beyond those that share one now."""
         return {}
 
-    def filter_function(self) -> StateFunction | None:
-        """What this kind does to a state dict before all else; it is run on tensors without values. None: nothing."""
+    def filter_step(self) -> Step | None:
+        """What this kind does to a state dict, by a function that is run on tensors without values. None: nothing."""
         return None
 
     def rename(self, entries: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> Renaming:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -53,7 +54,11 @@ def price(skeleton: Skeleton, mapping: KeyMapping, final: Mapping[str, str]) -> 
                     f"{_where(computation)}: the operation {computation.what} makes {name!r} of dtype {dtype}, which "
                     f"torch {torch.__version__} does not have; a later torch may"
                 )
-            dtypes[name] = dtype
+            if not computation.dtype:
+                dtypes[name] = dtype
+            elif dtype != final[name]:
+                # Both are there while the one is cast to the other.
+                cost = replace(cost, scratch=cost.scratch + nbytes_of(shape, dtype))
         costs.append(cost)
     dtypes.update({name: dtypes[leader] for name, leader in mapping.tied.items() if leader in dtypes})
     return costs, dtypes
@@ -71,15 +76,18 @@ def group_of(computation: Computation, cost: Cost, dtype: str, results: Sequence
     Args:
         computation: what is computed.
         cost: what it takes.
-        dtype: what its sources are cast to.
+        dtype: what its sources are cast to, if it is not one that takes them as they are.
         results: where each tensor that it gives goes.
     """
     sources = []
     for entry in computation.sources:
         link = Link(entry, entry.key, whole(entry.shape))
-        nbytes = nbytes_of(entry.shape, dtype)
-        sources.append(Placement(entry.key, (entry.key,), entry.shape, dtype, nbytes, "cpu", "copy", (link,)))
-    return Group(computation.what, computation.operation, tuple(sources), tuple(results), cost.scratch)
+        held = entry.dtype if computation.dtype else dtype
+        nbytes = nbytes_of(entry.shape, held)
+        sources.append(Placement(entry.key, (entry.key,), entry.shape, held, nbytes, "cpu", "copy", (link,)))
+    return Group(
+        computation.what, computation.operation, tuple(sources), tuple(results), cost.scratch, computation.dtype
+    )
 
 
 def about(groups: Sequence[Group]) -> list[str]:
@@ -95,10 +103,10 @@ def about(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def maker_of(skeleton: Skeleton) -> str:
+def maker_of(skeleton: Skeleton, mapping: KeyMapping) -> str:
     """What tells a computing model from others: its class, its config, by which an operation may work, and those."""
     model = skeleton.model
     described = getattr(getattr(model, "config", None), "to_json_string", None)
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     config = described() if callable(described) else ""
-    return f"torch {torch.__version__}: {kind} {config} {skeleton.rules.how_converted()}"
+    return f"torch {torch.__version__}: {kind} {config} {skeleton.rules.how_converted()}{mapping.maker}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -68,7 +69,7 @@ def final_dtypes(
             checked.add(cast)
     for computation in mapping.computed:
         for source in computation.sources:
-            check_cast(source.key, source.dtype, final[computation.targets[0]])
+            check_cast(source.key, computation.dtype or source.dtype, final[computation.targets[0]])
     for name, entry in reversed(entries.items()):
         own = skeleton.targets[name].dtype
         by_rows = name in floats or skeleton.targets[name].scales
@@ -85,6 +86,10 @@ def _made_of(mapping: KeyMapping) -> dict[str, TensorEntry]:
     """Computed target → the source whose dtype it would have."""
     made = {}
     for computation in mapping.computed:
+        if computation.dtype:
+            source = replace(computation.sources[0], dtype=computation.dtype)
+            made.update(dict.fromkeys(computation.targets, source))
+            continue
         floats = [source for source in computation.sources if is_floating(source.dtype)]
         if floats:
             made.update(dict.fromkeys(computation.targets, floats[0]))

@@ -263,7 +263,9 @@ def _bounds(draft: Draft, placements: Sequence[Placement], offload: OffloadPlan 
 def _offload(
     draft: Draft, placements: Sequence[Placement], groups: Sequence[Group], folder: Path
 ) -> OffloadPlan | None:
-    return plan_offload(draft.checkpoint, placements, folder, groups, maker_of(draft.skeleton) if groups else "")
+    return plan_offload(
+        draft.checkpoint, placements, folder, groups, maker_of(draft.skeleton, draft.mapping) if groups else ""
+    )
 
 
 def _running(

@@ -213,6 +213,7 @@ class Group:
         sources: in its order, each in host memory in the dtype that it is cast to.
         results: where each tensor that it gives ends up: in several places where it is tied across devices.
         scratch: bytes that it takes besides.
+        dtype: of what the operation gives, where that is cast afterwards; else empty.
     """
 
     what: str
@@ -220,6 +221,7 @@ class Group:
     sources: tuple[Placement, ...]
     results: tuple[tuple[Placement, ...], ...]
     scratch: int
+    dtype: str = ""
 
     @property
     def nbytes(self) -> int:

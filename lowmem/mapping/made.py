@@ -1,0 +1,144 @@
+"""Functions of a state dict in a mapping: presets, the user's filter, that of the model's kind, and transforms."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .._patterns import name_matches
+from ..checkpoint import Checkpoint, TensorEntry
+from ..errors import KeysError, UnsupportedError
+from ..modeling.conversions import Conversion, Renaming
+from ..modeling.skeleton import Skeleton
+from ..modeling.targets import Target
+from ..modeling.tracing import Change, Step, Tracing
+from ..sizes import shown
+from .names import Given
+from .records import KeyRules
+from .transforms import Transform
+
+
+def make_names(given: Given, checkpoint: Checkpoint, skeleton: Skeleton, rules: KeyRules) -> Given:
+    """What the functions make of the chosen tensors, under the names that they give them.
+
+    Raises:
+        KeysError: a function fails, or gives something else than tensors.
+        UnsupportedError: it asks for the values of tensors.
+    """
+    steps = tuple(_steps(skeleton, rules))
+    if not steps or not given.entries:
+        return given
+    tracing = Tracing(steps, given.entries, checkpoint.source)
+    idle = given.idle
+    if tracing.left_out:
+        first = given.entries[tracing.left_out[0]].key
+        more = ", …" if len(tracing.left_out) > 1 else ""
+        idle = (*idle, f"{tracing.what}: {len(tracing.left_out)} tensors are left out ({first!r}{more})")
+    return replace(given, entries=tracing.entries, tracing=tracing, idle=idle)
+
+
+def _steps(skeleton: Skeleton, rules: KeyRules) -> list[Step]:
+    steps = []
+    preset, function = rules.preset, rules.filter_fn
+    if preset is not None:
+        shapes = {name: target.shape for name, target in skeleton.targets.items() if target.persistent}
+        what = f"preset {preset.name!r}"
+        # A preset is data of lowmem's own.
+        steps.append(Step(what, lambda state: preset.apply(state, shapes), repr(preset)))
+    if function is not None:
+        named = getattr(function, "__qualname__", None) or repr(function)
+        steps.append(_with_model(f"filter_fn {named}", function, skeleton.model))
+    kind = skeleton.rules.filter_step()
+    return steps if kind is None else [*steps, kind]
+
+
+def _with_model(what: str, function: Callable[..., Mapping[str, Any]], model: nn.Module) -> Step:
+    """A function as a step; one that has a place for a model is given that, as timm gives it.
+
+    The second argument is one, unless it has a value already and is not called so.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        places = [p for p in inspect.signature(function).parameters.values() if p.kind in kinds]
+    except (TypeError, ValueError):
+        places = []
+    if len(places) > 1 and (places[1].default is inspect.Parameter.empty or places[1].name == "model"):
+        step = Step(what, function)
+        return replace(step, function=lambda state: function(state, model), maker=step.described())
+    return Step(what, function)
+
+
+class Transforms:
+    """What is done to tensors that feed certain targets.
+
+    Args:
+        source: the checkpoint, for messages.
+        asked: names of the model, or patterns, with their transforms; the first that fits counts.
+        state: the targets of the state dict.
+
+    Raises:
+        KeysError: a name that the model does not have.
+    """
+
+    def __init__(self, source: str, asked: tuple[tuple[str, Transform], ...], state: Mapping[str, Target]) -> None:
+        self._source = source
+        self._by_target: dict[str, Transform] = {}
+        for pattern, transform in reversed(asked):
+            names = [pattern] if pattern in state else [name for name in state if name_matches(name, pattern)]
+            if not names:
+                raise KeysError(
+                    f"{source}: transforms: {shown(pattern)}: expected a tensor, a module or a pattern with *, found "
+                    "no such name in the model"
+                )
+            self._by_target.update(dict.fromkeys(names, transform))
+
+    def used(self, targets: Collection[str]) -> str:
+        """What tells the transforms of these targets from others."""
+        return "; ".join(f"{name}: {t.what}" for name, t in self._by_target.items() if name in targets)
+
+    def __contains__(self, target: str) -> bool:
+        return target in self._by_target
+
+    def conversion(
+        self, name: str, entry: TensorEntry, target: Target, tracing: Tracing | None
+    ) -> tuple[Conversion, Mapping[str, TensorEntry]]:
+        """How a tensor becomes a target, and the tensors by the names that this has for them.
+
+        Args:
+            name: of the tensor, among the given ones.
+            entry: the tensor.
+            target: the target.
+            tracing: what made the tensor, if anything did.
+
+        Raises:
+            KeysError: the transform cannot change it.
+        """
+        transform = self._by_target.get(target.name)
+        if tracing is None or name not in tracing.made:
+            tracing = Tracing((), {name: entry}, self._source)
+        if transform is None:
+            return tracing.conversion(name, target.name), tracing.given
+        change = _change(transform, target)
+        return tracing.conversion(name, target.name, change, transform.what), tracing.given
+
+
+def _change(transform: Transform, target: Target) -> Change:
+    return lambda tensor: transform(tensor, target.shape)
+
+
+def refuse_twice(name: str, entry: TensorEntry, renaming: Renaming) -> None:
+    """Refuse what both a function and the model's own conversion would change.
+
+    Raises:
+        UnsupportedError: both do.
+    """
+    if name in renaming.converted:
+        raise UnsupportedError(
+            f"{entry.file}: tensor {entry.key!r}: expected one way for it to become {renaming.names[name]!r}, found a "
+            "preset, filter or transform that changes it beside the model's own conversion; leave that tensor to the "
+            "latter"
+        )

@@ -1,0 +1,113 @@
+"""Code that nobody here has seen, run once on tensors without values: what it gives, and the memory that it takes."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .following import Followed
+
+R = TypeVar("R")
+
+
+def rehearse(
+    counting: Counting, sources: Callable[[str], list[torch.Tensor]], run: Callable[[list[torch.Tensor]], R]
+) -> R:
+    """What `run` gives of tensors without values.
+
+    Args:
+        counting: counts what is made meanwhile.
+        sources: makes them on a device.
+        run: what is rehearsed; several times, where it is not content with where its tensors are.
+
+    Raises:
+        Exception: what `run` raised when it was run first.
+    """
+    refusal: Exception | None = None
+    try:
+        # What it makes itself has no memory either; but the numbers by which it indexes may have to be there.
+        for device, surrounding in (("meta", _on_meta), ("cpu", _in_disguise), ("meta", nullcontext)):
+            with surrounding():
+                given = sources(device)
+                counting.reset()
+                try:
+                    with counting:
+                        return run(given)
+                except Exception as error:
+                    traceback.clear_frames(error.__traceback__)
+                    refusal = refusal or error
+        assert refusal is not None
+        raise refusal
+    finally:
+        # It knows this frame, which would be kept until the collector runs.
+        del refusal
+
+
+def _on_meta() -> AbstractContextManager[Any]:
+    return torch.device("meta")
+
+
+@contextmanager
+def _in_disguise() -> Iterator[None]:
+    """Tensors without values say that they are on the CPU: code may bring them there."""
+    # Most operations need it not.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # Every error is logged there besides.
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        log.disabled = before
+
+
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that are made inside of it, at the worst moment."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self.most = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {_storage(tensor) for tensor in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            if _storage(tensor) not in before:
+                storage = tensor.untyped_storage()
+                self._held[_storage(tensor)] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+        self._held = {number: held for number, held in self._held.items() if not _is_gone(held[0])}
+        self.most = max(self.most, sum(nbytes for _, nbytes in self._held.values()))
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def _is_gone(storage: StorageWeakRef) -> bool:
+    gone: bool = storage.expired()  # type: ignore[no-untyped-call]
+    return gone
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        # What is followed has no memory, here or later.
+        return [] if isinstance(value, Followed) else [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for part in value for t in _tensors(part)] if isinstance(value, (list, tuple)) else []

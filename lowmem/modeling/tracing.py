@@ -1,0 +1,260 @@
+"""A function of a state dict, written down: which of its results are sources, parts of them, or must be computed.
+
+It is run once on tensors without values (`deriving`). What it gives as it came in stays a tensor of the checkpoint,
+what it only moves about becomes parts, and for anything else it is run again while loading, with the values of just the
+tensors that the result is made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .._strides import Shape, columns
+from ..checkpoint import TensorEntry
+from ..errors import KeysError, LowmemError, UnsupportedError
+from .conversions import Conversion, Cost, Part, StateFunction
+from .deriving import Deriving
+from .failures import describe
+from .following import Followed, NotFollowedError, follow, refusals
+from .rehearsing import Counting, rehearse
+from .targets import dtype_name
+
+# Of one tensor, to one: what is done to a result at last.
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A function that is one of several in a row.
+
+    Attributes:
+        what: its name, for messages.
+        function: of a state dict, to one.
+        maker: what tells it from others, if its own source does not: equal texts mean equal results.
+    """
+
+    what: str
+    function: StateFunction
+    maker: str = ""
+
+    def described(self) -> str:
+        """What tells it from others; another text each time where that cannot be told."""
+        text = self.maker or uuid.uuid4().hex
+        function: Any = self.function
+        if not self.maker and inspect.isfunction(function) and not function.__closure__:
+            with suppress(OSError, TypeError):
+                text = inspect.getsource(function)
+        return f"{self.what} {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+class Tracing:
+    """What functions make of tensors of a checkpoint.
+
+    Attributes:
+        entries: name → result. One that is a tensor of the checkpoint as it lies is that; any other has the shape and
+            dtype of the result, and the place of the first tensor that it is made of.
+        made: names of the others.
+        left_out: names of tensors of the checkpoint that no result is made of.
+        given: tensors of the checkpoint, by the names that the first function is given them under.
+        what: names of the functions, for messages.
+    """
+
+    def __init__(self, steps: tuple[Step, ...], entries: Mapping[str, TensorEntry], source: str) -> None:
+        """Run the functions, one after the other.
+
+        Args:
+            steps: the functions.
+            entries: tensors of the checkpoint, by the names that the first function is given them under, in file order.
+            source: the checkpoint, for messages.
+
+        Raises:
+            KeysError: a function fails, or gives something else than tensors.
+            UnsupportedError: it asks for the values of tensors.
+        """
+        self.what = " and ".join(step.what for step in steps)
+        self._steps = steps
+        self._source = source
+        # What torch has no dtype for goes by.
+        self.given = entries
+        self._given = {name: entry for name, entry in entries.items() if hasattr(torch, entry.dtype)}
+        self._names = tuple(self._given)
+        self._results, self._deriving = self._traced()
+        self.entries = {name: entry for name, entry in entries.items() if name not in self._given}
+        self.made: set[str] = set()
+        used: set[int] = set()
+        for name, result in self._results.items():
+            takes = self._deriving.takes(result)
+            used |= takes
+            as_it_lies = self._as_it_lies(result)
+            if as_it_lies is None:
+                self.made.add(name)
+                self.entries[name] = self._described(result, takes)
+            else:
+                self.entries[name] = self._given[as_it_lies]
+        self.left_out = tuple(name for i, name in enumerate(self._names) if i not in used)
+
+    def maker(self) -> str:
+        """What tells these functions from others: equal texts mean equal results."""
+        return "; ".join(step.described() for step in self._steps)
+
+    def conversion(self, name: str, target: str, change: Change | None = None, what: str = "") -> Conversion:
+        """How a result becomes a target of the model.
+
+        Args:
+            name: of the result.
+            target: the target's.
+            change: what is done to it at last.
+            what: the name of that, for messages.
+
+        Raises:
+            KeysError, UnsupportedError: as when the functions are run.
+        """
+        result = self._results[name]
+        what = " and ".join(filter(None, (self.what, what)))
+        if change is not None:
+            with self._deriving:
+                result = self._refusing(what, change, result)
+        takes = sorted(self._deriving.takes(result))
+        keys = tuple(self._names[i] for i in takes) or self._smallest()
+        made = Conversion(what, keys, (target,), (tuple(result.shape),), _Again(self, name, keys, change))
+        if not isinstance(result, Followed) or result.pieces is None or self._deriving.is_changed(result):
+            return replace(made, dtype=dtype_name(result.dtype))
+        parts = []
+        for piece in result.pieces:
+            shape, into, strides = columns(piece.dimensions)
+            source = self._names[piece.source]
+            parts.append(Part(source, piece.offset, strides, target, piece.into, into, shape))
+        return replace(made, parts=tuple(parts))
+
+    def run(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Name → result, from these tensors; all others have no values."""
+        state: dict[str, Any] = {
+            name: tensors[name] if name in tensors else self._followed(i) for i, name in enumerate(self._names)
+        }
+        for step in self._steps:
+            state = self._refusing(step.what, _run, step, state)
+        return state
+
+    def shape_and_dtype(self, name: str) -> tuple[Shape, torch.dtype]:
+        """Of a tensor that the first function is given."""
+        entry = self._given[name]
+        return entry.shape, getattr(torch, entry.dtype)
+
+    def _followed(self, number: int) -> Followed:
+        return follow(number, *self.shape_and_dtype(self._names[number]))
+
+    def _traced(self) -> tuple[dict[str, torch.Tensor], Deriving]:
+        refusal: LowmemError | None = None
+        try:
+            # What a function makes itself needs no memory; but the numbers by which it indexes may have to be there.
+            for surrounding in (torch.device("meta"), nullcontext()):
+                deriving = Deriving()
+                before = refusals()
+                try:
+                    with surrounding, deriving, torch.no_grad():
+                        results = self.run({})
+                    if refusals() == before:
+                        return results, deriving
+                    raise UnsupportedError(_asks(self._source, self.what, "goes on where it asks for values"))
+                except LowmemError as error:
+                    traceback.clear_frames(error.__traceback__)
+                    refusal = error
+            assert refusal is not None
+            raise refusal
+        finally:
+            # It knows this frame, which would be kept until the collector runs.
+            del refusal
+
+    def _refusing(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (LowmemError, MemoryError):
+            raise
+        except NotFollowedError as error:
+            raise UnsupportedError(_asks(self._source, what, f"asks for {error}")) from error
+        except Exception as error:
+            raise KeysError(
+                f"{self._source}: {what} failed: {describe(error)}; "
+                f"check that it is meant for this checkpoint and this model"
+            ) from error
+
+    def _as_it_lies(self, result: torch.Tensor) -> str | None:
+        """The tensor of the checkpoint that a result is, or None."""
+        if not isinstance(result, Followed) or len(result.takes) != 1 or self._deriving.is_changed(result):
+            return None
+        number = next(iter(result.takes))
+        source = self._followed(number)
+        same = (result.shape, result.dtype, result.pieces) == (source.shape, source.dtype, source.pieces)
+        return self._names[number] if same else None
+
+    def _described(self, result: torch.Tensor, takes: frozenset[int]) -> TensorEntry:
+        key = self._names[min(takes)] if takes else self._smallest()[0]
+        return replace(self._given[key], shape=tuple(result.shape), dtype=dtype_name(result.dtype), strides=None)
+
+    def _smallest(self) -> tuple[str, ...]:
+        """What is read beside a result that is made of nothing."""
+        return (min(self._names, key=lambda name: self._given[name].nbytes),)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Again:
+    """The functions, run again for one result."""
+
+    tracing: Tracing
+    name: str
+    keys: tuple[str, ...]
+    change: Change | None
+
+    def cost(self, dtype: str) -> Cost:
+        """What it gives and takes; the sources come as they are, whatever `dtype` is."""
+        counting = Counting()
+        result = rehearse(counting, self._empty, self._run)
+        ends = ((tuple(result.shape), dtype_name(result.dtype)),)
+        return Cost(ends, max(0, counting.most - result.nbytes))
+
+    def __call__(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The result; `sources` is empty afterwards."""
+        return [self._run(sources)]
+
+    def _empty(self, device: str) -> list[torch.Tensor]:
+        ends = map(self.tracing.shape_and_dtype, self.keys)
+        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in ends]
+
+    def _run(self, sources: list[torch.Tensor]) -> torch.Tensor:
+        tensors = dict(zip(self.keys, sources, strict=True))
+        sources.clear()
+        with Deriving(), torch.no_grad():
+            results = self.tracing.run(tensors)
+            tensors.clear()
+            result = results[self.name]
+            results.clear()
+            result = result if self.change is None else self.change(result)
+        if isinstance(result, Followed):
+            raise NotFollowedError(f"{self.name!r} is made of other tensors than when it was planned")
+        return result
+
+
+def _run(step: Step, state: dict[str, Any]) -> dict[str, Any]:
+    results = step.function(state)
+    if not isinstance(results, Mapping):
+        raise TypeError(f"expected a mapping of names to tensors, it gave {type(results).__name__}")
+    for name, result in results.items():
+        if not isinstance(name, str) or not isinstance(result, torch.Tensor):
+            raise TypeError(f"expected names and tensors, it gave {name!r} as {type(result).__name__}")
+    return dict(results)
+
+
+def _asks(source: str, what: str, why: str) -> str:
+    return (
+        f"{source}: {what} {why}, and there are none before anything is read: expected a function that can be planned; "
+        "run it once on the checkpoint with torch, and save what it gives"
+    )
