@@ -60,7 +60,7 @@ class Preset:
                 name = re.sub(expression, replacement, name)
             if name in made:
                 raise ValueError(
-                    f"preset {self.name!r}: expected names that stay apart, found that {origin[name]!r} and {old!r} "
+                    f"expected names that stay apart, found that {origin[name]!r} and {old!r} "
                     f"both become {name!r}; skip= one of them"
                 )
             made[name], origin[name] = self._changed(old, name, tensor, shapes), old
@@ -72,7 +72,7 @@ class Preset:
                 try:
                     tensor = transform(tensor, shapes.get(name, tuple(tensor.shape)))
                 except ValueError as error:
-                    raise ValueError(f"preset {self.name!r}: {old!r}: {transform.what}: {error}") from error
+                    raise ValueError(f"tensor {old!r}: {transform.what}: {error}") from error
         return tensor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ class Transform:
     """
 
     what: str
-    function: Callable[[torch.Tensor, Shape], torch.Tensor]
+    # Told by `what`; its own text would be another in every process.
+    function: Callable[[torch.Tensor, Shape], torch.Tensor] = field(repr=False)
 
     def __call__(self, tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
         """The changed tensor; `shape` is that of the model's."""
