@@ -149,7 +149,7 @@ def official_swin() -> Shapes:
     return swin((0, 1, 2), "head") | buffers
 
 
-# Old layout, new layout, how the names of the values correspond being the order of both.
+# The old layout and the new one.
 LAYOUTS: dict[str, tuple[Shapes, Shapes]] = {
     "convnext->timm": (convnext(False), convnext_of_timm(False)),
     "convnext->mmpretrain": (convnext(False), convnext_of_mmpretrain(False)),
@@ -220,14 +220,23 @@ def test_global_response_normalisation_and_layers_keep_their_values(to: str) -> 
     for new, old in zip(names, ("gamma", "beta"), strict=True):
         assert torch.equal(made[grn.format(new)], state[f"stages.1.1.grn.{old}"].flatten())
     pairs = {
-        "timm": {"stem.0.weight": "downsample_layers.0.0.weight", "stages.2.downsample.1.bias": "downsample_layers.2.1.bias",
-                 "stages.1.blocks.1.conv_dw.weight": "stages.1.1.dwconv.weight", "head.norm.bias": "norm.bias",
-                 "stages.3.blocks.0.mlp.fc2.weight": "stages.3.0.pwconv2.weight", "head.fc.weight": "head.weight"},
-        "mmpretrain": {"backbone.downsample_layers.2.1.bias": "downsample_layers.2.1.bias", "head.fc.bias": "head.bias",
-                       "backbone.stages.1.1.depthwise_conv.weight": "stages.1.1.dwconv.weight",
-                       "backbone.stages.3.0.pointwise_conv2.weight": "stages.3.0.pwconv2.weight",
-                       "backbone.norm3.weight": "norm.weight", "backbone.stages.1.1.norm.bias": "stages.1.1.norm.bias"},
-    }[to]  # fmt: skip
+        "timm": {
+            "stem.0.weight": "downsample_layers.0.0.weight",
+            "stages.2.downsample.1.bias": "downsample_layers.2.1.bias",
+            "stages.1.blocks.1.conv_dw.weight": "stages.1.1.dwconv.weight",
+            "head.norm.bias": "norm.bias",
+            "stages.3.blocks.0.mlp.fc2.weight": "stages.3.0.pwconv2.weight",
+            "head.fc.weight": "head.weight",
+        },
+        "mmpretrain": {
+            "backbone.downsample_layers.2.1.bias": "downsample_layers.2.1.bias",
+            "head.fc.bias": "head.bias",
+            "backbone.stages.1.1.depthwise_conv.weight": "stages.1.1.dwconv.weight",
+            "backbone.stages.3.0.pointwise_conv2.weight": "stages.3.0.pwconv2.weight",
+            "backbone.norm3.weight": "norm.weight",
+            "backbone.stages.1.1.norm.bias": "stages.1.1.norm.bias",
+        },
+    }[to]
     for new, old in pairs.items():
         assert torch.equal(made[new], state[old])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional
 
 import lowmem
-from lowmem.errors import OptionError
+from lowmem.errors import KeysError, OptionError
+from lowmem.sizes import MIB
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -310,3 +313,100 @@ def test_no_two_numbers_of_extra_tokens_fit_the_same_two_tables() -> None:
 def test_integers_are_not_interpolated() -> None:
     with pytest.raises(ValueError, match=r"expected floats to interpolate, found torch\.int64"):
         lowmem.interpolate()(torch.zeros(1, 197, 8, dtype=torch.int64), (1, 577, 8))
+
+
+class Model(nn.Module):
+    """What the transforms below are for."""
+
+    def __init__(self, tokens: int = 1 + 24 * 24) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, 8))
+        self.proj = nn.Linear(8, 5)
+        self.words = nn.Embedding(12, 8)
+        self.table = nn.Parameter(torch.zeros(8, 4))
+        self.gamma = nn.Parameter(torch.zeros(6))
+
+
+CHECKPOINT: dict[str, Shape] = {
+    "pos_embed": (1, 197, 8),
+    "proj.weight": (8, 5),
+    "proj.bias": (5,),
+    "words.weight": (10, 8),
+    "table": (20, 4),
+    "gamma": (1, 1, 1, 6),
+}
+CHANGES = {
+    "pos_embed": lowmem.interpolate(),
+    "proj.weight": lowmem.transpose(0, 1),
+    "words": lowmem.pad_rows("mean"),
+    "table": lowmem.slice_rows(3),
+    "gamma": lowmem.reshape_to(),
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    torch.save({name: counted(*shape) for name, shape in CHECKPOINT.items()}, tmp_path / "m.pth")
+    return tmp_path / "m.pth"
+
+
+@pytest.mark.parametrize("residency", ["map", "copy"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_load_gives_what_the_transforms_give_by_hand(file: Path, dtype: str, residency: str) -> None:
+    result = lowmem.load(file, model=Model, transforms=CHANGES, dtype=dtype, residency=residency)
+    loaded = result.model.state_dict()
+    for name, shape in CHECKPOINT.items():
+        change = CHANGES.get(name, CHANGES.get(name.rpartition(".")[0], lowmem.reshape_to()))
+        expected = change(counted(*shape), tuple(loaded[name].shape)).to(getattr(torch, dtype))
+        assert torch.equal(loaded[name], expected), name
+    # What only moves elements about is moved; the other two are computed.
+    assert sorted(group.what for group in result.plan.groups) == ["interpolate()", "pad_rows(value='mean')"]
+
+
+def test_what_only_moves_rows_or_shapes_stays_in_the_file(file: Path) -> None:
+    plan = lowmem.plan(file, model=lambda: Model(197), transforms=CHANGES | {"words": lowmem.pad_rows()})
+    size = sum(12 * 8 if name == "words.weight" else 8 * 5 if name == "proj.weight" else 0 for name in CHECKPOINT)
+    assert plan.host.resident == 4 * size
+    assert [group.what for group in plan.groups] == ["pad_rows()"]
+
+
+def test_a_grid_that_agrees_is_a_plain_link(file: Path) -> None:
+    only = {"pos_embed": lowmem.interpolate()}
+    plain = {"proj.weight": (5, 8), "words.weight": (12, 8), "table": (8, 4), "gamma": (6,)}
+    torch.save({name: counted(*plain.get(name, shape)) for name, shape in CHECKPOINT.items()}, file)
+    result = lowmem.load(file, model=lambda: Model(197), transforms=only)
+    assert result.plan.groups == ()
+    assert (result.plan.host.resident, result.plan.host.computing) == (0, 0)
+    assert torch.equal(result.model.pos_embed, counted(1, 197, 8))
+
+
+class Table(nn.Module):
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, 256))
+
+
+def test_the_memory_of_an_interpolation_is_in_the_plan(tmp_path: Path) -> None:
+    torch.save({"pos_embed": torch.ones(1, 1 + 64 * 64, 256)}, tmp_path / "m.pth")
+    options: dict[str, Any] = {"model": lambda: Table(96), "transforms": {"pos_embed": lowmem.interpolate()}}
+    # What torch imports for the plan is not of the load.
+    plan = lowmem.plan(tmp_path / "m.pth", **options)
+    source, made = 64 * 64 * 256 * 4, 96 * 96 * 256 * 4
+    assert plan.host.resident == made + 256 * 4
+    assert plan.host.computing >= source + made
+    result = lowmem.load(tmp_path / "m.pth", **options)
+    assert result.plan.host.peak == plan.host.peak
+    assert result.report.peak <= plan.host.peak
+    need = plan.host.peak
+    with pytest.raises(lowmem.BudgetError):
+        lowmem.load(tmp_path / "m.pth", ram=need - 4 * MIB, **options)
+
+
+def test_a_transform_that_does_not_fit_names_file_tensor_and_remedy(file: Path) -> None:
+    changes = CHANGES | {"pos_embed": lowmem.interpolate(extra_tokens=3)}
+    with pytest.raises(KeysError) as caught:
+        lowmem.load(file, model=Model, transforms=changes)
+    assert str(caught.value) == (
+        f"{file}: tensor 'pos_embed': interpolate(extra_tokens=3) for 'pos_embed': expected 3 extra tokens and a square "
+        "grid, found 197 tokens in the checkpoint; give from_grid=(height, width), or other extra_tokens="
+    )
