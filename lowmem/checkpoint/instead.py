@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from ..errors import SourceError, UnsupportedError
 from ..sizes import shown
 from .file_names import ADAPTER, PICKLES, SAFETENSORS, is_index, is_of_rank, is_weights, kind_of, listed
 from .location import Place
+
+# `PipelineModule.ckpt_layer_path` in deepspeed/runtime/pipe/module.py; experts have a _ behind the number.
+_LAYER = re.compile(r"layer_\d+-")
+# `get_checkpoint_name` in megatron/training/checkpointing.py of Megatron-LM: ranks of tensors, stages and experts.
+_MEGATRON_RANK = re.compile(r"mp_rank_\d+(_\d+)*$")
+_OF_MEGATRON = (
+    "where it has several, make one with Megatron-LM's tools/checkpoint/convert.py "
+    "(--target-tensor-parallel-size 1 --target-pipeline-parallel-size 1)"
+)
 
 
 def refuse_pipeline(place: Place) -> None:
@@ -25,6 +35,11 @@ def refuse_ranks(place: Place, files: list[str]) -> None:
     Names from `_get_ckpt_name` and `_get_zero_ckpt_name` in deepspeed/runtime/engine.py.
     """
     states = [n for n in files if n.endswith("model_states.pt")]
+    if layers := [n for n in states if _LAYER.match(n)]:
+        raise UnsupportedError(
+            f"{place.text}: a DeepSpeed checkpoint of a pipeline, which has a file for each layer ({listed(layers)}); "
+            "give the path of a layer's file for that layer, or load it with DeepSpeed and save the whole model"
+        )
     if len(states) > 1 or any(n.startswith("zero_pp_rank_") for n in states):
         raise UnsupportedError(
             f"{place.text}: a DeepSpeed checkpoint divided among processes ({listed(states)}); make one file of it "
@@ -94,9 +109,14 @@ def nothing(place: Place) -> SourceError | UnsupportedError:
     if "latest_checkpointed_iteration.txt" in place.names:
         return SourceError(
             f"{place.text}: a Megatron checkpoint: its weights are in iter_*/mp_rank_*/model_optim_rng.pt; "
-            "give the path of one of these files"
+            f"give the path of that file where an iteration has one; {_OF_MEGATRON}"
         )
     below = _with_weights(place)
+    if len(parts := [folder for folder in below if _MEGATRON_RANK.match(folder)]) > 1:
+        raise UnsupportedError(
+            f"{place.text}: a Megatron checkpoint divided among processes ({listed(parts)}), each with a part of every "
+            f"tensor or of the layers; {_OF_MEGATRON}, or give the path of the part that you mean"
+        )
     if any(folder.startswith("global_step") for folder in below):
         return SourceError(
             f"{place.text}: a DeepSpeed checkpoint: its weights are in {listed(below)}; give one of these folders "

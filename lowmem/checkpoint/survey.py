@@ -11,6 +11,7 @@ from pathlib import Path
 from .._collector import paused_collector
 from ..errors import CheckpointError, SourceError
 from .index import Listing, check_keys, oddities, read_listing
+from .parts import placeholders
 from .pickled import read_pickled
 from .records import Candidate, Checkpoint, Leaf, PickledFile, Shard, TensorEntry
 from .safetensors import read_shard
@@ -23,6 +24,7 @@ from .wrappers import (
     choose,
     find_by_path,
     find_candidates,
+    find_hollow,
     is_auxiliary,
     make_wish,
     merge,
@@ -86,7 +88,8 @@ class Survey:
         candidates = merge([held for _, held in self.pickled])
         if wish.weights is not None:
             return self._named(wish.weights, candidates)
-        chosen, said = choose(self.found.text, candidates, wish, cover)
+        hollow = [name for file, _ in self.pickled for name in find_hollow(file.root)]
+        chosen, said = choose(self.found.text, candidates, wish, cover, hollow)
         return self._unwrapped(chosen.path, [*_told(chosen, candidates), *said])
 
     def glance(self, wish: Wish = NO_WISH) -> Checkpoint:
@@ -115,7 +118,8 @@ class Survey:
         held = [find_by_path(file.root, path, file.shard.file) for file, _ in self.pickled]
         if not any(found is not None and found.leaves for found in held):
             raise not_there(self.found.text, path, candidates)
-        return self._unwrapped(path, [], [found.leaves if found is not None else {} for found in held])
+        empty = [said for found in held if found is not None and (said := placeholders(found))]
+        return self._unwrapped(path, empty, [found.leaves if found is not None else {} for found in held])
 
     def _unwrapped(
         self, path: str, said: Sequence[str], leaves_of: Sequence[Mapping[str, Leaf]] | None = None

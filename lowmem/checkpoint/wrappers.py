@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OptionError, SourceError
 from ..sizes import format_size, shown
+from .parts import refuse_placeholders, refuse_stages
 from .pickles import Inert
 from .records import Candidate, Leaf
 
@@ -21,13 +22,14 @@ _LONGEST_LIST = 1024
 # What trainers keep beside the weights. Some of it is keyed like the weights, and as large (averages of gradients).
 _AUXILIARY = re.compile(
     r"(^|_)(optim(izers?)?|schedulers?|scaler|scaling|rng|callbacks|loops|message_hub|gradients?|momentum|"
-    r"exp_avg(_sq)?|velocity|moments?|master(_params)?|grads?|adam\w*|criterion|loss|hyper_parameters|random|task_state|extra_state|buffer_names|param_shapes)(_|$)"
+    r"exp_avg(_sq)?|velocity|moments?|master(_params)?|grads?|adam\w*|criterion|loss|hyper_parameters|random|task_state|extra_state|buffer_names|param_shapes|"
+    r"averaging_state|param_fragments)(_|$)"
 )
 # A word of a name that says average: `model_ema`, `params-ema`, `swa_state_dict`, `averaged_model`.
 _AVERAGE = re.compile(r"(?i)(^|[-_.])(ema|swa|averaged?|shadow)([-_.\d]|$)")
 # Known names, and the projects that they come from: timm, mmengine, Lightning, BasicSR, pycls, fvcore, DeepSpeed.
 _WEIGHTS = re.compile(
-    r"(?i)^(state_?dict|model(_?\d+)?|model_state(_?dict)?|module|params|net(work)?|weights|"
+    r"(?i)^(state_?dict|model(_?\d+)?|(current_)?model_state(_?dict)?|module|params|net(work)?|weights|"
     r"ema_state_dict|state_dict_ema|model_ema|params[-_]ema|ema(_state|_model)?|model_state_dict_ema)$"
 )
 
@@ -66,10 +68,17 @@ def make_wish(weights: str | None, ema: bool | None) -> Wish:
 
 @dataclass(frozen=True, slots=True)
 class Cover:
-    """How well a candidate fits a model: tensors of the model that it feeds, and tensors that it would leave over."""
+    """How well a candidate fits a model.
+
+    Attributes:
+        fed: tensors of the model that it feeds.
+        unused: tensors of its own that it would leave over.
+        lacking: tensors of the model that it does not feed; tied ones count once.
+    """
 
     fed: int
     unused: int
+    lacking: int = 0
 
 
 CoverOf = Callable[[Candidate], Cover]
@@ -106,6 +115,12 @@ def _candidate(path: str, value: Any, budget: _Budget) -> Candidate:
     module = _is_module(value)
     own = module or any(isinstance(child, Leaf) for _, child in _children(value))
     return Candidate(path, lambda: _joined(path, value, budget), module, own)
+
+
+def find_hollow(root: Any) -> list[str]:
+    """Known names of weights that hold nothing; DeepSpeed's pipelines write `module` so, and each layer elsewhere."""
+    pairs = root.items() if isinstance(root, dict) else ()
+    return [key for key, value in pairs if value is None and isinstance(key, str) and _WEIGHTS.match(key)]
 
 
 def find_by_path(root: Any, path: str, file: Path) -> Candidate | None:
@@ -251,7 +266,11 @@ def _merged(path: str, held: Sequence[Candidate]) -> Candidate:
 
 
 def choose(
-    source: str, candidates: Sequence[Candidate], wish: Wish, cover: CoverOf | None = None
+    source: str,
+    candidates: Sequence[Candidate],
+    wish: Wish,
+    cover: CoverOf | None = None,
+    hollow: Sequence[str] = (),
 ) -> tuple[Candidate, list[str]]:
     """The candidate that holds the weights, and what is to be said about the choice.
 
@@ -263,29 +282,32 @@ def choose(
         candidates: of one checkpoint, as `find_candidates` gives them.
         wish: the user's.
         cover: how well a candidate fits the model, when there is one.
+        hollow: names of weights in the file that hold nothing, for messages.
 
     Raises:
-        SourceError: none, none as wished, or several that are as good; they are listed.
+        SourceError: none, none as wished, several that are as good (they are listed), or only a part of the weights.
     """
     if not any(c.leaves for c in candidates):
-        raise SourceError(f"{source}: no tensors in it; is it the file with the weights?")
-    swapped = _averages_are_swapped(candidates)
+        raise SourceError(f"{source}: no tensors in it{_said_of(hollow)}; is it the file with the weights?")
+    misnamed = _misnamed(candidates)
     weights = [c for c in candidates if not is_auxiliary(c.path)]
     if not weights:
         raise SourceError(
-            f"{source}: expected weights, found only what trainers keep beside them; weights= (--weights) takes it all "
-            f"the same. It holds:\n{listed(candidates)}"
+            f"{source}: expected weights, found only what trainers keep beside them{_said_of(hollow)}; weights= "
+            f"(--weights) takes it all the same. It holds:\n{listed(candidates)}"
         )
     if wish.ema is not None:
-        weights = [c for c in weights if _is_average(c, swapped) == wish.ema]
+        weights = [c for c in weights if _is_average(c, misnamed) == wish.ema]
         if not weights:
             what = "averaged (EMA) weights" if wish.ema else "weights that are no averages"
-            raise SourceError(f"{source}: ema={wish.ema}: no {what} in it. It holds:\n{listed(candidates)}")
+            kept = _kept_averages(candidates) if wish.ema else ""
+            raise SourceError(f"{source}: ema={wish.ema}: no {what} in it{kept}. It holds:\n{listed(candidates)}")
     best = _fitting(weights, cover) if cover is not None else []
     best = best or _by_name(weights)
+    refuse_stages(source, best, candidates, cover)
     said: list[str] = []
     if len(best) > 1:
-        averages = [c for c in best if _is_average(c, swapped)]
+        averages = [c for c in best if _is_average(c, misnamed)]
         if len(averages) == 1 and wish.ema is None:
             others = ", ".join(repr(c.path) for c in best if c is not averages[0])
             said.append(
@@ -297,6 +319,7 @@ def choose(
             f"{source}: several mappings may be the weights; name one with weights= (--weights). It holds:\n"
             f"{listed(candidates)}"
         )
+    refuse_placeholders(source, best[0], cover)
     return best[0], said
 
 
@@ -324,25 +347,45 @@ def is_auxiliary(path: str) -> bool:
     return any(_AUXILIARY.search(part) for part in path.split("."))
 
 
-def _is_average(candidate: Candidate, swapped: bool) -> bool:
+def _said_of(hollow: Sequence[str]) -> str:
+    names = ", ".join(map(repr, hollow))
+    return f" ({names} holds nothing: the weights may be in other files beside it)" if hollow else ""
+
+
+def _kept_averages(candidates: Sequence[Candidate]) -> str:
+    """Where trainers keep averages that no loader of theirs takes for the weights: fairseq, Lightning's SWA."""
+    for c in candidates:
+        for key in c.leaves if is_auxiliary(c.path) else ():
+            parts = key.split(".")
+            at = next((i for i, part in enumerate(parts) if _AVERAGE.search(part)), None)
+            if at is not None:
+                path = ".".join([c.path, *parts[: at + 1]])
+                return f" (what trainers keep beside the weights may be some: weights={path!r})"
+    return ""
+
+
+def _is_average(candidate: Candidate, misnamed: Collection[str]) -> bool:
     average = any(_AVERAGE.search(part) for part in candidate.path.split("."))
-    if swapped and candidate.path in ("state_dict", "ema_state_dict"):
-        return not average
-    return average
+    return average != (candidate.path in misnamed)
 
 
-def _averages_are_swapped(candidates: Sequence[Candidate]) -> bool:
-    """mmengine's EMA hook: `state_dict` holds the averages, and `ema_state_dict` what was trained.
+def _misnamed(candidates: Sequence[Candidate]) -> Collection[str]:
+    """The paths of averages whose names do not say so, and of what was trained where they say that it is averages.
 
-    (`EMAHook.before_save_checkpoint`, mmengine/hooks/ema_hook.py.)
+    mmengine's EMA hook: `state_dict` holds the averages, and `ema_state_dict` what was trained
+    (`EMAHook.before_save_checkpoint`, mmengine/hooks/ema_hook.py). Lightning's WeightAveraging: `state_dict` holds the
+    averages, and `current_model_state` what was trained (`on_save_checkpoint`, callbacks/weight_averaging.py).
     """
     held = {c.path: c for c in candidates}
+    if held.keys() >= {"state_dict", "current_model_state", "averaging_state"}:
+        return ("state_dict",)
     if "state_dict" not in held or "ema_state_dict" not in held:
-        return False
+        return ()
     # Others use these names as they are meant. mmengine keeps its hub beside them, and its averages are a module around
     # the model.
     raw = held["ema_state_dict"].leaves
-    return "message_hub" in held or any(f"module.{key}" in raw for key in held["state_dict"].leaves)
+    swapped = "message_hub" in held or any(f"module.{key}" in raw for key in held["state_dict"].leaves)
+    return ("state_dict", "ema_state_dict") if swapped else ()
 
 
 def _fitting(candidates: Sequence[Candidate], cover: CoverOf) -> list[Candidate]:

@@ -23,10 +23,12 @@ def cover_of(skeleton: Skeleton, rules: KeyRules = NO_RULES) -> Callable[[Candid
     """
     state: dict[str, tuple[int, ...]] = {}
     by_tail: dict[str, list[str]] = {}
+    ties: set[str] = set()
 
     def look() -> None:
         """At the model, when there is a candidate: most checkpoints are safetensors, and have none."""
         state.update({name: target.shape for name, target in skeleton.targets.items() if target.persistent})
+        ties.update(skeleton.targets[name].tie for name in state)
         for name in state:
             for tail in _tails(name):
                 by_tail.setdefault(tail, []).append(name)
@@ -51,7 +53,8 @@ def cover_of(skeleton: Skeleton, rules: KeyRules = NO_RULES) -> Callable[[Candid
             if name is not None:
                 used += name not in fed
                 fed.add(name)
-        return Cover(len(fed), len(candidate.leaves) - used)
+        tied = {skeleton.targets[name].tie for name in fed}
+        return Cover(len(fed), len(candidate.leaves) - used, len(ties - tied))
 
     return cover
 
