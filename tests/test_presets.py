@@ -3,151 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from layouts import (
+    Shapes,
+    State,
+    clip,
+    clip_of_mmpretrain,
+    convnext,
+    convnext_of_mmpretrain,
+    convnext_of_timm,
+    model_of,
+    official_swin,
+    state_of,
+    swin,
+    vit,
+    vit_of_mmpretrain,
+)
 from safetensors.torch import save_file
 
 import lowmem
+from lowmem.cli import main
 from lowmem.errors import KeysError, OptionError
 from lowmem.mapping.presets import PRESETS, Preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-State = dict[str, torch.Tensor]
-Shapes = dict[str, tuple[int, ...]]
-# Blocks of each stage, and their widths.
-DEPTHS, WIDTHS = (1, 2, 1, 1), (4, 5, 6, 7)
-
-
-def blocks() -> Iterator[tuple[int, int, int]]:
-    for stage, (depth, width) in enumerate(zip(DEPTHS, WIDTHS, strict=True)):
-        for block in range(depth):
-            yield stage, block, width
-
-
-def with_bias(name: str, *shape: int) -> Shapes:
-    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-
-
-def convnext(grn: bool) -> Shapes:
-    """facebookresearch/ConvNeXt and ConvNeXt-V2, models/convnext.py and convnextv2.py."""
-    found = {**with_bias("downsample_layers.0.0", WIDTHS[0], 3, 4, 4), **with_bias("downsample_layers.0.1", WIDTHS[0])}
-    for i in range(1, 4):
-        found |= with_bias(f"downsample_layers.{i}.0", WIDTHS[i - 1])
-        found |= with_bias(f"downsample_layers.{i}.1", WIDTHS[i], WIDTHS[i - 1], 2, 2)
-    for stage, block, width in blocks():
-        at = f"stages.{stage}.{block}"
-        found |= with_bias(f"{at}.dwconv", width, 1, 7, 7) | with_bias(f"{at}.norm", width)
-        found |= with_bias(f"{at}.pwconv1", 4 * width, width) | with_bias(f"{at}.pwconv2", width, 4 * width)
-        if grn:
-            found |= {f"{at}.grn.{part}": (1, 1, 1, 4 * width) for part in ("gamma", "beta")}
-        else:
-            found[f"{at}.gamma"] = (width,)
-    return found | with_bias("norm", WIDTHS[-1]) | with_bias("head", 9, WIDTHS[-1])
-
-
-def convnext_of_timm(grn: bool) -> Shapes:
-    """timm/models/convnext.py."""
-    found = {**with_bias("stem.0", WIDTHS[0], 3, 4, 4), **with_bias("stem.1", WIDTHS[0])}
-    for i in range(1, 4):
-        found |= with_bias(f"stages.{i}.downsample.0", WIDTHS[i - 1])
-        found |= with_bias(f"stages.{i}.downsample.1", WIDTHS[i], WIDTHS[i - 1], 2, 2)
-    for stage, block, width in blocks():
-        at = f"stages.{stage}.blocks.{block}"
-        found |= with_bias(f"{at}.conv_dw", width, 1, 7, 7) | with_bias(f"{at}.norm", width)
-        found |= with_bias(f"{at}.mlp.fc1", 4 * width, width) | with_bias(f"{at}.mlp.fc2", width, 4 * width)
-        found |= with_bias(f"{at}.mlp.grn", 4 * width) if grn else {f"{at}.gamma": (width,)}
-    return found | with_bias("head.norm", WIDTHS[-1]) | with_bias("head.fc", 9, WIDTHS[-1])
-
-
-def convnext_of_mmpretrain(grn: bool) -> Shapes:
-    """mmpretrain/models/backbones/convnext.py, GRN in models/utils/norm.py, inside of an ImageClassifier."""
-    found: Shapes = {}
-    for name, shape in convnext(grn).items():
-        name = name.replace("dwconv", "depthwise_conv").replace("pwconv", "pointwise_conv")
-        if name.startswith("head."):
-            found[name.replace("head.", "head.fc.")] = shape
-        else:
-            name = name.replace("norm.", "norm3.") if name.startswith("norm.") else name
-            found[f"backbone.{name}"] = shape[-1:] if ".grn." in name else shape
-    return found
-
-
-def vit() -> Shapes:
-    """timm/models/vision_transformer.py, with what CLIP's and DeiT III's have."""
-    found = {"cls_token": (1, 1, 8), "pos_embed": (1, 5, 8)}
-    found |= with_bias("patch_embed.proj", 8, 3, 2, 2) | with_bias("norm_pre", 8)
-    for at in ("blocks.0", "blocks.11"):
-        found |= with_bias(f"{at}.norm1", 8) | with_bias(f"{at}.norm2", 8)
-        found |= with_bias(f"{at}.attn.qkv", 24, 8) | with_bias(f"{at}.attn.proj", 8, 8)
-        found |= with_bias(f"{at}.mlp.fc1", 32, 8) | with_bias(f"{at}.mlp.fc2", 8, 32)
-    found |= {
-        "blocks.0.gamma_1": (8,),
-        "blocks.0.gamma_2": (8,),
-        "blocks.11.ls1.gamma": (8,),
-        "blocks.11.ls2.gamma": (8,),
-    }
-    return found | with_bias("norm", 8) | with_bias("head", 9, 8)
-
-
-def vit_of_mmpretrain() -> Shapes:
-    """mmpretrain/models/backbones/vision_transformer.py and deit3.py, inside of an ImageClassifier."""
-    found: Shapes = {"backbone.cls_token": (1, 1, 8), "backbone.pos_embed": (1, 5, 8)}
-    found |= with_bias("backbone.patch_embed.projection", 8, 3, 2, 2) | with_bias("backbone.pre_norm", 8)
-    for at in ("backbone.layers.0", "backbone.layers.11"):
-        found |= with_bias(f"{at}.ln1", 8) | with_bias(f"{at}.ln2", 8)
-        found |= with_bias(f"{at}.attn.qkv", 24, 8) | with_bias(f"{at}.attn.proj", 8, 8)
-        found |= with_bias(f"{at}.ffn.layers.0.0", 32, 8) | with_bias(f"{at}.ffn.layers.1", 8, 32)
-        found |= {f"{at}.attn.gamma1.weight": (8,), f"{at}.ffn.gamma2.weight": (8,)}
-    return found | with_bias("backbone.ln1", 8) | with_bias("head.layers.head", 9, 8)
-
-
-def clip() -> Shapes:
-    """openai/CLIP, clip/model.py."""
-    found: Shapes = {"visual.class_embedding": (8,), "visual.positional_embedding": (5, 8), "visual.proj": (8, 6)}
-    found |= {"visual.conv1.weight": (8, 3, 2, 2)} | with_bias("visual.ln_pre", 8) | with_bias("visual.ln_post", 8)
-    for at in ("visual.transformer.resblocks.0", "transformer.resblocks.0"):
-        found |= {f"{at}.attn.in_proj_weight": (24, 8), f"{at}.attn.in_proj_bias": (24,)}
-        found |= with_bias(f"{at}.attn.out_proj", 8, 8) | with_bias(f"{at}.ln_1", 8) | with_bias(f"{at}.ln_2", 8)
-        found |= with_bias(f"{at}.mlp.c_fc", 32, 8) | with_bias(f"{at}.mlp.c_proj", 8, 32)
-    text: Shapes = {"positional_embedding": (7, 8), "text_projection": (8, 6), "token_embedding.weight": (9, 8)}
-    return found | text | with_bias("ln_final", 8) | {"logit_scale": ()}
-
-
-def clip_of_mmpretrain() -> Shapes:
-    """mmpretrain/models/multimodal/clip/clip.py."""
-    found: Shapes = {"visual.cls_token": (1, 1, 8), "visual.pos_embed": (1, 5, 8), "visual_proj.proj": (8, 6)}
-    found |= {"visual.patch_embed.projection.weight": (8, 3, 2, 2)}
-    found |= with_bias("visual.pre_norm", 8) | with_bias("visual.ln1", 8)
-    at = "visual.layers.0"
-    found |= with_bias(f"{at}.attn.qkv", 24, 8) | with_bias(f"{at}.attn.proj", 8, 8)
-    found |= with_bias(f"{at}.ln1", 8) | with_bias(f"{at}.ln2", 8)
-    found |= with_bias(f"{at}.ffn.layers.0.0", 32, 8) | with_bias(f"{at}.ffn.layers.1", 8, 32)
-    return found | {name: shape for name, shape in clip().items() if not name.startswith("visual.")}
-
-
-def swin(downsample: tuple[int, ...], head: str) -> Shapes:
-    found = with_bias("patch_embed.proj", 4, 3, 4, 4) | with_bias("patch_embed.norm", 4)
-    for i in range(4):
-        found |= with_bias(f"layers.{i}.blocks.0.attn.qkv", 12, 4) | with_bias(f"layers.{i}.blocks.0.mlp.fc1", 16, 4)
-        found[f"layers.{i}.blocks.0.attn.relative_position_bias_table"] = (169, 2)
-    for width, i in enumerate(downsample, start=1):
-        found |= {f"layers.{i}.downsample.reduction.weight": (2 * width, 4 * width)}
-        found |= with_bias(f"layers.{i}.downsample.norm", 4 * width)
-    return found | with_bias("norm", 32) | with_bias(head, 9, 32)
-
-
-def official_swin() -> Shapes:
-    """microsoft/Swin-Transformer, models/swin_transformer.py."""
-    buffers: Shapes = {
-        "layers.0.blocks.0.attn.relative_position_index": (49, 49),
-        "layers.0.blocks.0.attn_mask": (4, 9),
-    }
-    return swin((0, 1, 2), "head") | buffers
-
 
 # The old layout and the new one.
 LAYOUTS: dict[str, tuple[Shapes, Shapes]] = {
@@ -159,30 +41,6 @@ LAYOUTS: dict[str, tuple[Shapes, Shapes]] = {
     "openai-clip->mmpretrain": (clip(), clip_of_mmpretrain()),
     "swin->timm": (official_swin(), swin((1, 2, 3), "head.fc")),
 }
-
-
-def state_of(shapes: Shapes) -> State:
-    """Values that tell tensors apart, whatever their shapes."""
-    generator = torch.Generator().manual_seed(7)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def model_of(shapes: Shapes) -> Callable[[], torch.nn.Module]:
-    """What makes a module with these parameters."""
-
-    def make() -> torch.nn.Module:
-        whole = torch.nn.Module()
-        for name, shape in shapes.items():
-            *path, last = name.split(".")
-            part = whole
-            for step in path:
-                if not hasattr(part, step):
-                    part.add_module(step, torch.nn.Module())
-                part = getattr(part, step)
-            part.register_parameter(last, torch.nn.Parameter(torch.zeros(shape)))
-        return whole
-
-    return make
 
 
 def test_every_preset_has_a_layout_here_and_names_its_source() -> None:
@@ -344,3 +202,28 @@ def test_a_tensor_that_a_preset_cannot_change_is_named(tmp_path: Path) -> None:
         "(48, 4)",
     ):
         assert part in str(caught.value)
+
+
+def of_timm() -> torch.nn.Module:
+    """For the shell."""
+    return model_of(convnext_of_timm(True))()
+
+
+def test_the_shell_takes_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "official.safetensors"
+    save_file(state_of(convnext(True)), file)
+    said = [str(file), "--model", f"{__name__}:of_timm"]
+    for verb in ("diff", "plan", "load"):
+        assert main([verb, *said, "--preset", "convnextv2->timm"]) == 0
+        capsys.readouterr()
+    assert main(["diff", *said]) == 1
+    assert main(["load", *said, "--preset", "timm"]) == 2
+    assert "lowmem: preset: expected one of convnext->mmpretrain, " in capsys.readouterr().err
+
+
+def test_the_shell_says_what_a_timm_model_is_to_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = [str(tmp_path), "--model", f"{__name__}:of_timm"]
+    assert main(["plan", *said, "--num-classes", "ten"]) == 2
+    assert capsys.readouterr().err.startswith("lowmem: --num-classes: expected a whole number such as 10, found 'ten'")
+    assert main(["diff", *said, "--in-chans", "1"]) == 2
+    assert "lowmem: in_chans: " in capsys.readouterr().err
