@@ -166,6 +166,17 @@ def test_pointwise_layers_may_be_convolutions(to: str, tmp_path: Path) -> None:
         assert torch.equal(value.flatten(), expected[key].flatten()), key
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_is_around_a_whole_model_is_no_part_of_a_layout(wrapper: str, tmp_path: Path) -> None:
+    state = state_of(convnext(True))
+    torch.save({"model": {f"{wrapper}{name}": value for name, value in state.items()}}, tmp_path / "wrapped.pth")
+    result = lowmem.load(tmp_path / "wrapped.pth", model=model_of(convnext_of_timm(True)), preset="convnextv2->timm")
+    expected = PRESETS["convnextv2->timm"].apply(state, {})
+    assert result.model.state_dict().keys() == expected.keys()
+    for key, value in result.model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
 def test_a_preset_that_there_is_not_lists_those_that_there_are(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "m.safetensors")
     with pytest.raises(OptionError) as caught:

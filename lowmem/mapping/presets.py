@@ -22,6 +22,11 @@ from ..sizes import shown
 from .transforms import Transform, reshape_to
 
 
+# What DistributedDataParallel and torch.compile put around a whole model.
+_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPED = r"^(?:module\.|_orig_mod\.)+"
+
+
 @dataclass(frozen=True, slots=True)
 class Preset:
     """How the tensors of one library's files become those of another's model.
@@ -44,7 +49,7 @@ class Preset:
         """A state dict in the other layout.
 
         Args:
-            state: name → tensor.
+            state: name → tensor; `module.` and the like around all of them are taken off.
             shapes: of the model's tensors; one that it does not have keeps its shape.
 
         Raises:
@@ -52,7 +57,9 @@ class Preset:
         """
         made: dict[str, Any] = {}
         origin: dict[str, str] = {}
-        for old, tensor in state.items():
+        wrapped = all(name.startswith(_WRAPPERS) for name in state)
+        for key, tensor in state.items():
+            old = re.sub(_WRAPPED, "", key) if wrapped else key
             if any(re.search(expression, old) for expression in self.drop):
                 continue
             name = old
@@ -60,19 +67,19 @@ class Preset:
                 name = re.sub(expression, replacement, name)
             if name in made:
                 raise ValueError(
-                    f"expected names that stay apart, found that {origin[name]!r} and {old!r} "
+                    f"expected names that stay apart, found that {origin[name]!r} and {key!r} "
                     f"both become {name!r}; skip= one of them"
                 )
-            made[name], origin[name] = self._changed(old, name, tensor, shapes), old
+            made[name], origin[name] = self._changed(key, name, tensor, shapes), key
         return made
 
-    def _changed(self, old: str, name: str, tensor: Any, shapes: Mapping[str, Shape]) -> Any:
+    def _changed(self, key: str, name: str, tensor: Any, shapes: Mapping[str, Shape]) -> Any:
         for pattern, transform in self.transforms:
             if name_matches(name, pattern):
                 try:
                     tensor = transform(tensor, shapes.get(name, tuple(tensor.shape)))
                 except ValueError as error:
-                    raise ValueError(f"tensor {old!r}: {transform.what}: {error}") from error
+                    raise ValueError(f"tensor {key!r}: {transform.what}: {error}") from error
         return tensor
 
 
