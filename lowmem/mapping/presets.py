@@ -21,7 +21,6 @@ from ..errors import OptionError
 from ..sizes import shown
 from .transforms import Transform, reshape_to
 
-
 # What DistributedDataParallel and torch.compile put around a whole model.
 _WRAPPERS = ("module.", "_orig_mod.")
 _WRAPPED = r"^(?:module\.|_orig_mod\.)+"
