@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .offload import release
     from .planner import LoadPlan, Progress
     from .report import LoadReport
+    from .sources import Source
     from .streaming import stream
 
 __version__ = "0.1.0"
@@ -77,6 +78,7 @@ _HOMES = {
     "Progress": "planner",
     "release": "offload",
     "LoadReport": "report",
+    "Source": "sources",
     "stream": "streaming",
 }
 
@@ -105,6 +107,7 @@ __all__ = [
     "PlotError",
     "Progress",
     "RunningError",
+    "Source",
     "SourceError",
     "TensorEntry",
     "Transform",

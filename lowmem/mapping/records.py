@@ -208,6 +208,8 @@ class KeyMapping:
         leads: target → the one whose dtype the model's kind gives it, where one tensor becomes several.
         converted: targets that are not the tensor of their key as it is.
         made: targets with the row scales of weights that become int8 on the way: scales → weight.
+        apart: targets of modules that have a source of their own, with what their floats become; empty where that is
+            what the load asks. They do not have to be what the model as a whole is.
         maker: what tells functions that compute tensors from others, beside the model's own; empty without them.
     """
 
@@ -228,6 +230,7 @@ class KeyMapping:
     converted: frozenset[str] = frozenset()
     made: Mapping[str, str] = field(default_factory=dict)
     maker: str = ""
+    apart: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def fed(self) -> frozenset[str]:
