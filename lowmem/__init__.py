@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .int8 import Int8Linear
     from .loader import LoadResult, diff, load, plan
     from .mapping import KeyDiff
+    from .mapping.transforms import Transform, interpolate, pad_rows, permute, reshape_to, slice_rows, transpose
     from .memory import Measurement, measure
     from .offload import release
     from .planner import LoadPlan, Progress
@@ -57,6 +58,13 @@ _HOMES = {
     "register_scheme": "checkpoint.schemes",
     "diff": "loader",
     "KeyDiff": "mapping",
+    "Transform": "mapping.transforms",
+    "interpolate": "mapping.transforms",
+    "pad_rows": "mapping.transforms",
+    "permute": "mapping.transforms",
+    "reshape_to": "mapping.transforms",
+    "slice_rows": "mapping.transforms",
+    "transpose": "mapping.transforms",
     "ConvertReport": "converter",
     "convert": "converter",
     "from_pretrained": "drop_in",
@@ -102,6 +110,7 @@ __all__ = [
     "Source",
     "SourceError",
     "TensorEntry",
+    "Transform",
     "UnsupportedError",
     "__version__",
     "check",
@@ -109,12 +118,18 @@ __all__ = [
     "diff",
     "from_pretrained",
     "inspect",
+    "interpolate",
     "load",
     "measure",
+    "pad_rows",
+    "permute",
     "plan",
     "register_scheme",
     "release",
+    "reshape_to",
+    "slice_rows",
     "stream",
+    "transpose",
 ]
 
 
