@@ -39,10 +39,12 @@ if TYPE_CHECKING:
     from .int8 import Int8Linear
     from .loader import LoadResult, diff, load, plan
     from .mapping import KeyDiff
+    from .mapping.transforms import Transform, interpolate, pad_rows, permute, reshape_to, slice_rows, transpose
     from .memory import Measurement, measure
     from .offload import release
     from .planner import LoadPlan, Progress
     from .report import LoadReport
+    from .sources import Source
     from .streaming import stream
 
 __version__ = "0.1.0"
@@ -56,6 +58,13 @@ _HOMES = {
     "register_scheme": "checkpoint.schemes",
     "diff": "loader",
     "KeyDiff": "mapping",
+    "Transform": "mapping.transforms",
+    "interpolate": "mapping.transforms",
+    "pad_rows": "mapping.transforms",
+    "permute": "mapping.transforms",
+    "reshape_to": "mapping.transforms",
+    "slice_rows": "mapping.transforms",
+    "transpose": "mapping.transforms",
     "ConvertReport": "converter",
     "convert": "converter",
     "from_pretrained": "drop_in",
@@ -69,6 +78,7 @@ _HOMES = {
     "Progress": "planner",
     "release": "offload",
     "LoadReport": "report",
+    "Source": "sources",
     "stream": "streaming",
 }
 
@@ -97,8 +107,10 @@ __all__ = [
     "PlotError",
     "Progress",
     "RunningError",
+    "Source",
     "SourceError",
     "TensorEntry",
+    "Transform",
     "UnsupportedError",
     "__version__",
     "check",
@@ -106,12 +118,18 @@ __all__ = [
     "diff",
     "from_pretrained",
     "inspect",
+    "interpolate",
     "load",
     "measure",
+    "pad_rows",
+    "permute",
     "plan",
     "register_scheme",
     "release",
+    "reshape_to",
+    "slice_rows",
     "stream",
+    "transpose",
 ]
 
 

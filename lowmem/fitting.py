@@ -6,18 +6,20 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from .checkpoint import Checkpoint, Survey, TensorEntry, Wish
+from .checkpoint import Checkpoint, TensorEntry
 from .engine import same_bytes
 from .errors import KeysError
-from .mapping import KeyMapping, Link, check_stays_int8, choose_layers, cover_of, match
+from .mapping import KeyMapping, Link, check_stays_int8, choose_layers, match
 from .mapping.int8 import check_formats
+from .mapping.opened import Opened
 from .modeling.int8 import says_int8
 from .modeling.int8_choice import Int8Request
 from .modeling.skeleton import Origin, Skeleton, make_skeleton, with_int8
 from .planner import LoadRequest
 from .planner.placing import layers_not_by_rows
+from .sources import Found
 
 
 class Phases:
@@ -38,28 +40,59 @@ class Phases:
         self._last = now
 
 
-def fit(
-    found: Survey, wish: Wish, origin: Origin, request: LoadRequest, undo: ExitStack, clock: Phases
-) -> tuple[Skeleton, Checkpoint, KeyMapping]:
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A model and what feeds it.
+
+    Attributes:
+        skeleton: the model without weights.
+        checkpoint: opened for it; of several sources all.
+        mapping: which key feeds what.
+        parts: the sources, where there are several.
+    """
+
+    skeleton: Skeleton
+    checkpoint: Checkpoint
+    mapping: KeyMapping
+    parts: tuple[Opened, ...]
+
+    def without_ties(self, request: LoadRequest) -> Fit:
+        """With tied tensors apart that the checkpoint holds twice, with other values: they are read to be compared.
+
+        Raises:
+            KeysError: a plain module cannot hold two values in one tensor.
+        """
+        if not self.mapping.doubled:
+            return self
+        untied = _differing(self, request)
+        return replace(self, mapping=match(self.checkpoint, self.skeleton, untied, request.keys, self.parts))
+
+
+def fit(found: Found, origin: Origin, request: LoadRequest, undo: ExitStack, clock: Phases) -> Fit:
     """The model without weights, the checkpoint opened for it, and which key feeds what."""
-    skeleton = make_skeleton(origin, found.glance(wish), request.dtype)
+    undo.callback(found.holding.undo)
+    skeleton = make_skeleton(origin, found.glance(), request.dtype, found.arrange if found.several else None)
     clock.end("build")
-    checkpoint = found.open(wish, cover_of(skeleton, request.keys))
-    mapping = match(checkpoint, skeleton, rules=request.keys)
+    checkpoint, parts = found.open(skeleton, request.keys)
+
+    def match_with(skeleton: Skeleton) -> KeyMapping:
+        return match(checkpoint, skeleton, rules=request.keys, parts=parts)
+
+    mapping = match_with(skeleton)
     choice = choose_layers(checkpoint, skeleton, mapping, request.int8, request.keep_fp32)
     plain, names, warnings = skeleton, list(choice.names), [*skeleton.warnings, *choice.warnings]
     while names:
         skeleton = with_int8(plain, names)
         assert skeleton.int8 is not None
         undo.callback(skeleton.int8.undo)
-        mapping = match(checkpoint, skeleton, rules=request.keys)
+        mapping = match_with(skeleton)
         odd = layers_not_by_rows(skeleton, mapping)
         if not odd:
             break
         # Once more without these, whose weights come in another order than that of rows.
-        undo.close()
+        skeleton.int8.undo()
         skeleton, names = plain, [name for name in names if name not in odd]
-        mapping = match(checkpoint, skeleton, rules=request.keys)
+        mapping = match_with(skeleton)
         warnings.append(
             f"{len(odd)} layers stay floats, because their rows are not in the checkpoint as they are in the model "
             f"({odd[0]!r}{', …' if len(odd) > 1 else ''})"
@@ -67,7 +100,7 @@ def fit(
     check_stays_int8(checkpoint, mapping, request.int8)
     check_formats(checkpoint, mapping)
     warnings += _about_int8(skeleton, mapping, request.int8)
-    return replace(skeleton, warnings=tuple(warnings)), checkpoint, mapping
+    return Fit(replace(skeleton, warnings=tuple(warnings)), checkpoint, mapping, parts)
 
 
 def _about_int8(skeleton: Skeleton, mapping: KeyMapping, request: Int8Request) -> list[str]:
@@ -84,18 +117,15 @@ def _about_int8(skeleton: Skeleton, mapping: KeyMapping, request: Int8Request) -
     return warnings
 
 
-def differing(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, request: LoadRequest) -> set[str]:
-    """Names that are tied in the model but have values of their own in the checkpoint.
-
-    Raises:
-        KeysError: a plain module cannot hold two values in one tensor.
-    """
+def _differing(fit: Fit, request: LoadRequest) -> set[str]:
+    """Names that are tied in the model but have values of their own in the checkpoint."""
+    checkpoint, skeleton, mapping = fit.checkpoint, fit.skeleton, fit.mapping
     keys = mapping.sources
     shards = {shard.file: shard for shard in checkpoint.shards}
     differing: set[str] = set()
     parts: dict[str, list[Link]] = defaultdict(list)
     if not mapping.converted.isdisjoint((*mapping.doubled, *mapping.doubled.values())):
-        for link in match(checkpoint, skeleton, set(mapping.doubled), request.keys).links:
+        for link in match(checkpoint, skeleton, set(mapping.doubled), request.keys, fit.parts).links:
             parts[link.target].append(link)
     for name, leader in mapping.doubled.items():
         a, b = checkpoint[keys[name]], checkpoint[keys[leader]]
@@ -118,4 +148,4 @@ def _paired(some: Sequence[Link], others: Sequence[Link]) -> list[tuple[TensorEn
     return [(a.entry, b.entry) for a, b in zip(some, others, strict=True)] if regions[0] == regions[1] else []
 
 
-__all__ = ["Phases", "differing", "fit"]
+__all__ = ["Fit", "Phases", "fit"]

@@ -13,14 +13,15 @@ from typing import Any
 from torch import nn
 
 from ._collector import paused_collector
-from .checkpoint import Survey, Wish, make_wish, survey
+from .checkpoint import make_wish
 from .checkpoint.int8 import has_scales
 from .engine import Installer, Snapshot, run, undisturbed
 from .errors import OptionError, PlacementError
-from .fitting import Phases, differing, fit
+from .fitting import Phases, fit
 from .limits import accelerators_here
-from .mapping import KeyDiff, diff_of, match, refuse
+from .mapping import KeyDiff, diff_of, refuse
 from .memory import anonymous_memory, measure
+from .modeling.holding import Holding
 from .modeling.int8 import bitsandbytes_here, finish_layers, mark
 from .modeling.int8_choice import NO_INT8, Int8Request
 from .modeling.request import ModelSource, make_model_request
@@ -30,6 +31,7 @@ from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
 from .planner.request import FilterFn, Names, Renames, Transforms, checks_names, flag, make_request
 from .report import LoadReport
 from .sizes import shown
+from .sources import Found, Sources, look_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class LoadResult:
 
 @checks_names
 def load(
-    source: str | os.PathLike[str],
+    source: Sources,
     *,
     model: ModelSource = None,
     auto_class: Any = None,
@@ -99,7 +101,9 @@ def load(
 
     Args:
         source: a folder, an index file, a weights file (`.safetensors`, or pickled: `.bin`, `.pt`, `.pth`, `.ckpt`),
-            or a model of the hub that is in its cache (`org/name`).
+            or a model of the hub that is in its cache (`org/name`). Or several: module → source, such as
+            `{"": "llm", "model.vision_tower": "tower.pth"}`, each a path or a `lowmem.Source` with options of its own;
+            what a later one has a module for is read from that alone.
         model: a module, a callable that makes one (run with its parameters on meta), or None for the transformers
             model that `config.json` describes.
         auto_class: a class of transformers or its name: an auto class such as `"AutoModel"`, or a model class. Default:
@@ -214,23 +218,34 @@ def load(
     wish = make_wish(weights, ema)
     clock = Phases()
     held = anonymous_memory()
-    found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
+    found = look_at(
+        source,
+        rules=request.keys,
+        wish=wish,
+        variant=variant,
+        subfolder=subfolder,
+        revision=revision,
+        download=download,
+    )
     held = max(0, anonymous_memory() - held)
     clock.end("inspect")
     # Imports happen here: they are the program's, not the load's.
-    origin = find_origin(found.glance(wish), asked)
-    if request.int8.quantize or has_scales(found.glance(wish)):
+    origin = find_origin(found.glance(), asked)
+    found.find_origins()
+    if request.int8.quantize or any(map(has_scales, found.glances())):
         bitsandbytes_here()
     clock.end("import")
     with measure() as memory, ExitStack() as undo:
         clock.begin()
-        skeleton, plan = _prepare(found, wish, origin, request, undo, settle_ties=True, clock=clock)
+        skeleton, plan = _prepare(found, origin, request, undo, settle_ties=True, clock=clock)
+        holding = found.holding
         # All that was pickled is described in it.
         del found
         check_present(plan)
         clock.end("plan")
-        read = _execute(skeleton, plan, progress, lambda file: memory.mark(file.name), request.int8)
+        read = _execute(skeleton, plan, holding, progress, lambda file: memory.mark(file.name), request.int8)
         undo.pop_all()
+        holding.settle()
         clock.end("weights")
     # The headers were read before the imports, and are the load's.
     memory.baseline -= held
@@ -239,7 +254,7 @@ def load(
 
 @checks_names
 def plan(
-    source: str | os.PathLike[str],
+    source: Sources,
     *,
     model: ModelSource = None,
     auto_class: Any = None,
@@ -277,14 +292,23 @@ def plan(
     request = make_request(**options)
     wish = make_wish(weights, ema)
     with paused_collector(), ExitStack() as undo:
-        found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
-        origin = find_origin(found.glance(wish), asked)
-        return _prepare(found, wish, origin, request, undo, settle_ties=False, clock=Phases())[1]
+        found = look_at(
+            source,
+            rules=request.keys,
+            wish=wish,
+            variant=variant,
+            subfolder=subfolder,
+            revision=revision,
+            download=download,
+        )
+        origin = find_origin(found.glance(), asked)
+        found.find_origins()
+        return _prepare(found, origin, request, undo, settle_ties=False, clock=Phases())[1]
 
 
 @checks_names
 def diff(
-    source: str | os.PathLike[str],
+    source: Sources,
     *,
     model: ModelSource = None,
     auto_class: Any = None,
@@ -342,29 +366,32 @@ def diff(
     )
     wish = make_wish(weights, ema)
     with paused_collector(), ExitStack() as undo:
-        found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
-        origin = find_origin(found.glance(wish), asked)
-        skeleton, checkpoint, mapping = fit(found, wish, origin, request, undo, Phases())
-        return replace(diff_of(mapping, checkpoint, skeleton), opened=checkpoint.opened)
+        found = look_at(
+            source,
+            rules=request.keys,
+            wish=wish,
+            variant=variant,
+            subfolder=subfolder,
+            revision=revision,
+            download=download,
+        )
+        origin = find_origin(found.glance(), asked)
+        found.find_origins()
+        made = fit(found, origin, request, undo, Phases())
+        return replace(diff_of(made.mapping, made.checkpoint, made.skeleton), opened=made.checkpoint.opened)
 
 
 def _prepare(
-    found: Survey,
-    wish: Wish,
-    origin: Origin,
-    request: LoadRequest,
-    undo: ExitStack,
-    settle_ties: bool,
-    clock: Phases,
+    found: Found, origin: Origin, request: LoadRequest, undo: ExitStack, settle_ties: bool, clock: Phases
 ) -> tuple[Skeleton, LoadPlan]:
     """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
     with paused_collector():
-        skeleton, checkpoint, mapping = fit(found, wish, origin, request, undo, clock)
-        if settle_ties and mapping.doubled:
-            untied = differing(checkpoint, skeleton, mapping, request)
-            mapping = match(checkpoint, skeleton, untied, request.keys)
-        refuse(mapping, checkpoint.source, request.strict, request.keys)
-        plan = make_plan(checkpoint, skeleton, mapping, request)
+        made = fit(found, origin, request, undo, clock)
+        if settle_ties:
+            made = made.without_ties(request)
+        skeleton, checkpoint = made.skeleton, made.checkpoint
+        refuse(made.mapping, checkpoint.source, request.strict, request.keys)
+        plan = make_plan(checkpoint, skeleton, made.mapping, request)
         return skeleton, replace(plan, warnings=(*skeleton.warnings, *plan.warnings)) if skeleton.warnings else plan
 
 
@@ -391,6 +418,7 @@ def check_present(plan: LoadPlan, option: str = "device_map") -> None:
 def _execute(
     skeleton: Skeleton,
     plan: LoadPlan,
+    holding: Holding,
     progress: ProgressCallback | None,
     on_shard: Callable[[Path], None],
     int8: Int8Request = NO_INT8,
@@ -404,6 +432,7 @@ def _execute(
         fresh = [name for p in plan.placements if p.residency == "init" for name in p.names]
         if fresh:
             skeleton.rules.initialise(fresh)
+        holding.finish(_unfed(plan))
         skeleton.rules.finish(_unfed(plan))
         skeleton.model.eval()
         if skeleton.int8 is not None:

@@ -168,6 +168,18 @@ def tensor_table(checkpoint: Checkpoint) -> Table:
     return table
 
 
+def _source_table(plan: LoadPlan) -> Table:
+    """What each of several sources feeds."""
+    table = _table(None)
+    for title in ("module", "source", "tensors", "bytes"):
+        table.add_column(title, justify="right" if title in ("tensors", "bytes") else "left", overflow="fold")
+    for share in plan.mapping.shares:
+        table.add_row(
+            plain(share.module or "the rest"), plain(share.source), str(share.tensors), format_size(share.nbytes)
+        )
+    return table
+
+
 def plan_tables(plan: LoadPlan) -> Iterator[Table]:
     """A plan for people: bytes per device, by dtype if some are int8, the host's budget, what was asked of reading."""
     opened = f" of {plan.checkpoint.opened!r}" if plan.checkpoint.opened else ""
@@ -178,6 +190,8 @@ def plan_tables(plan: LoadPlan) -> Iterator[Table]:
         values = (device.weights, device.mapped, device.resident, device.staging, device.peak)
         devices.add_row(name, *map(format_size, values))
     yield devices
+    if plan.mapping.shares:
+        yield _source_table(plan)
     if "int8" in plan.dtypes:
         yield _dtype_table(plan)
     host = plan.host

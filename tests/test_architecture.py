@@ -43,6 +43,7 @@ ORDER = [
     "engine",
     "offload",
     "report",
+    "sources",
     "fitting",
     "loader",
     "drop_in",

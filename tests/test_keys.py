@@ -252,7 +252,7 @@ def test_a_parameter_that_only_contains_gamma_keeps_its_name(tmp_path: Path) -> 
 
 def test_matching_keys_cost_nothing_more() -> None:
     """The search is not even begun, nor when only keys or only tensors are left over."""
-    module = sys.modules["lowmem.mapping.match"]
+    module = sys.modules["lowmem.mapping.linking"]
     checkpoint, skeleton = made({"a": (2,), "b": (3,)}, {"a": (2,), "b": (3,)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "find_evidence", lambda *a: pytest.fail("searched"))

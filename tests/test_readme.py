@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import convnext, state_of
 from safetensors.torch import save_file
 
 from bench.peaks import as_markdown
@@ -16,6 +17,7 @@ from bench.results import read
 from bench.tables import as_markdown as whole_table
 from bench.tables import summary
 from lowmem.cli import build_parser
+from lowmem.mapping.presets import PRESETS
 from lowmem.sizes import MIB
 from lowmem.synthetic import llama_recipe, write_checkpoint
 
@@ -38,7 +40,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(renamed | {"first.bias": renamed["first.bias"].view(1, 16)}, folder / "path/to/renamed.pth")
     training = {"model": wrapped, "model_ema": wrapped, "optimizer": {"state": {}}, "epoch": 3}
     torch.save(training, folder / "path/to/training.pth")
+    write_vision(folder)
     return folder
+
+
+_PROJECT = """
+import torch
+from layouts import convnext_of_mmpretrain, model_of
+
+make_backbone = model_of({
+    name.removeprefix("backbone."): shape
+    for name, shape in convnext_of_mmpretrain(True).items()
+    if name.startswith("backbone.")
+})
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = torch.nn.Parameter(torch.zeros(1, 1 + 24 * 24, 8))
+        self.words = torch.nn.Embedding(12, 8)
+"""
+
+
+def write_vision(folder: Path) -> None:
+    """An official file, one of a detector, one of another size, and the project that has models for them."""
+    (folder / "my_project.py").write_text(_PROJECT, encoding="utf-8")
+    state = state_of(convnext(True))
+    torch.save({"model": state}, folder / "path/to/convnextv2.pth")
+    detector = PRESETS["convnextv2->mmpretrain"].apply(state, {})
+    torch.save({"state_dict": detector, "optimizer": {"state": {}}}, folder / "path/to/detector.pth")
+    encoder = {"pos_embed": torch.ones(1, 1 + 14 * 14, 8), "words.weight": torch.ones(10, 8)}
+    torch.save(encoder, folder / "path/to/encoder.pth")
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -46,6 +79,7 @@ def test_a_python_block_of_the_readme_runs(number: int, folder: Path, monkeypatc
     if re.search(r"^(import|from) timm\b", BLOCKS[number], flags=re.MULTILINE):
         pytest.skip("about timm, which has an environment of its own: tests/vision/test_readme_vision.py")
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
     exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), {"__name__": "__main__"})
 
 

@@ -116,6 +116,22 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="the model's tensors that may be fed from another shape of as many elements, a,b,...",
     )
+    add(
+        "--preset",
+        metavar="NAME",
+        help="known change from one library's layout to another's, such as 'convnextv2->timm', in quotes because of "
+        "the > (a name that there is not lists those that there are)",
+    )
+    add(
+        "--num-classes",
+        metavar="N",
+        help="outputs of a timm model's classifier; initialised where the checkpoint's differ",
+    )
+    add(
+        "--in-chans",
+        metavar="N",
+        help="input channels of a timm model; its first convolution is adapted as timm does it",
+    )
     add("--dequantize", action="store_true", help="make floats of what is int8 in the checkpoint")
     add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run")
 
@@ -132,6 +148,9 @@ def fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "auto_class": arguments.auto_class,
         "attn_implementation": arguments.attn_implementation,
         "reshape": None if arguments.reshape is None else split(arguments.reshape),
+        "preset": arguments.preset,
+        "num_classes": _read_count(arguments.num_classes, "--num-classes"),
+        "in_chans": _read_count(arguments.in_chans, "--in-chans"),
         "dequantize": arguments.dequantize,
         "trust_remote_code": arguments.trust_remote_code,
     }
@@ -250,6 +269,13 @@ def _read_number(text: str | None, option: str) -> float | None:
         return None if text is None else float(text)
     except ValueError as error:
         raise OptionError(f"{option}: expected a number such as 6.0, found {shown(text)}") from error
+
+
+def _read_count(text: str | None, option: str) -> int | None:
+    try:
+        return None if text is None else int(text)
+    except ValueError as error:
+        raise OptionError(f"{option}: expected a whole number such as 10, found {shown(text)}") from error
 
 
 def _read_device_map(text: str | None) -> Any:

@@ -232,11 +232,11 @@ def diff_of(mapping: KeyMapping, checkpoint: Checkpoint, skeleton: Skeleton) -> 
     if mapping.diff is not None:
         return mapping.diff
     # Nothing is missing: there is nothing to mend.
-    return _bare(mapping, checkpoint, skeleton.targets)
+    return bare_diff(mapping, checkpoint, skeleton.targets)
 
 
-def _bare(mapping: KeyMapping, checkpoint: Checkpoint, targets: Mapping[str, Target]) -> KeyDiff:
-    """Names and groups, without rules."""
+def bare_diff(mapping: KeyMapping, checkpoint: Checkpoint, targets: Mapping[str, Target]) -> KeyDiff:
+    """Names and groups, without what would mend it."""
     missing = group_names({name: targets[name].shape for name in mapping.missing})
     unexpected = group_names({key: checkpoint[key].shape for key in mapping.unexpected})
     odd = {m.target: m for m in mapping.mismatched}
@@ -321,7 +321,7 @@ def make_diff(
         names: key → name after both.
         attempt: what other rules would come to, or None where they are an error.
     """
-    diff = _bare(mapping, checkpoint, state)
+    diff = bare_diff(mapping, checkpoint, state)
     fed = mapping.fed
     rename = _rename(mapping, checkpoint, state, rules, steps, names) if diff.unexpected and diff.missing else {}
     trial = _with(rules, rename, ())

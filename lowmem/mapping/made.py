@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._patterns import name_matches
@@ -122,12 +123,20 @@ class Transforms:
             tracing = Tracing((), {name: entry}, self._source)
         if transform is None:
             return tracing.conversion(name, target.name), tracing.given
-        change = _change(transform, target)
+        change = _change(transform, entry, target)
         return tracing.conversion(name, target.name, change, transform.what), tracing.given
 
 
-def _change(transform: Transform, target: Target) -> Change:
-    return lambda tensor: transform(tensor, target.shape)
+def _change(transform: Transform, entry: TensorEntry, target: Target) -> Change:
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        try:
+            return transform(tensor, target.shape)
+        except ValueError as error:
+            raise KeysError(
+                f"{entry.file}: tensor {entry.key!r}: {transform.what} for {target.name!r}: {error}"
+            ) from error
+
+    return changed
 
 
 def refuse_twice(name: str, entry: TensorEntry, renaming: Renaming) -> None:

@@ -2,259 +2,183 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..checkpoint import Checkpoint, TensorEntry
+from ..checkpoint import Checkpoint
+from ..checkpoint.records import stored_bytes
 from ..errors import KeysError, OptionError, UnsupportedError
-from ..modeling.conversions import Renaming
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
-from .converted import Converted, link_converted
-from .diff import KeyDiff, Naming, make_diff
-from .evidence import NOTHING, Evidence, find_evidence
-from .int8 import pair, turned
-from .made import Transforms, make_names, refuse_twice
-from .names import Given, choose, collision, give_names
-from .records import NO_RULES, Computation, KeyMapping, KeyRules, Link, Mismatch, whole
+from .diff import KeyDiff, Naming, bare_diff, make_diff
+from .int8 import pair
+from .linking import Linked, Named, link, resolve
+from .opened import Opened
+from .records import NO_RULES, KeyMapping, KeyRules, Link, Share
 from .suggest import vocabulary_hint
-
-Fits = Callable[[TensorEntry, Target], bool]
 
 
 def match(
-    checkpoint: Checkpoint, skeleton: Skeleton, untied: Collection[str] = (), rules: KeyRules = NO_RULES
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    untied: Collection[str] = (),
+    rules: KeyRules = NO_RULES,
+    parts: Sequence[Opened] = (),
 ) -> KeyMapping:
     """Find the entry of every target.
 
     Args:
-        checkpoint: the entries.
+        checkpoint: the entries; of several sources those of all.
         skeleton: the targets and the rules that rename keys.
         untied: targets that stand for themselves although the model ties them, because their values differ from those
             that the rest of their group gets.
         rules: what the user said about keys.
+        parts: the sources, where there are several, or one for a part of the model; they have rules of their own.
 
     Raises:
         KeysError: two keys become the same target after renaming, or a rule of the user fits nothing.
         OptionError: a function of the user fails.
     """
     state = {name: target for name, target in skeleton.targets.items() if target.persistent}
-    named = _resolve(checkpoint, skeleton, state, rules)
-    found = _link(named, state, skeleton)
-    tracing, changed = named.given.tracing, named.transforms.used(found.sources)
-    makers = [changed] if tracing is None else [tracing.maker(), changed]
-    pairs = pair(found.links, skeleton, checkpoint, set(named.given.left_out.values()))
+    looks = [_look(part, skeleton, state) for part in parts or (Opened(checkpoint, rules),)]
+    found = looks[0].linked
+    if parts:
+        found = Linked()
+        for look in looks:
+            found.join(look.linked, look.part.front)
+    left_out = {look.part.key(key) for look in looks for key in look.named.given.left_out.values()}
+    pairs = pair(found.links, skeleton, checkpoint, left_out)
     links, tied, doubled = _resolve_ties(
         replace(found, links=pairs.links), state, untied, set(skeleton.rules.declared_ties().values())
     )
     # A module at several places has scales under several names.
     made = {state[name].tie for name in pairs.made}
     missing = [n for n in state if n not in found.sources and n not in tied and not (made and state[n].tie in made)]
-    excused = skeleton.rules.may_miss(missing)
-    if found.mismatched:
-        # What is tied to a tensor of another shape shares its fate and is not missing.
-        odd = {state[m.target].tie for m in found.mismatched}
-        excused = {*excused, *(name for name in missing if state[name].tie in odd)}
-    if named.left_out:
-        # What is tied to a tensor that was left out is left out with it.
-        ties = {state[name].tie for name in named.left_out if name in state}
-        excused = {*excused, *(name for name in missing if state[name].tie in ties)}
-    ignored = skeleton.rules.may_ignore(found.unexpected)
+    excused = {name for look in looks for name in look.excused(missing)}
+    # What is tied to a tensor of another shape shares its fate and is not missing; so does what is tied to one that was
+    # left out.
+    odd = {state[m.target].tie for m in found.mismatched}
+    odd.update(state[name].tie for look in looks for name in look.left_out if name in state)
+    if odd:
+        excused.update(name for name in missing if state[name].tie in odd)
+    ignored = {key for look in looks for key in look.ignored()} | pairs.companions
     missing = [name for name in missing if name not in excused]
+    unreadable = {name: why for look in looks for name, why in look.unreadable.items()}
+    makers = [maker for look in looks for maker in look.makers()] if found.computed else []
     mapping = KeyMapping(
         links=tuple(links),
         tied=tied,
         doubled=doubled,
         missing=tuple(missing),
         excused=tuple(name for name in state if name in excused) if excused else (),
-        unexpected=tuple(key for key in found.unexpected if key not in ignored and key not in pairs.companions),
+        unexpected=tuple(key for key in found.unexpected if key not in ignored),
         mismatched=tuple(found.mismatched),
         suggestions=(),
         sources=found.sources,
-        steps=(*named.given.idle, *named.evidence.sentences),
-        unreadable={name: named.unreadable[name] for name in missing if name in named.unreadable},
+        steps=tuple(step for look in looks for step in look.steps()),
+        unreadable={name: unreadable[name] for name in missing if name in unreadable},
         computed=tuple(found.computed),
         leads=found.leads,
         converted=found.converted,
         made=pairs.made,
-        maker="; ".join(filter(None, makers)) if found.computed else "",
+        maker="; ".join(makers),
+        apart={name: look.part.dtype or "" for look in looks if look.part.path for name in state if look.owns(name)},
+        shares=tuple(look.share() for look in looks) if parts else (),
     )
     if not mapping.missing and not mapping.mismatched:
         return mapping
-    diff = _explain(mapping, checkpoint, skeleton, state, rules, named)
+    diff = _explained(mapping, checkpoint, skeleton, looks)
     return replace(mapping, diff=diff, suggestions=diff.suggestions)
 
 
 @dataclass(frozen=True)
-class _Named:
-    """Every chosen tensor under the name of the target that it is for.
+class _Look:
+    """A source, the module that it feeds, and what was found. Names are those of the whole model.
 
     Attributes:
-        given: by the names that the user's rules gave.
-        renaming: changed name → target name.
-        evidence: what changed given names.
-        left_out: target names of tensors that the user left out.
-        unreadable: target name → the key that cannot be read, and why.
-        fits: whether an entry may feed a target.
-        transforms: what is done to tensors that feed certain targets.
+        part: the source.
+        skeleton: the module.
+        state: its targets of the state dict, by their names in it.
+        named: its tensors.
+        linked: what they feed, by names in the module.
     """
 
-    given: Given = field(repr=False)
-    renaming: Renaming = field(repr=False)
-    evidence: Evidence
-    left_out: Collection[str]
-    unreadable: Mapping[str, str]
-    fits: Fits
-    transforms: Transforms = field(repr=False)
+    part: Opened
+    skeleton: Skeleton
+    state: Mapping[str, Target]
+    named: Named
+    linked: Linked
+
+    def owns(self, name: str) -> bool:
+        """Whether it is for this source to feed a target."""
+        return name.startswith(self.part.front) and self.part.taker(name) is None
+
+    @property
+    def left_out(self) -> list[str]:
+        """Targets whose tensors the user left out."""
+        return [self.part.front + name for name in self.named.left_out]
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Targets whose tensors cannot be read, and why."""
+        return {self.part.front + name: why for name, why in self.named.unreadable.items()}
+
+    def excused(self, missing: Collection[str]) -> set[str]:
+        """Those of the missing targets that may be missing."""
+        front = self.part.front
+        own = [name[len(front) :] for name in missing if self.owns(name)]
+        return {front + name for name in self.skeleton.rules.may_miss(own)}
+
+    def ignored(self) -> set[str]:
+        """Keys that feed nothing, which is nothing to report."""
+        keys = {self.part.own_key(key): key for key in self.linked.unexpected}
+        return {keys[key] for key in self.skeleton.rules.may_ignore(list(keys))}
+
+    def steps(self) -> list[str]:
+        """What was done to its keys by evidence, and by whom they are fed instead, a sentence each."""
+        said = [*self.named.given.idle, *self.named.evidence.sentences]
+        for path, other in self.part.taken:
+            lost = [key for key, name in self.linked.elsewhere.items() if self.part.taker(name) == (path, other)]
+            if lost:
+                more = ", …" if len(lost) > 1 else ""
+                said.append(f"{len(lost)} tensors ({lost[0]!r}{more}) are not read: {other} feeds {path!r}")
+        return [f"{self.part.label}: {line}" if self.part.label else line for line in said]
+
+    def share(self) -> Share:
+        """What it feeds."""
+        fed = {link.target for link in self.linked.links}
+        entries = [link.entry for link in self.linked.links]
+        for computation in self.linked.computed:
+            fed.update(computation.targets)
+            entries += computation.sources
+        return Share(self.part.path, self.part.checkpoint.source, len(fed), stored_bytes(entries))
+
+    def makers(self) -> list[str]:
+        """What tells the functions that were used from others."""
+        tracing = self.named.given.tracing
+        return [*filter(None, ("" if tracing is None else tracing.maker(), self.named.transforms.used(self.state)))]
 
 
-def _resolve(checkpoint: Checkpoint, skeleton: Skeleton, state: Mapping[str, Target], rules: KeyRules) -> _Named:
-    """User's names, functions, evidence, and the renames of the model's kind, in this order."""
-    given = make_names(give_names(checkpoint, rules), checkpoint, skeleton, rules)
-    fits = _fits(checkpoint.source, state, rules)
-    renaming = skeleton.rules.rename(given.entries, state)
-    evidence = NOTHING
-    if _leaves_both(renaming.names, state):
-        evidence = find_evidence(given.entries, renaming.names, skeleton, state, fits)
-    beside = {**given.left_out, **given.unreadable}
-    others = _others(beside, evidence, checkpoint.folder, skeleton, state) if beside else {}
-    if evidence.names or others:
-        # Once more and of all keys: the model's kind remembers what it renamed.
-        names = {evidence.names.get(name, name): entry for name, entry in given.entries.items()}
-        renaming = skeleton.rules.rename(names, state)
-    return _Named(
-        given,
-        renaming,
-        evidence,
-        {others[name] for name in given.left_out},
-        {others[name]: f"{key!r}: {checkpoint.unreadable[key]}" for name, key in given.unreadable.items()},
-        fits,
-        Transforms(checkpoint.source, rules.transforms, state),
-    )
-
-
-def _leaves_both(finals: Mapping[str, str], state: Mapping[str, Target]) -> bool:
-    """Whether there are names that feed nothing and targets that nothing feeds."""
-    fed = set(finals.values())
-    return not fed <= state.keys() and not state.keys() <= fed
-
-
-def _fits(source: str, state: Mapping[str, Target], rules: KeyRules) -> Fits:
-    if not rules.reshape:
-        return lambda entry, target: entry.shape == target.shape
-    free = choose(source, list(state), rules.reshape, "reshape", "model")
-
-    def fits(entry: TensorEntry, target: Target) -> bool:
-        same = entry.shape == target.shape
-        return same or (target.name in free and math.prod(entry.shape) == math.prod(target.shape))
-
-    return fits
-
-
-def _others(
-    names: Collection[str], evidence: Evidence, folder: Path, skeleton: Skeleton, state: Mapping[str, Target]
-) -> dict[str, str]:
-    """Target names of tensors that are not read: name → target name."""
-    entry = TensorEntry("", "", (), folder, 0, 0)
-    changed = {}
-    for name in names:
-        new = name
-        for step in evidence.steps if name not in state else ():
-            new = step.apply(new)
-        changed[name] = new
-    finals = skeleton.rules.rename(dict.fromkeys(changed.values(), entry), state).names
-    return {name: finals.get(new, new) for name, new in changed.items()}
-
-
-@dataclass
-class _Linked:
-    """What `KeyMapping` has, before ties."""
-
-    links: list[Link] = field(default_factory=list)
-    computed: list[Computation] = field(default_factory=list)
-    mismatched: list[Mismatch] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict)
-    leads: dict[str, str] = field(default_factory=dict)
-    converted: frozenset[str] = frozenset()
-
-
-def _link(named: _Named, state: Mapping[str, Target], skeleton: Skeleton) -> _Linked:
-    """Which entry feeds what.
-
-    Raises:
-        KeysError: two keys become the same target, or keys cannot be converted.
-        UnsupportedError: what functions made would be converted once more.
-    """
-    found = _Linked()
-    tracing = named.given.tracing
-    made = tracing.made if tracing is not None else ()
-    converted: dict[str, TensorEntry] = {}
-    names, sources, fits = named.evidence.names, found.sources, named.fits
-    for given, entry in named.given.entries.items():
-        changed, key = names.get(given, given), entry.key
-        name = named.renaming.names[changed]
-        target = state.get(name)
-        if target is None:
-            found.unexpected.append(key)
-            continue
-        if given in made or name in named.transforms:
-            refuse_twice(changed, entry, named.renaming)
-            conversion, entries = named.transforms.conversion(given, entry, target, tracing)
-            _add(found, link_converted([conversion], entries, state))
-            continue
-        if changed in named.renaming.converted:
-            if changed in converted:
-                raise KeysError(collision(entry.file, key, converted[changed].key, name))
-            converted[changed] = entry
-            continue
-        if name in sources:
-            raise KeysError(collision(entry.file, key, sources[name], name))
-        sources[name] = key
-        link = turned(entry, target) if target.turned else None
-        if link is not None:
-            found.links.append(link)
-        elif entry.shape == target.shape:
-            found.links.append(Link(entry, name, whole(target.shape)))
-        elif not fits(entry, target):
-            found.mismatched.append(Mismatch(key, name, entry.shape, target.shape, entry.dtype))
-        else:
-            # The same bytes under another shape; with strides the shape is needed to find them.
-            reshaped = replace(entry, shape=target.shape) if entry.strides is None else entry
-            found.links.append(Link(reshaped, name, whole(target.shape)))
-    if converted:
-        conversions = skeleton.rules.convert(converted, named.renaming, state)
-        _add(found, link_converted(conversions, converted, state))
-    if found.converted:
-        # In the checkpoint's file order again.
-        order = {entry.key: i for i, entry in enumerate(named.given.sources)}
-        found.links.sort(key=lambda link: (order[link.entry.key], link.entry.offset))
-    return found
-
-
-def _add(found: _Linked, more: Converted) -> None:
-    """What conversions feed, too.
-
-    Raises:
-        KeysError: it is fed already.
-    """
-    for name, key in more.sources.items():
-        if name in found.sources:
-            raise KeysError(collision(more.files[name], key, found.sources[name], name))
-    found.sources.update(more.sources)
-    found.links += more.links
-    found.mismatched += more.mismatched
-    found.computed += more.computed
-    found.leads.update(more.leads)
-    found.converted |= more.sources.keys()
+def _look(part: Opened, whole: Skeleton, state: Mapping[str, Target]) -> _Look:
+    skeleton = part.skeleton(whole)
+    if skeleton is not whole:
+        state = {name: target for name, target in skeleton.targets.items() if target.persistent}
+    named = resolve(part.checkpoint, skeleton, state, part.rules)
+    linked = link(named, state, skeleton, lambda name: part.taker(part.front + name) is not None)
+    look = _Look(part, skeleton, state, named, linked)
+    if part.label and not linked.sources:
+        diff = _diff_of(look, KeyMapping((), {}, {}, tuple(state), (), tuple(linked.unexpected), (), ()))
+        raise KeysError(
+            f"{part.checkpoint.source}: expected tensors of {part.path or 'the model'!r}, found none among its "
+            f"{len(part.checkpoint)}\n{diff.text()}"
+        )
+    return look
 
 
 def _resolve_ties(
-    found: _Linked, state: Mapping[str, Target], untied: Collection[str], sources: Collection[str]
+    found: Linked, state: Mapping[str, Target], untied: Collection[str], sources: Collection[str]
 ) -> tuple[list[Link], dict[str, str], dict[str, str]]:
     """One link feeds a tie group, that of its declared source if there is one.
 
@@ -287,33 +211,57 @@ def _resolve_ties(
     return [link for link in found.links if link.target not in dropped], tied, doubled
 
 
-def _explain(
-    mapping: KeyMapping,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    state: Mapping[str, Target],
-    rules: KeyRules,
-    named: _Named,
-) -> KeyDiff:
-    """The difference, with rules that were tried before they are offered."""
+def _explained(mapping: KeyMapping, checkpoint: Checkpoint, skeleton: Skeleton, looks: Sequence[_Look]) -> KeyDiff:
+    """The difference; of several sources with what would mend it in each."""
+    if len(looks) == 1 and not looks[0].part.label:
+        return _diff_of(looks[0], mapping)
+    diff = bare_diff(mapping, checkpoint, skeleton.targets)
+    hints = []
+    for look in looks:
+        front = look.part.front
+        missing = tuple(name[len(front) :] for name in mapping.missing if look.owns(name))
+        odd = tuple(replace(m, target=m.target[len(front) :]) for m in mapping.mismatched if look.owns(m.target))
+        if missing or odd:
+            own = set(look.linked.unexpected)
+            unexpected = tuple(key for key in mapping.unexpected if key in own)
+            part = replace(mapping, missing=missing, mismatched=odd, unexpected=unexpected)
+            hints += [f"{look.part.label}: {line}" for line in _diff_of(look, part).suggestions]
+    return replace(diff, hints=(*diff.hints, *hints))
+
+
+def _diff_of(look: _Look, mapping: KeyMapping) -> KeyDiff:
+    """The difference of one source, with rules that were tried before they are offered.
+
+    Args:
+        look: the source.
+        mapping: what lacks and is left over; its targets by their names in the module.
+    """
+    checkpoint, skeleton, state, named = look.part.checkpoint, look.skeleton, look.state, look.named
 
     def attempt(rules: KeyRules) -> Naming | None:
         try:
-            other = _resolve(checkpoint, skeleton, state, rules)
-            linked = _link(other, state, skeleton)
+            other = resolve(checkpoint, skeleton, state, rules)
+            linked = link(other, state, skeleton)
         except (KeysError, UnsupportedError, OptionError):
             # A function of the user may know nothing of names that it was not meant for.
             return None
         return Naming({link.target for link in linked.links}, linked.mismatched)
 
+    own_key = look.part.own_key
+    if look.part.label:
+        mapping = replace(
+            mapping,
+            unexpected=tuple(map(own_key, mapping.unexpected)),
+            mismatched=tuple(replace(m, key=own_key(m.key)) for m in mapping.mismatched),
+        )
     given = named.given.entries
-    names = {entry.key: named.evidence.names.get(name, name) for name, entry in given.items()}
-    diff = make_diff(mapping, checkpoint, state, rules, named.evidence.steps, names, attempt)
+    names = {own_key(entry.key): named.evidence.names.get(name, name) for name, entry in given.items()}
+    diff = make_diff(mapping, checkpoint, state, look.part.rules, named.evidence.steps, names, attempt)
     rows = vocabulary_hint(mapping.mismatched, skeleton.rules.vocabularies())
     if rows is not None:
         diff = replace(diff, hints=(rows, *diff.hints))
     # The model's kind remembers what it renamed: that of the mapping, and not of a trial.
-    skeleton.rules.rename({names[entry.key]: entry for entry in given.values()}, state)
+    skeleton.rules.rename({named.evidence.names.get(name, name): entry for name, entry in given.items()}, state)
     return diff
 
 

@@ -186,6 +186,23 @@ class Mismatch:
     dtype: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one of several sources feeds.
+
+    Attributes:
+        module: of the model; empty for all that no other source has a module for.
+        source: as the user gave it.
+        tensors: of the model that it feeds.
+        nbytes: in the checkpoint, of those that feed them; a range that several share is counted once.
+    """
+
+    module: str
+    source: str
+    tensors: int
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class KeyMapping:
     """Which entry feeds which target, and what is left over.
@@ -208,6 +225,9 @@ class KeyMapping:
         leads: target → the one whose dtype the model's kind gives it, where one tensor becomes several.
         converted: targets that are not the tensor of their key as it is.
         made: targets with the row scales of weights that become int8 on the way: scales → weight.
+        apart: targets of modules that have a source of their own, with what their floats become; empty where that is
+            what the load asks. They do not have to be what the model as a whole is.
+        shares: of several sources, what each feeds; empty for a single one.
         maker: what tells functions that compute tensors from others, beside the model's own; empty without them.
     """
 
@@ -228,6 +248,8 @@ class KeyMapping:
     converted: frozenset[str] = frozenset()
     made: Mapping[str, str] = field(default_factory=dict)
     maker: str = ""
+    apart: Mapping[str, str] = field(default_factory=dict)
+    shares: tuple[Share, ...] = ()
 
     @functools.cached_property
     def fed(self) -> frozenset[str]:

@@ -94,33 +94,30 @@ def find_origin(checkpoint: Checkpoint, request: ModelRequest) -> Origin:
         return Origin(hf.read_blueprint(checkpoint, request))
 
 
-def make_skeleton(origin: Origin, checkpoint: Checkpoint, dtype: str) -> Skeleton:
+def make_skeleton(
+    origin: Origin, checkpoint: Checkpoint, dtype: str, arrange: Callable[[nn.Module], None] | None = None
+) -> Skeleton:
     """Build or adopt the model, on meta where lowmem builds it.
 
     Args:
         origin: what it is made from.
         checkpoint: decides the dtype of a transformers model when nothing else does.
         dtype: `"auto"` or a torch name.
+        arrange: what is done to the model before its tensors are looked at.
 
     Raises:
         ModelError: building failed, or the module is one that lowmem cannot fill (see `checks.checked_modules`).
     """
     source = origin.model
-    timm: TimmModel | None = None
+    timm = _timm(origin, dtype)
+    module = build(origin, checkpoint, dtype) if timm is None else timm.model
+    if arrange is not None:
+        arrange(module)
     with real_tensors():
-        if isinstance(source, hf.Blueprint):
-            module = hf.build(source, checkpoint, dtype)
-        elif isinstance(source, TimmBlueprint):
-            timm = build_timm(source, dtype)
-            module = timm.model
-        elif isinstance(source, nn.Module):
-            module = source
-        else:
-            module = _call(source)
         transformers = hf.is_transformers_model(module)
         targets = read_targets(checked_modules(module, transformers))
-        blueprint = source if isinstance(source, hf.Blueprint) else None
-        rules = TimmRules(timm) if timm is not None else _rules_of(module, transformers, blueprint, checkpoint)
+        rules = rules_of(module, origin, checkpoint) if timm is None else TimmRules(timm)
+    blueprint = source if isinstance(source, hf.Blueprint) else None
     joined = join_declared(targets, rules.declared_ties())
     warnings = () if blueprint is None else blueprint.warnings
     return Skeleton(module, joined, rules, isinstance(source, nn.Module), warnings)
@@ -145,9 +142,36 @@ def with_int8(skeleton: Skeleton, names: Collection[str]) -> Skeleton:
     return replace(skeleton, targets=join_declared(targets, skeleton.rules.declared_ties()), int8=layers)
 
 
-def _rules_of(module: nn.Module, transformers: bool, blueprint: hf.Blueprint | None, checkpoint: Checkpoint) -> Rules:
-    if not transformers:
+def build(origin: Origin, checkpoint: Checkpoint, dtype: str) -> nn.Module:
+    """The module, on meta where lowmem builds it.
+
+    Raises:
+        ModelError: building failed.
+    """
+    source = origin.model
+    timm = _timm(origin, dtype)
+    if timm is not None:
+        return timm.model
+    assert not isinstance(source, TimmBlueprint)
+    with real_tensors():
+        if isinstance(source, hf.Blueprint):
+            return hf.build(source, checkpoint, dtype)
+        return source if isinstance(source, nn.Module) else _call(source)
+
+
+def _timm(origin: Origin, dtype: str) -> TimmModel | None:
+    """The model, where it is one of timm that lowmem builds."""
+    if not isinstance(origin.model, TimmBlueprint):
+        return None
+    with real_tensors():
+        return build_timm(origin.model, dtype)
+
+
+def rules_of(module: nn.Module, origin: Origin | None, checkpoint: Checkpoint) -> Rules:
+    """The rules of a module of this origin, or of one that is a part of another."""
+    if not hf.is_transformers_model(module):
         return Rules(module)
+    blueprint = origin.model if origin is not None and isinstance(origin.model, hf.Blueprint) else None
     folder = checkpoint.folder if checkpoint.config is not None else None
     generation = read_generation(module, folder, blueprint)
     key_mapping = None if blueprint is None else blueprint.request.key_mapping

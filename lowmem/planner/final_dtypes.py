@@ -36,7 +36,7 @@ def final_dtypes(
     # Parts of one tensor are of one dtype, or the first decides.
     entries = {link.target: link.entry for link in reversed(mapping.links)}
     made = _made_of(mapping)
-    owned, tied = skeleton.rules.owns_dtypes, mapping.tied
+    tied = mapping.tied
     final: dict[str, str] = {}
     scales = {target.scales for target in skeleton.targets.values() if target.scales}
     floats = {link.target for link in mapping.links if link.scales is not None}
@@ -47,16 +47,19 @@ def final_dtypes(
             final[name] = target.dtype
             continue
         leader = tied.get(name, name)
+        # A module with a source of its own is what that is, whatever the rest was built as.
+        owned = skeleton.rules.owns_dtypes and name not in mapping.apart
+        asked = mapping.apart.get(name) or dtype
         entry = entries.get(leader) or made.get(leader)
         lead = skeleton.targets[mapping.leads.get(leader, leader)]
         own = lead.dtype if entry is None or owned else entry.dtype
         if leader in floats and not owned:
             # As the rest of the checkpoint has it.
             own = beside or lead.dtype
-        if dtype != "auto" and is_floating(own):
+        if asked != "auto" and is_floating(own):
             # What has values and is not in the checkpoint stays as it is.
             settled = owned or not target.persistent or (entry is None and target.real)
-            own = own if settled else dtype
+            own = own if settled else asked
         final[name] = own
     filled = {*entries, *(target for computation in mapping.computed for target in computation.targets)}
     fed = {name for name in final if tied.get(name, name) in filled}
@@ -73,6 +76,7 @@ def final_dtypes(
     for name, entry in reversed(entries.items()):
         own = skeleton.targets[name].dtype
         by_rows = name in floats or skeleton.targets[name].scales
+        owned = skeleton.rules.owns_dtypes and name not in mapping.apart
         if own != entry.dtype and not owned and not by_rows and not (is_floating(own) and is_floating(entry.dtype)):
             warnings.append(
                 f"{name!r} is {own} in the model and {entry.dtype} in the checkpoint: it becomes {final[name]}"

@@ -381,6 +381,10 @@ class LoadPlan:
         return {
             "source": self.checkpoint.source,
             "opened": self.checkpoint.opened,
+            "sources": [
+                {"module": s.module, "source": s.source, "tensors": s.tensors, "bytes": s.nbytes}
+                for s in self.mapping.shares
+            ],
             "shards": [{"file": os.fspath(shard.file.name), "size": shard.size} for shard in self.checkpoint.shards],
             "device_map": dict(self.device_map),
             "devices": {name: device.to_dict() for name, device in self.devices.items()},

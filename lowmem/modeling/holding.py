@@ -1,0 +1,125 @@
+"""Modules that a model does not have as its children while it is built: put where a load can reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import nn
+
+from ..errors import ModelError
+from .rules import Rules
+
+
+class Holding:
+    """What was put into a model for the time of a load.
+
+    LLaVA's models keep a tower in a list, so that it is no child (`vision_tower = [tower]`), or build it later
+    (`delay_load`). Here such a module is a child until `settle` puts it where the model has it.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self._settle: list[Callable[[], None]] = []
+        self._kinds: dict[str, Rules] = {}
+
+    def finish_by(self, front: str, rules: Rules) -> None:
+        """Let the module whose names stand behind `front` be finished by rules of its own."""
+        self._kinds[front] = rules
+
+    def finish(self, missing: Collection[str]) -> None:
+        """As `Rules.finish`, for these modules; `missing` are names in the whole model."""
+        for front, rules in self._kinds.items():
+            rules.finish([name[len(front) :] for name in missing if name.startswith(front)])
+
+    def hold(self, model: nn.Module, path: str, made: nn.Module | None = None) -> None:
+        """Make the module at a path, and every one on the way there, a child of the one that has it.
+
+        Args:
+            model: the model.
+            path: of the module.
+            made: a module that is to be there, if the model does not have its own.
+
+        Raises:
+            ModelError: there is no module at the path.
+        """
+        owner, walked = model, []
+        leaves = path.split(".")
+        for leaf in leaves[:-1] if made is not None else leaves:
+            walked.append(leaf)
+            child = owner._modules.get(leaf) or self._from_list(owner, leaf)
+            if child is None:
+                raise ModelError(_missing(owner, path, ".".join(walked)))
+            owner = child
+        if made is not None:
+            self._put(owner, leaves[-1], made)
+
+    def _from_list(self, owner: nn.Module, leaf: str) -> nn.Module | None:
+        """The only module of a list, as a child; None where there is none."""
+        held = owner.__dict__.get(leaf)
+        if not isinstance(held, (list, tuple)) or len(held) != 1 or not isinstance(held[0], nn.Module):
+            return None
+        self._lend(owner, leaf, held, held[0])
+        return held[0]
+
+    def _put(self, owner: nn.Module, leaf: str, made: nn.Module) -> None:
+        """A module where the owner has none yet, or another, or a list for one."""
+        held = owner.__dict__.get(leaf)
+        if isinstance(held, list):
+            self._lend(owner, leaf, held, made)
+            self._settle.append(lambda: _fill(held, made))
+        else:
+            before = owner._modules.get(leaf)
+            had = leaf in owner._modules
+            attributes = {leaf: owner.__dict__.pop(leaf)} if leaf in owner.__dict__ else {}
+            owner._modules[leaf] = made
+            self._undo.append(lambda: _restore(owner, leaf, had, before, attributes))
+        # As `load_model` of LLaVA's towers says it, which would load once more.
+        if owner.__dict__.get("is_loaded") is False:
+            self._settle.append(lambda: owner.__dict__.update(is_loaded=True))
+
+    def _lend(self, owner: nn.Module, leaf: str, held: Any, module: nn.Module) -> None:
+        del owner.__dict__[leaf]
+        owner._modules[leaf] = module
+
+        def back() -> None:
+            del owner._modules[leaf]
+            owner.__dict__[leaf] = held
+
+        self._undo.append(back)
+        self._settle.append(back)
+
+    def undo(self) -> None:
+        """The model as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def settle(self) -> None:
+        """Loaded modules where the model has them."""
+        for step in self._settle:
+            step()
+        self._settle.clear()
+        self._undo.clear()
+
+
+def _fill(held: list[Any], made: nn.Module) -> None:
+    held[:] = [made]
+
+
+def _restore(owner: nn.Module, leaf: str, had: bool, before: nn.Module | None, attributes: dict[str, Any]) -> None:
+    del owner._modules[leaf]
+    if had:
+        owner._modules[leaf] = before
+    owner.__dict__.update(attributes)
+
+
+def _missing(owner: nn.Module, path: str, at: str) -> str:
+    leaf = at.rpartition(".")[2]
+    found = owner.__dict__.get(leaf)
+    kind = "nothing" if found is None else type(found).__name__
+    names = ", ".join(map(repr, list(owner._modules)[:8])) or "none"
+    return (
+        f"source for {path!r}: expected a module at {at!r}, found {kind} in {type(owner).__name__} (modules there: "
+        f"{names}); correct the path, or, where the module is built later, give model= (or auto_class=) to its "
+        "lowmem.Source"
+    )
