@@ -106,8 +106,8 @@ def _to_int8(checkpoint: Checkpoint, request: ConvertRequest, int8: Int8Request,
     skeleton = make_skeleton(origin, checkpoint, request.dtype)
     if skeleton.rules.kind == "timm":
         raise UnsupportedError(
-            f"{checkpoint.source}: quantize='int8' (--quantize int8): expected a model of transformers, whose config can "
-            "say that its weights are int8, found one of timm; load with quantize='int8' instead"
+            f"{checkpoint.source}: quantize='int8' (--quantize int8): expected a model of transformers, whose config "
+            "can say that its weights are int8, found one of timm; load with quantize='int8' instead"
         )
     mapping = match(checkpoint, skeleton, rules=request.rules)
     choice = choose_layers(checkpoint, skeleton, mapping, int8, ())

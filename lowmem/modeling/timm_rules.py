@@ -121,7 +121,7 @@ class TimmRules(Rules):
             )
         with torch.no_grad():
             for name in names:
-                tensor_of(self.model, name).copy_(tensor_of(again, name))
+                _give(tensor_of(self.model, name), tensor_of(again, name))
 
     def _again(self, registrations: Registrations | None, names: Collection[str]) -> nn.Module | None:
         """The same model once more; None where these tensors of it have no values or other shapes.
@@ -141,6 +141,14 @@ class TimmRules(Rules):
             not tensor.is_meta and tensor.shape == tensor_of(self.model, name).shape for name, tensor in made.items()
         )
         return model if same else None
+
+
+def _give(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Give a tensor these values, by their memory where it can be: so they are there once."""
+    if (tensor.dtype, tensor.device, tensor.stride()) == (values.dtype, values.device, values.stride()):
+        tensor.data = values.data
+    else:
+        tensor.copy_(values)
 
 
 def _filtered(filter_fn: Any, state: dict[str, Any], model: nn.Module) -> Any:
