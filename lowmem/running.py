@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from .errors import LowmemError, ModelError, OptionError, SourceError
 from .memory import Measurement, measure
 from .report import LoadReport
 from .sizes import shown
+from .sources import Sources, path_of
 
 if TYPE_CHECKING:
     from .loader import LoadResult
@@ -121,7 +121,7 @@ class _Tell(NamedTuple):
 
 
 def run_prompt(
-    source: str | os.PathLike[str],
+    source: Sources,
     prompt: str,
     *,
     max_new_tokens: int = 64,
@@ -172,7 +172,7 @@ def run_prompt(
     _check_prompt(prompt)
     _need_transformers()
     selection = {name: options[name] for name in ("variant", "subfolder", "revision", "download") if name in options}
-    found = find(source, **selection)
+    found = find(path_of(source), **selection)
     tokenizer = _tokenizer(found.folder, options.get("trust_remote_code") is True)
     ids = _encoded(tokenizer, prompt, chat, found.folder)
     known = _class_and_config(found.config, found.folder, options)

@@ -284,8 +284,20 @@ def _listed(source: Sources) -> list[tuple[str, Source, bool]]:
     return found
 
 
+def path_of(source: Sources) -> Path:
+    """The path of the source of the whole model.
+
+    Raises:
+        OptionError: there is none.
+    """
+    whole = next((one for module, one, _ in _listed(source) if not module), None)
+    if whole is None:
+        raise OptionError("source: expected one of the whole model (''), found modules only; add it")
+    return whole.path
+
+
 def _asked(source: Source) -> ModelRequest:
     return make_model_request(source.model, auto_class=source.auto_class)
 
 
-__all__ = ["Found", "Source", "Sources", "look_at"]
+__all__ = ["Found", "Source", "Sources", "look_at", "path_of"]

@@ -17,6 +17,7 @@ from .options import (
     options,
     picture_of,
     source_options,
+    sources,
 )
 from .parser import FAILED, FINE, verb
 
@@ -71,7 +72,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from ..loader import plan
 
-    decided = plan(arguments.source, **options(arguments))
+    decided = plan(sources(arguments), **options(arguments))
     warn(decided.warnings)
     if arguments.json:
         print_json(decided.to_dict())
@@ -85,7 +86,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _diff(arguments: argparse.Namespace) -> int:
     from ..loader import diff
 
-    found = diff(arguments.source, **source_options(arguments), **fit_options(arguments))
+    found = diff(sources(arguments), **source_options(arguments), **fit_options(arguments))
     code = FAILED if found.missing or found.mismatched else FINE
     if arguments.json:
         print_json(found.to_dict())
@@ -110,7 +111,7 @@ def _load(arguments: argparse.Namespace) -> int:
 
     picture = picture_of(arguments)
     with progress_bar() as progress:
-        result = load(arguments.source, progress=progress, **options(arguments))
+        result = load(sources(arguments), progress=progress, **options(arguments))
     warn(result.plan.warnings)
     drawn = FINE
     try:

@@ -109,6 +109,12 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
         help="class of transformers, such as AutoModel or LlamaModel (default: by architectures in config.json)",
     )
     add("--attn-implementation", metavar="NAME", help="how a transformers model computes attention: eager, sdpa, ...")
+    add(
+        "--part",
+        metavar="MODULE=SRC",
+        action="append",
+        help="read this module of the model from a source of its own; may be given several times",
+    )
     add_key_options(parser)
     add(
         "--reshape",
@@ -134,6 +140,25 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--dequantize", action="store_true", help="make floats of what is int8 in the checkpoint")
     add("--trust-remote-code", action="store_true", help="let Python files beside the checkpoint run")
+
+
+def sources(arguments: argparse.Namespace) -> Any:
+    """The source, or all of them by their modules.
+
+    Raises:
+        OptionError: a part that is none.
+    """
+    if not arguments.part:
+        return arguments.source
+    found = {"": arguments.source}
+    for text in arguments.part:
+        module, equals, source = text.partition("=")
+        if not module or not equals or not source:
+            raise OptionError(f"--part: expected MODULE=SRC, such as model.vision_tower=tower.pth, found {text!r}")
+        if module in found:
+            raise OptionError(f"--part: {module!r} is given twice; name it once")
+        found[module] = source
+    return found
 
 
 def fit_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .._terminal import print_json, progress_bar, say, warn, write_text
 from ..errors import OptionError
 from ..sizes import format_size
-from .options import add_load_options, options
+from .options import add_load_options, options, sources
 from .parser import FINE, verb
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> int:
             warn(result.plan.warnings)
 
         report = run_prompt(
-            arguments.source,
+            sources(arguments),
             prompt,
             max_new_tokens=arguments.max_new_tokens,
             chat=arguments.chat,

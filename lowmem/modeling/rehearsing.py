@@ -87,7 +87,11 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {}))
         before = {_storage(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        made = _tensors(result)
+        if not made:
+            # As of all that is followed: nothing to count.
+            return result
+        for tensor in made:
             if _storage(tensor) not in before:
                 storage = tensor.untyped_storage()
                 self._held[_storage(tensor)] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]

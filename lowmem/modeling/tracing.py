@@ -66,6 +66,7 @@ class Tracing:
         left_out: names of tensors of the checkpoint that no result is made of.
         given: tensors of the checkpoint, by the names that the first function is given them under.
         what: names of the functions, for messages.
+        costs: of results, by what makes them alike.
     """
 
     def __init__(self, steps: tuple[Step, ...], entries: Mapping[str, TensorEntry], source: str) -> None:
@@ -81,6 +82,7 @@ class Tracing:
             UnsupportedError: it asks for the values of tensors.
         """
         self.what = " and ".join(step.what for step in steps)
+        self.costs: dict[tuple[Any, ...], Cost] = {}
         self._steps = steps
         self._source = source
         # What torch has no dtype for goes by.
@@ -143,6 +145,10 @@ class Tracing:
         for step in self._steps:
             state = self._refusing(step.what, _run, step, state)
         return state
+
+    def shape_of(self, name: str) -> Shape:
+        """Of a result."""
+        return tuple(self._results[name].shape)
 
     def shape_and_dtype(self, name: str) -> tuple[Shape, torch.dtype]:
         """Of a tensor that the first function is given."""
@@ -215,11 +221,19 @@ class _Again:
     change: Change | None
 
     def cost(self, dtype: str) -> Cost:
-        """What it gives and takes; the sources come as they are, whatever `dtype` is."""
+        """What it gives and takes; the sources come as they are, whatever `dtype` is.
+
+        The tables of a model's layers are alike, and all functions are run for each: those of one shape, made of
+        sources of one shape, are taken to cost the same.
+        """
+        alike = (self.tracing.shape_of(self.name), *map(self.tracing.shape_and_dtype, self.keys), self.change)
+        if (known := self.tracing.costs.get(alike)) is not None:
+            return known
         counting = Counting()
         result = rehearse(counting, self._empty, self._run)
         ends = ((tuple(result.shape), dtype_name(result.dtype)),)
-        return Cost(ends, max(0, counting.most - result.nbytes))
+        cost = self.tracing.costs[alike] = Cost(ends, max(0, counting.most - result.nbytes))
+        return cost
 
     def __call__(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
         """The result; `sources` is empty afterwards."""
