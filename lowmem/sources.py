@@ -187,7 +187,7 @@ class Found:
         opened, held = [], []
         for number, part in enumerate(self.parts):
             taken = tuple(
-                (later.module, later.label or later.found.found.text)
+                (later.module, later.found.found.text)
                 for later in self.parts[number + 1 :]
                 if later.module != part.module and later.module.startswith(f"{part.module}." if part.module else "")
             )

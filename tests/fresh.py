@@ -27,6 +27,8 @@ INT8_IMPORTS = (
     if importlib.util.find_spec("bitsandbytes") is not None
     else ()
 )
+# What torch imports when it first computes with tensors without values.
+COMPUTING_IMPORTS = ("torch._meta_registrations", "torch._decomp.decompositions", "torch._subclasses.fake_tensor")
 # What a load would import on the way.
 _IMPORTS = (
     "accelerate",

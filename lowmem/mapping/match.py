@@ -17,7 +17,7 @@ from .int8 import pair
 from .linking import Linked, Named, link, resolve
 from .opened import Opened
 from .records import NO_RULES, KeyMapping, KeyRules, Link, Share
-from .suggest import vocabulary_hint
+from .suggest import grid_hint, vocabulary_hint
 
 
 def match(
@@ -63,7 +63,7 @@ def match(
     odd.update(state[name].tie for look in looks for name in look.left_out if name in state)
     if odd:
         excused.update(name for name in missing if state[name].tie in odd)
-    ignored = {key for look in looks for key in look.ignored()} | pairs.companions
+    ignored = {key for look in looks for key in look.ignored()} | pairs.companions | _of_others(looks)
     missing = [name for name in missing if name not in excused]
     unreadable = {name: why for look in looks for name, why in look.unreadable.items()}
     makers = [maker for look in looks for maker in look.makers()] if found.computed else []
@@ -211,6 +211,22 @@ def _resolve_ties(
     return [link for link in found.links if link.target not in dropped], tied, doubled
 
 
+def _of_others(looks: Sequence[_Look]) -> set[str]:
+    """Keys that feed nothing here, and do where the same file is asked for another module, or are named there."""
+    told: dict[str, set[str]] = defaultdict(set)
+    for look in looks if len(looks) > 1 else ():
+        told[look.part.checkpoint.source].update(map(look.part.own_key, look.linked.sources.values()))
+    ignored = set()
+    for look in looks if len(looks) > 1 else ():
+        seen = told[look.part.checkpoint.source]
+        for key in look.linked.unexpected:
+            own = look.part.own_key(key)
+            if own in seen:
+                ignored.add(key)
+            seen.add(own)
+    return ignored
+
+
 def _explained(mapping: KeyMapping, checkpoint: Checkpoint, skeleton: Skeleton, looks: Sequence[_Look]) -> KeyDiff:
     """The difference; of several sources with what would mend it in each."""
     if len(looks) == 1 and not looks[0].part.label:
@@ -258,8 +274,8 @@ def _diff_of(look: _Look, mapping: KeyMapping) -> KeyDiff:
     names = {own_key(entry.key): named.evidence.names.get(name, name) for name, entry in given.items()}
     diff = make_diff(mapping, checkpoint, state, look.part.rules, named.evidence.steps, names, attempt)
     rows = vocabulary_hint(mapping.mismatched, skeleton.rules.vocabularies())
-    if rows is not None:
-        diff = replace(diff, hints=(rows, *diff.hints))
+    grids = grid_hint(mapping.mismatched)
+    diff = replace(diff, hints=(*filter(None, (rows, grids)), *diff.hints))
     # The model's kind remembers what it renamed: that of the mapping, and not of a trial.
     skeleton.rules.rename({named.evidence.names.get(name, name): entry for name, entry in given.items()}, state)
     return diff

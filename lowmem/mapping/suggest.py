@@ -210,3 +210,21 @@ def vocabulary_hint(mismatched: Sequence[Mismatch], vocabularies: Mapping[int, s
         f"{entry}={expected}; load with {entry}={found} in the config, and call "
         f"model.resize_token_embeddings({expected}) after that, if {expected} are wanted"
     )
+
+
+def grid_hint(mismatched: Sequence[Mismatch]) -> str | None:
+    """What to say where position embeddings differ in the number of their tokens only.
+
+    Args:
+        mismatched: keys of another shape than their target.
+    """
+    for m in mismatched:
+        tokens = (m.found[-2], m.expected[-2]) if len(m.found) == len(m.expected) > 1 else (0, 0)
+        same = (*m.found[:-2], m.found[-1:]) == (*m.expected[:-2], m.expected[-1:])
+        if "pos" in m.target.rpartition(".")[2] and same and tokens[0] != tokens[1]:
+            return (
+                f"{m.target!r} has {tokens[0]} positions in the checkpoint and {tokens[1]} in the model: "
+                f"transforms={{{m.target!r}: lowmem.interpolate()}} gives it the model's grid, if they are those of an "
+                "image"
+            )
+    return None
