@@ -243,7 +243,7 @@ def load(
         del found
         check_present(plan)
         clock.end("plan")
-        read = _execute(skeleton, plan, holding, progress, lambda file: memory.mark(file.name), request.int8)
+        read = _execute(skeleton, plan, progress, lambda file: memory.mark(file.name), request.int8, holding)
         undo.pop_all()
         holding.settle()
         clock.end("weights")
@@ -418,10 +418,10 @@ def check_present(plan: LoadPlan, option: str = "device_map") -> None:
 def _execute(
     skeleton: Skeleton,
     plan: LoadPlan,
-    holding: Holding,
     progress: ProgressCallback | None,
     on_shard: Callable[[Path], None],
     int8: Int8Request = NO_INT8,
+    holding: Holding | None = None,
 ) -> dict[str, int]:
     """Run the plan, and give bytes by the way they were read; on any error a borrowed model is as it was before."""
     before = Snapshot(skeleton.model) if skeleton.borrowed else None
@@ -432,7 +432,8 @@ def _execute(
         fresh = [name for p in plan.placements if p.residency == "init" for name in p.names]
         if fresh:
             skeleton.rules.initialise(fresh)
-        holding.finish(_unfed(plan))
+        if holding is not None:
+            holding.finish(_unfed(plan))
         skeleton.rules.finish(_unfed(plan))
         skeleton.model.eval()
         if skeleton.int8 is not None:
