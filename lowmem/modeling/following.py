@@ -162,6 +162,8 @@ class _Here(threading.local):
     # How often this thread could not follow: code that catches every error would hide one.
     refusals = 0
     deriver: Deriver | None = None
+    # What is made now will never take memory.
+    silent = False
 
 
 HERE = _Here()
@@ -176,6 +178,15 @@ def refuse(what: str) -> NotFollowedError:
     """The error for what cannot be followed, which is counted."""
     HERE.refusals += 1
     return NotFollowedError(what)
+
+
+def silently(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function gives of tensors that only tell how others lie: nobody counts their memory."""
+    before, HERE.silent = HERE.silent, True
+    try:
+        return function(*args, **kwargs)
+    finally:
+        HERE.silent = before
 
 
 class Followed(torch.Tensor):
@@ -201,8 +212,14 @@ class Followed(torch.Tensor):
 
     # What torch refuses for every tensor of a class of its own, and not for the checkpoint's.
     numpy = tolist = data_ptr = untyped_storage = __array__ = __dlpack__ = _has_no_values
+    apply_ = map_ = map2_ = _has_no_values
 
     def __deepcopy__(self, memo: Any) -> Any:
+        # torch's copies share memory where the tensors do.
+        storage = self.like.untyped_storage()
+        if ("lowmem", storage._cdata) in memo:
+            raise refuse("copies of tensors that share memory")
+        memo["lowmem", storage._cdata] = storage
         return self.clone()
 
     @classmethod
@@ -278,7 +295,7 @@ def follow(number: int, shape: Shape, dtype: torch.dtype) -> Followed:
     pieces = (Piece(number, 0, 0, joined([(count, 1, 1)])),) if count else ()
     made = _made(shape, dtype, pieces)
     made.takes = frozenset((number,))
-    made.like = torch.empty(shape, dtype=dtype, device="meta")
+    made.like = silently(torch.empty, shape, dtype=dtype, device="meta")
     return made
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .following import Followed
+from .following import HERE, Followed
 
 R = TypeVar("R")
 
@@ -83,6 +83,8 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if HERE.silent:
+            return func(*args, **(kwargs or {}))
         before = {_storage(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):

@@ -22,7 +22,7 @@ from .._strides import Shape, columns
 from ..checkpoint import TensorEntry
 from ..errors import KeysError, LowmemError, UnsupportedError
 from .conversions import Conversion, Cost, Part, StateFunction
-from .deriving import Deriving
+from .deriving import RANDOM, Deriving
 from .failures import describe
 from .following import Followed, NotFollowedError, follow, refusals
 from .rehearsing import Counting, rehearse
@@ -92,7 +92,7 @@ class Tracing:
         self.made: set[str] = set()
         used: set[int] = set()
         for name, result in self._results.items():
-            takes = self._deriving.takes(result)
+            takes = self._takes(self.what, result)
             used |= takes
             as_it_lies = self._as_it_lies(result)
             if as_it_lies is None:
@@ -123,7 +123,7 @@ class Tracing:
         if change is not None:
             with self._deriving:
                 result = self._refusing(what, change, result)
-        takes = sorted(self._deriving.takes(result))
+        takes = sorted(self._takes(what, result))
         keys = tuple(self._names[i] for i in takes) or self._smallest()
         made = Conversion(what, keys, (target,), (tuple(result.shape),), _Again(self, name, keys, change))
         if not isinstance(result, Followed) or result.pieces is None or self._deriving.is_changed(result):
@@ -156,15 +156,17 @@ class Tracing:
         refusal: LowmemError | None = None
         try:
             # What a function makes itself needs no memory; but the numbers by which it indexes may have to be there.
-            for surrounding in (torch.device("meta"), nullcontext()):
-                deriving = Deriving()
+            for device, surrounding in (("meta", torch.device("meta")), ("cpu", nullcontext())):
+                deriving = Deriving(device)
                 before = refusals()
                 try:
                     with surrounding, deriving, torch.no_grad():
                         results = self.run({})
                     if refusals() == before:
                         return results, deriving
-                    raise UnsupportedError(_asks(self._source, self.what, "goes on where it asks for values"))
+                    raise UnsupportedError(
+                        _asks(self._source, self.what, "goes on where its error was one of missing values")
+                    )
                 except LowmemError as error:
                     traceback.clear_frames(error.__traceback__)
                     refusal = error
@@ -173,6 +175,15 @@ class Tracing:
         finally:
             # It knows this frame, which would be kept until the collector runs.
             del refusal
+
+    def _takes(self, what: str, result: torch.Tensor) -> frozenset[int]:
+        takes = self._deriving.takes(result)
+        if RANDOM in takes:
+            raise UnsupportedError(
+                f"{self._source}: {what} draws random numbers, others each time that it is run: expected "
+                "the same result whenever it is run; give a generator (generator=torch.Generator().manual_seed(0))"
+            )
+        return takes
 
     def _refusing(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -232,13 +243,14 @@ class _Again:
     def _run(self, sources: list[torch.Tensor]) -> torch.Tensor:
         tensors = dict(zip(self.keys, sources, strict=True))
         sources.clear()
-        with Deriving(), torch.no_grad():
+        deriving = Deriving(next(iter(tensors.values())).device.type)
+        with deriving, torch.no_grad():
             results = self.tracing.run(tensors)
             tensors.clear()
             result = results[self.name]
             results.clear()
             result = result if self.change is None else self.change(result)
-        if isinstance(result, Followed):
+        if isinstance(result, Followed) or deriving.takes(result):
             raise NotFollowedError(f"{self.name!r} is made of other tensors than when it was planned")
         return result
 
