@@ -74,6 +74,8 @@ def _problem(group: Group, made: Sequence[object]) -> str:
 
 def _own(result: torch.Tensor, placement: Placement, taken: set[int]) -> torch.Tensor:
     """The result, dense and alone in its storage: what is a view of a source would keep all of it."""
+    # A complex tensor may only say that it is conjugated.
+    result = result.resolve_conj().resolve_neg()
     storage = result.untyped_storage()
     if dtype_name(result.dtype) != placement.dtype:
         return allocate(replace(placement, device="cpu")).copy_(result)

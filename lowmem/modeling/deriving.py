@@ -41,6 +41,8 @@ _COPIES = frozenset({torch.Tensor.__deepcopy__, torch.Tensor.__reduce_ex__, torc
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # The source of random numbers: they are others whenever the code is run.
 RANDOM = -1
+# Function and arguments → shape, strides and dtype of the result.
+Known = dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]]
 
 
 class Deriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -49,9 +51,15 @@ class Deriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Tensors that the code makes itself go by here too: what is written into them lies in no `Followed`.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        """`device`: where tensors belong that the code makes itself."""
+    def __init__(self, device: str = "cpu", known: Known | None = None) -> None:
+        """How it is run.
+
+        Args:
+            device: where tensors belong that the code makes itself.
+            known: results of functions, for other runs of the same code; torch takes longer to tell them.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
+        self._known: Known = {} if known is None else known
         self._device = torch.device(device)
         # Sources that were written into a tensor after it was made, by its storage; all that lies there has them.
         self._written: dict[int, frozenset[int]] = {}
@@ -120,7 +128,12 @@ class Deriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name.startswith("as_strided"):
             # In its file it may lie in another way, or among others.
             raise refuse(f"torch's {name}")
-        on_meta = {key: _like(value) for key, value in kwargs.items()}
+        key = _key(func, args, kwargs)
+        if key in self._known:
+            shape, strides, dtype = self._known[key]
+            like = silently(torch.empty_strided, shape, strides, dtype=dtype, device="meta")
+            return derived(like, self._all((args, kwargs)))
+        on_meta = {option: _like(value) for option, value in kwargs.items()}
         if on_meta.get("device") is not None:
             if torch.device(on_meta["device"]).type != "cpu":
                 raise refuse(f"a tensor on {on_meta['device']}")
@@ -144,6 +157,8 @@ class Deriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._wrote(func, args, kwargs, written)
         takes = self._all((args, kwargs))
         if isinstance(made, torch.Tensor):
+            if key is not None and not made.is_conj() and not made.is_neg():
+                self._known[key] = made.shape, made.stride(), made.dtype
             return derived(made, takes)
         if not isinstance(made, (list, tuple)):
             raise refuse("the values of a tensor")
@@ -231,6 +246,32 @@ def _like(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_like, value))
     return value
+
+
+def _key(func: Any, args: Any, kwargs: Any) -> Any:
+    """What tells how a new tensor lies that a function gives; None where it may be none, or hang on more."""
+    if func.is_view or len(func._schema.returns) != 1 or func._schema.returns[0].alias_info is not None:
+        return None
+    if func.overloadpacket.__name__ in _FRESH:
+        return None
+    try:
+        return func, torch.get_default_dtype(), _hashable(args), _hashable(tuple(kwargs.items()))
+    except TypeError:
+        return None
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Followed):
+        if value.dtype.is_complex:
+            raise TypeError
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, torch.Tensor):
+        raise TypeError
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(_hashable, value))
+    hash(value)
+    # -0.0 and 0.0, 1 and True are equal.
+    return type(value), value
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

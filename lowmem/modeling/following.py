@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._records import cheap_init
 from .._strides import Dimension, Shape, joined, row_major
@@ -199,13 +200,25 @@ class Followed(torch.Tensor):
     # None where only the sources are known that it takes (see `deriving`).
     pieces: tuple[Piece, ...]
     takes: frozenset[int]
-    like: torch.Tensor
+    _lies: torch.Tensor | None = None
 
     # What is made of it must be dispatched, not merely bear its class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Followed({tuple(self.shape)}, {self.pieces})"
+
+    @property
+    def like(self) -> torch.Tensor:
+        """The tensor on the meta device, made when it is asked for: most sources are only renamed."""
+        if self._lies is None:
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                self._lies = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return self._lies
+
+    @like.setter
+    def like(self, lies: torch.Tensor) -> None:
+        self._lies = lies
 
     def _has_no_values(self, *_: Any, **__: Any) -> Any:
         raise refuse("the values of a tensor")
@@ -295,7 +308,6 @@ def follow(number: int, shape: Shape, dtype: torch.dtype) -> Followed:
     pieces = (Piece(number, 0, 0, joined([(count, 1, 1)])),) if count else ()
     made = _made(shape, dtype, pieces)
     made.takes = frozenset((number,))
-    made.like = silently(torch.empty, shape, dtype=dtype, device="meta")
     return made
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
@@ -20,9 +21,10 @@ import torch
 
 from .._strides import Shape, columns
 from ..checkpoint import TensorEntry
+from ..dtypes import itemsize
 from ..errors import KeysError, LowmemError, UnsupportedError
 from .conversions import Conversion, Cost, Part, StateFunction
-from .deriving import RANDOM, Deriving
+from .deriving import RANDOM, Deriving, Known
 from .failures import describe
 from .following import Followed, NotFollowedError, follow, refusals
 from .rehearsing import Counting, rehearse
@@ -87,11 +89,14 @@ class Tracing:
         self.given = entries
         self._given = {name: entry for name, entry in entries.items() if hasattr(torch, entry.dtype)}
         self._names = tuple(self._given)
-        self._results, self._deriving = self._traced()
+        self.known: Known = {}
+        # Made once: a function may be run for each of its results.
+        self._followed: tuple[Followed, ...] | None = None
+        results, self._deriving = self._traced()
         self.entries = {name: entry for name, entry in entries.items() if name not in self._given}
         self.made: set[str] = set()
         used: set[int] = set()
-        for name, result in self._results.items():
+        for name, result in results.items():
             takes = self._takes(self.what, result)
             used |= takes
             as_it_lies = self._as_it_lies(result)
@@ -100,6 +105,7 @@ class Tracing:
                 self.entries[name] = self._described(result, takes)
             else:
                 self.entries[name] = self._given[as_it_lies]
+        self._results = {name: result for name, result in results.items() if name in self.made}
         self.left_out = tuple(name for i, name in enumerate(self._names) if i not in used)
 
     def maker(self) -> str:
@@ -137,9 +143,8 @@ class Tracing:
 
     def run(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Name → result, from these tensors; all others have no values."""
-        state: dict[str, Any] = {
-            name: tensors[name] if name in tensors else self._followed(i) for i, name in enumerate(self._names)
-        }
+        followed = self._followed or self._sources()
+        state: dict[str, Any] = {**dict(zip(self._names, followed, strict=True)), **tensors}
         for step in self._steps:
             state = self._refusing(step.what, _run, step, state)
         return state
@@ -149,20 +154,21 @@ class Tracing:
         entry = self._given[name]
         return entry.shape, getattr(torch, entry.dtype)
 
-    def _followed(self, number: int) -> Followed:
-        return follow(number, *self.shape_and_dtype(self._names[number]))
+    def _sources(self) -> tuple[Followed, ...]:
+        return tuple(follow(i, *self.shape_and_dtype(name)) for i, name in enumerate(self._names))
 
     def _traced(self) -> tuple[dict[str, torch.Tensor], Deriving]:
         refusal: LowmemError | None = None
         try:
             # What a function makes itself needs no memory; but the numbers by which it indexes may have to be there.
             for device, surrounding in (("meta", torch.device("meta")), ("cpu", nullcontext())):
-                deriving = Deriving(device)
+                deriving, self._followed = Deriving(device, self.known), self._sources()
                 before = refusals()
                 try:
                     with surrounding, deriving, torch.no_grad():
                         results = self.run({})
                     if refusals() == before:
+                        self._check_sources(deriving)
                         return results, deriving
                     raise UnsupportedError(
                         _asks(self._source, self.what, "goes on where its error was one of missing values")
@@ -175,6 +181,26 @@ class Tracing:
         finally:
             # It knows this frame, which would be kept until the collector runs.
             del refusal
+
+    def _check_sources(self, deriving: Deriving) -> None:
+        """Refuse a change of what lies in the file under another name too; and see what can be used again."""
+        assert self._followed is not None
+        changed = [
+            name for name, source in zip(self._names, self._followed, strict=True) if deriving.is_changed(source)
+        ]
+        shared = shared_memory(self._given) if changed else frozenset()
+        for name in changed:
+            if name in shared:
+                raise UnsupportedError(
+                    f"{self._source}: {self.what} changes {name!r} in place, which shares its memory with others or "
+                    "itself in the file: expected a function that changes a copy (.clone())"
+                )
+        # Foreign code may have changed more of a tensor than its values.
+        if any(
+            source.takes != {i} or source.requires_grad or len(source.__dict__) > 3
+            for i, source in enumerate(self._followed)
+        ):
+            self._followed = None
 
     def _takes(self, what: str, result: torch.Tensor) -> frozenset[int]:
         takes = self._deriving.takes(result)
@@ -203,7 +229,7 @@ class Tracing:
         if not isinstance(result, Followed) or len(result.takes) != 1 or self._deriving.is_changed(result):
             return None
         number = next(iter(result.takes))
-        source = self._followed(number)
+        source = follow(number, *self.shape_and_dtype(self._names[number]))
         same = (result.shape, result.dtype, result.pieces) == (source.shape, source.dtype, source.pieces)
         return self._names[number] if same else None
 
@@ -243,7 +269,7 @@ class _Again:
     def _run(self, sources: list[torch.Tensor]) -> torch.Tensor:
         tensors = dict(zip(self.keys, sources, strict=True))
         sources.clear()
-        deriving = Deriving(next(iter(tensors.values())).device.type)
+        deriving = Deriving(next(iter(tensors.values())).device.type, self.tracing.known)
         with deriving, torch.no_grad():
             results = self.tracing.run(tensors)
             tensors.clear()
@@ -253,6 +279,19 @@ class _Again:
         if isinstance(result, Followed) or deriving.takes(result):
             raise NotFollowedError(f"{self.name!r} is made of other tensors than when it was planned")
         return result
+
+
+def shared_memory(entries: Mapping[str, TensorEntry]) -> frozenset[str]:
+    """Names of tensors in the bytes of which others lie too, or several of their own elements."""
+    found = {name for name, entry in entries.items() if entry.nbytes < math.prod(entry.shape) * itemsize(entry.dtype)}
+    ordered = sorted((entry.file, entry.offset, entry.end, name) for name, entry in entries.items() if entry.nbytes)
+    widest = None
+    for file, offset, end, name in ordered:
+        if widest is not None and widest[0] == file and offset < widest[1]:
+            found |= {name, widest[2]}
+        if widest is None or widest[0] != file or end > widest[1]:
+            widest = file, end, name
+    return frozenset(found)
 
 
 def _run(step: Step, state: dict[str, Any]) -> dict[str, Any]:
