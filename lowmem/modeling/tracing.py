@@ -8,12 +8,11 @@ tensors that the result is made of.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from .deriving import RANDOM, Deriving, Known
 from .failures import describe
 from .following import Followed, NotFollowedError, follow, refusals
 from .rehearsing import Counting, rehearse
+from .sources import described
 from .targets import dtype_name
 
 # Of one tensor, to one: what is done to a result at last.
@@ -50,11 +50,7 @@ class Step:
 
     def described(self) -> str:
         """What tells it from others; another text each time where that cannot be told."""
-        text = self.maker or uuid.uuid4().hex
-        function: Any = self.function
-        if not self.maker and inspect.isfunction(function) and not function.__closure__:
-            with suppress(OSError, TypeError):
-                text = inspect.getsource(function)
+        text = self.maker or described(self.function) or uuid.uuid4().hex
         return f"{self.what} {hashlib.sha256(text.encode()).hexdigest()}"
 
 
