@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import hashlib
 import inspect
 import re
@@ -39,9 +38,10 @@ def _lines(function: Any, seen: set[int]) -> Iterator[str]:
     yield source
     yield _plain((function.__defaults__, tuple(sorted((function.__kwdefaults__ or {}).items()))))
     for name in sorted(_names(function.__code__)):
-        value = function.__globals__.get(name)
-        if name not in function.__globals__ or hasattr(builtins, name):
+        if name not in function.__globals__:
+            # An attribute, or one of Python's own.
             continue
+        value = function.__globals__[name]
         yield name
         if isinstance(value, FunctionType) and _version(value.__module__) is None:
             yield from _lines(value, seen)
