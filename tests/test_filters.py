@@ -219,7 +219,7 @@ def test_what_needs_values_when_nothing_is_read_is_refused(file: Path, case: str
 
 @pytest.mark.parametrize("made", [None, [1], {"a": 1}, {1: torch.zeros(1)}, {"missing": "key"}])
 def test_what_gives_no_tensors_by_name_is_refused(file: Path, made: Any) -> None:
-    with pytest.raises(KeysError, match="filter_fn .* failed"):
+    with pytest.raises(KeysError, match=r"filter_fn .* failed"):
         lowmem.load(file, model=Model(), filter_fn=lambda state: state["nothing"] if made is None else made)
 
 
@@ -288,7 +288,7 @@ result = {"measured": loaded.report.peak, "predicted": loaded.plan.host.peak}
     ("rows", "function"),
     [
         (4196, "f = lambda s: {'a': torch.cat([s['a'], torch.zeros(100, 4096)]), 'b': s['b'].T}"),
-        (4096, "f = lambda s: {'a': s['a'] @ s['b'], 'b': s['b'] * 2}"),
+        (4096, "f = lambda s: {'a': s['a'] @ s['b'], 'b': s['b']}"),
         (5000, "f = lambda s: {'a': nn.functional.interpolate(s['a'].T[None], 5000)[0].T, 'b': s['b']}"),
     ],
 )

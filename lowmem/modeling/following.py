@@ -257,6 +257,12 @@ class Followed(torch.Tensor):
                 return deriver.derive(func, args, kwargs)
             raise refuse(f"torch's {name}") from None
         like = func(*map(_like, args), **here)
+        ends = [made] if isinstance(made, Followed) else made
+        for one in ends:
+            if not one.pieces:
+                # Without elements it is made of its tensors still: without these it would not be there.
+                listed = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
+                one.takes = frozenset[int]().union(*(tensor.takes for tensor in listed))
         if isinstance(made, Followed):
             return _settled(made, like)
         return [_settled(one, other) for one, other in zip(made, like, strict=True)]
@@ -275,7 +281,9 @@ def _settled(made: Followed, like: torch.Tensor) -> Followed:
     if made.shape != like.shape or made.dtype != like.dtype:
         raise refuse("a result of another shape")
     if made.stride() != like.stride():
+        takes = made.takes
         made = _made(made.shape, made.dtype, made.pieces, like.stride())
+        made.takes = takes
     made.like = like
     return made
 
