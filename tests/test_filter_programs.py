@@ -182,4 +182,5 @@ def test_random_programs_give_what_they_give_on_values(
         check(file, function)
     except UnsupportedError as error:
         # Tensors of several dtypes with an empty one among them.
-        assert "a result of another shape" in str(error)
+        if "a result of another shape" not in str(error):
+            raise
