@@ -218,6 +218,7 @@ class Followed(torch.Tensor):
 
     @like.setter
     def like(self, lies: torch.Tensor) -> None:
+        """What torch says of how it lies."""
         self._lies = lies
 
     def _has_no_values(self, *_: Any, **__: Any) -> Any:
