@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_budget import check_prediction
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import lowmem
+from lowmem.errors import KeysError, UnsupportedError
 
 
 class Model(nn.Module):
@@ -78,3 +84,217 @@ def test_a_filter_gives_what_it_gives_on_values(file: Path, residency: str, stor
         assert loaded[key].dtype == final
     assert [group.what for group in result.plan.groups] == ["filter_fn convert"] * 2
     assert any("1 tensors are left out ('logit_scale')" in line for line in result.plan.warnings)
+
+
+def names(state: dict[str, Any]) -> dict[str, Any]:
+    """All that the model needs, moved about only."""
+    return {
+        "pos_embed": state["pos"],
+        "q.weight": state["qkv.weight"][:8],
+        "q.bias": state["qkv.bias"][:8],
+        "kv.weight": state["qkv.weight"][8:],
+        "kv.bias": state["qkv.bias"][8:],
+        "head.weight": state["proj"].T,
+        "head.bias": state["qkv.bias"][:5],
+    }
+
+
+def on_values(file: Path, change: Callable[[dict[str, Any]], torch.Tensor], **options: Any) -> lowmem.LoadResult:
+    """What becomes of the bias of the head, on values and loaded."""
+
+    def function(state: dict[str, Any]) -> dict[str, Any]:
+        return {**names({key: value.clone() for key, value in state.items()}), "head.bias": change(state)}
+
+    expected = function(load_file(file))["head.bias"]
+    result = lowmem.load(file, model=Model(grid=3), filter_fn=function, **options)
+    assert torch.equal(result.model.head.bias, expected)
+    return result
+
+
+def halves(state: dict[str, Any]) -> torch.Tensor:
+    out = torch.zeros(8)
+    out[:5] = state["proj"][0]
+    return out[:5] * 2
+
+
+def of_a_layer(state: dict[str, Any]) -> torch.Tensor:
+    layer = nn.Linear(5, 8, bias=False)
+    layer.load_state_dict({"weight": state["proj"]})
+    return layer.weight.detach()[1].contiguous() + 1
+
+
+def after_an_alias(state: dict[str, Any]) -> torch.Tensor:
+    row = state["proj"][1]
+    state["proj"].mul_(3)
+    return row
+
+
+def drawn_the_same(state: dict[str, Any]) -> torch.Tensor:
+    return state["proj"][0] + torch.randn(5, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("change", [halves, of_a_layer, after_an_alias, drawn_the_same])
+def test_what_lies_in_tensors_of_the_functions_own_is_followed(file: Path, change: Any) -> None:
+    on_values(file, change)
+
+
+def test_constants_take_nothing_of_the_tensors_that_they_are_like(file: Path) -> None:
+    result = on_values(file, lambda state: torch.zeros_like(state["proj"])[0] + state["proj"].new_ones(5))
+    (group,) = result.plan.groups
+    assert [source.target for source in group.sources] == ["logit_scale"], "the smallest, as something must be read"
+
+
+def to_array(state: dict[str, Any]) -> torch.Tensor:
+    out = torch.zeros(5, device=state["proj"].device)
+    out[:] = state["proj"][0]
+    return torch.from_numpy(out.numpy() * 2)
+
+
+def array_before(state: dict[str, Any]) -> torch.Tensor:
+    out = torch.zeros(5, device="cpu")
+    array = out.numpy()
+    out[:] = state["proj"][0]
+    return torch.from_numpy(array * 2)
+
+
+def deep_copies(state: dict[str, Any]) -> torch.Tensor:
+    copied = copy.deepcopy({"all": state["proj"], "row": state["proj"][0]})
+    copied["all"].mul_(2)
+    return copied["row"]
+
+
+def other_memory(state: dict[str, Any]) -> torch.Tensor:
+    value = state["proj"]
+    value.data = value * 2
+    return value[0]
+
+
+def by_catching(state: dict[str, Any]) -> torch.Tensor:
+    try:
+        factor = state["logit_scale"].item()
+    except Exception:
+        factor = 1.0
+    return state["proj"][0] * factor
+
+
+ASKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "item": (lambda s: s["proj"][0] * s["logit_scale"].item(), "the values of a tensor"),
+    "int": (lambda s: s["proj"][int(s["logit_scale"])], "the values of a tensor"),
+    "if": (lambda s: s["proj"][0] if s["proj"].sum() > 0 else s["proj"][1], "the values of a tensor"),
+    "any": (lambda s: s["proj"][0] if s["proj"].isnan().any() else s["proj"][1], "the values of a tensor"),
+    "equal": (lambda s: s["proj"][0] if torch.equal(s["pos"], s["pos"]) else None, "the values of a tensor"),
+    "tolist": (lambda s: torch.tensor(s["proj"][0].tolist()), "the values of a tensor"),
+    "numpy": (lambda s: torch.from_numpy(s["proj"][0].numpy()), "the values of a tensor"),
+    "list": (lambda s: torch.tensor([*s["proj"][0]]), "the values of a tensor"),
+    "unique": (lambda s: s["proj"].unique()[:5], "the values of a tensor"),
+    "mask": (lambda s: s["proj"][s["proj"] > 0][:5], "torch's index"),
+    "apply": (lambda s: s["proj"][0].apply_(lambda v: v * 2), "the values of a tensor"),
+    "array": (to_array, "the values of a tensor"),
+    "array before": (array_before, "the values of a tensor"),
+    "caught": (by_catching, "its error was one of missing values"),
+    "copies": (deep_copies, "copies of tensors that share memory"),
+    "data": (other_memory, "other memory for a tensor"),
+    "resized": (lambda s: s["proj"].t_()[:, 0], "changes the shape of a tensor"),
+    "strides": (lambda s: s["proj"].as_strided((5,), (1,)), "torch's as_strided"),
+    "random": (lambda s: s["proj"][0] + torch.randn(5), "draws random numbers"),
+    "dropout": (lambda s: F.dropout(s["proj"][0]), "draws random numbers"),
+}
+
+
+@pytest.mark.parametrize("case", ASKS)
+def test_what_needs_values_when_nothing_is_read_is_refused(file: Path, case: str) -> None:
+    change, text = ASKS[case]
+
+    def function(state: dict[str, Any]) -> dict[str, Any]:
+        return {**names(state), "head.bias": change(state)}
+
+    model = Model(grid=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedError, match=text) as error:
+        lowmem.load(file, model=model, filter_fn=function)
+    assert "filter_fn" in str(error.value)
+    assert str(file) in str(error.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("made", [None, [1], {"a": 1}, {1: torch.zeros(1)}, {"missing": "key"}])
+def test_what_gives_no_tensors_by_name_is_refused(file: Path, made: Any) -> None:
+    with pytest.raises(KeysError, match=r"filter_fn .* failed"):
+        lowmem.load(file, model=Model(), filter_fn=lambda state: state["nothing"] if made is None else made)
+
+
+def test_a_change_that_would_show_under_another_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    weight = torch.randn(4, 4)
+    torch.save({"weight": weight, "bias": weight[0]}, path)
+
+    def function(state: dict[str, Any]) -> dict[str, Any]:
+        state["weight"].mul_(2)
+        return state
+
+    with pytest.raises(UnsupportedError, match="'weight' in place, which shares its memory"):
+        lowmem.load(path, model=nn.Linear(4, 4), filter_fn=function)
+
+
+SCALE = 2.0
+
+
+def scaled(state: dict[str, Any]) -> dict[str, Any]:
+    return {**names(state), "head.bias": state["proj"][0] * SCALE}
+
+
+def test_a_folder_is_used_again_while_all_that_the_function_names_is_the_same(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "off", "filter_fn": scaled}
+    found = []
+    for scale in (2.0, 2.0, 3.0):
+        monkeypatch.setattr(f"{__name__}.SCALE", scale)
+        plan = lowmem.load(file, model=Model(grid=3), **options).plan
+        assert plan.offload is not None
+        found.append(plan.offload.reused)
+    assert found == [False, True, False]
+
+
+def test_a_plan_keeps_no_model(file: Path) -> None:
+    model = Model()
+    known = weakref.ref(model)
+    result = lowmem.load(file, model=model, filter_fn=convert)
+    plan = result.plan
+    assert plan.groups
+    del model, result
+    gc.collect()
+    assert known() is None
+
+
+_MEASURE = """
+import lowmem, torch
+from torch import nn
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(args["rows"], 4096))
+        self.b = nn.Parameter(torch.empty(4096, 4096))
+given = {}
+exec(args["function"], globals(), given)
+options = {"model": Wide, "filter_fn": given["f"]}
+peak = lowmem.plan(args["source"], **options).host.peak
+loaded = lowmem.load(args["source"], ram=peak, **options)
+result = {"measured": loaded.report.peak, "predicted": loaded.plan.host.peak}
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "function"),
+    [
+        (4196, "f = lambda s: {'a': torch.cat([s['a'], torch.zeros(100, 4096)]), 'b': s['b'].T}"),
+        (4096, "f = lambda s: {'a': s['a'] @ s['b'], 'b': s['b']}"),
+        (5000, "f = lambda s: {'a': nn.functional.interpolate(s['a'].T[None], 5000)[0].T, 'b': s['b']}"),
+    ],
+)
+def test_the_predicted_peak_is_the_measured_one(
+    tmp_path: Path, rows: int, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"a": torch.ones(4096, 4096), "b": torch.ones(4096, 4096)}, tmp_path / "m.safetensors")
+    monkeypatch.setattr("test_budget._MEASURE", _MEASURE)
+    check_prediction({}, source=str(tmp_path / "m.safetensors"), rows=rows, function=function)

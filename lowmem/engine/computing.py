@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ..errors import ModelError
+from ..errors import LowmemError, ModelError
 from ..modeling.conversions import REMEDY
 from ..modeling.failures import refusing
 from ..modeling.targets import dtype_name
@@ -43,7 +43,7 @@ def _run(group: Group, sources: list[torch.Tensor], what: str) -> list[torch.Ten
         # Wherever the caller has its tensors made.
         with torch.no_grad(), torch.device("cpu"), refusing(f"{what}, failed"):
             made = list(group.operation(sources))
-    except ModelError as error:
+    except LowmemError as error:
         let_go(error)
         raise
     finally:
@@ -74,6 +74,8 @@ def _problem(group: Group, made: Sequence[object]) -> str:
 
 def _own(result: torch.Tensor, placement: Placement, taken: set[int]) -> torch.Tensor:
     """The result, dense and alone in its storage: what is a view of a source would keep all of it."""
+    # A complex tensor may only say that it is conjugated.
+    result = result.resolve_conj().resolve_neg()
     storage = result.untyped_storage()
     if dtype_name(result.dtype) != placement.dtype:
         return allocate(replace(placement, device="cpu")).copy_(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -69,7 +70,9 @@ def _with_model(what: str, function: Callable[..., Mapping[str, Any]], model: nn
         places = []
     if len(places) > 1 and (places[1].default is inspect.Parameter.empty or places[1].name == "model"):
         step = Step(what, function)
-        return replace(step, function=lambda state: function(state, model), maker=step.described())
+        # Plans outlive models; while one is loaded it is there.
+        known = weakref.ref(model)
+        return replace(step, function=lambda state: function(state, known()), maker=step.described())
     return Step(what, function)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._records import cheap_init
 from .._strides import Dimension, Shape, joined, row_major
@@ -162,8 +163,8 @@ class _Here(threading.local):
     # How often this thread could not follow: code that catches every error would hide one.
     refusals = 0
     deriver: Deriver | None = None
-    # What is made for the sake of following is no memory of the code that is followed.
-    uncounted = False
+    # What is made now will never take memory.
+    silent = False
 
 
 HERE = _Here()
@@ -180,6 +181,15 @@ def refuse(what: str) -> NotFollowedError:
     return NotFollowedError(what)
 
 
+def silently(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function gives of tensors that only tell how others lie: nobody counts their memory."""
+    before, HERE.silent = HERE.silent, True
+    try:
+        return function(*args, **kwargs)
+    finally:
+        HERE.silent = before
+
+
 class Followed(torch.Tensor):
     """A tensor that has no values and knows where they come from.
 
@@ -190,7 +200,7 @@ class Followed(torch.Tensor):
     # None where only the sources are known that it takes (see `deriving`).
     pieces: tuple[Piece, ...]
     takes: frozenset[int]
-    like: torch.Tensor
+    _lies: torch.Tensor | None = None
 
     # What is made of it must be dispatched, not merely bear its class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -198,13 +208,32 @@ class Followed(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Followed({tuple(self.shape)}, {self.pieces})"
 
+    @property
+    def like(self) -> torch.Tensor:
+        """The tensor on the meta device, made when it is asked for: most sources are only renamed."""
+        if self._lies is None:
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                self._lies = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return self._lies
+
+    @like.setter
+    def like(self, lies: torch.Tensor) -> None:
+        """What torch says of how it lies."""
+        self._lies = lies
+
     def _has_no_values(self, *_: Any, **__: Any) -> Any:
         raise refuse("the values of a tensor")
 
     # What torch refuses for every tensor of a class of its own, and not for the checkpoint's.
     numpy = tolist = data_ptr = untyped_storage = __array__ = __dlpack__ = _has_no_values
+    apply_ = map_ = map2_ = _has_no_values
 
     def __deepcopy__(self, memo: Any) -> Any:
+        # torch's copies share memory where the tensors do.
+        storage = self.like.untyped_storage()
+        if ("lowmem", storage._cdata) in memo:
+            raise refuse("copies of tensors that share memory")
+        memo["lowmem", storage._cdata] = storage
         return self.clone()
 
     @classmethod
@@ -229,6 +258,12 @@ class Followed(torch.Tensor):
                 return deriver.derive(func, args, kwargs)
             raise refuse(f"torch's {name}") from None
         like = func(*map(_like, args), **here)
+        ends = [made] if isinstance(made, Followed) else made
+        for one in ends:
+            if not one.pieces:
+                # Without elements it is made of its tensors still: without these it would not be there.
+                listed = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
+                one.takes = frozenset[int]().union(*(tensor.takes for tensor in listed))
         if isinstance(made, Followed):
             return _settled(made, like)
         return [_settled(one, other) for one, other in zip(made, like, strict=True)]
@@ -247,7 +282,9 @@ def _settled(made: Followed, like: torch.Tensor) -> Followed:
     if made.shape != like.shape or made.dtype != like.dtype:
         raise refuse("a result of another shape")
     if made.stride() != like.stride():
+        takes = made.takes
         made = _made(made.shape, made.dtype, made.pieces, like.stride())
+        made.takes = takes
     made.like = like
     return made
 
@@ -280,11 +317,6 @@ def follow(number: int, shape: Shape, dtype: torch.dtype) -> Followed:
     pieces = (Piece(number, 0, 0, joined([(count, 1, 1)])),) if count else ()
     made = _made(shape, dtype, pieces)
     made.takes = frozenset((number,))
-    HERE.uncounted = True
-    try:
-        made.like = torch.empty(shape, dtype=dtype, device="meta")
-    finally:
-        HERE.uncounted = False
     return made
 
 

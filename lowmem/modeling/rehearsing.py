@@ -83,7 +83,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if HERE.uncounted:
+        if HERE.silent:
             return func(*args, **(kwargs or {}))
         before = {_storage(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))

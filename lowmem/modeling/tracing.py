@@ -8,11 +8,11 @@ tensors that the result is made of.
 from __future__ import annotations
 
 import hashlib
-import inspect
+import math
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 
 from .._strides import Shape, columns
 from ..checkpoint import TensorEntry
+from ..dtypes import itemsize
 from ..errors import KeysError, LowmemError, UnsupportedError
 from .conversions import Conversion, Cost, Part, StateFunction
-from .deriving import Deriving
+from .deriving import RANDOM, Deriving, Known
+from .describing import described
 from .failures import describe
 from .following import Followed, NotFollowedError, follow, refusals
 from .rehearsing import Counting, rehearse
@@ -48,11 +50,7 @@ class Step:
 
     def described(self) -> str:
         """What tells it from others; another text each time where that cannot be told."""
-        text = self.maker or uuid.uuid4().hex
-        function: Any = self.function
-        if not self.maker and inspect.isfunction(function) and not function.__closure__:
-            with suppress(OSError, TypeError):
-                text = inspect.getsource(function)
+        text = self.maker or described(self.function) or uuid.uuid4().hex
         return f"{self.what} {hashlib.sha256(text.encode()).hexdigest()}"
 
 
@@ -89,12 +87,15 @@ class Tracing:
         self.given = entries
         self._given = {name: entry for name, entry in entries.items() if hasattr(torch, entry.dtype)}
         self._names = tuple(self._given)
-        self._results, self._deriving = self._traced()
+        self.known: Known = {}
+        # Made once: a function may be run for each of its results.
+        self._followed: tuple[Followed, ...] | None = None
+        results, self._deriving = self._traced()
         self.entries = {name: entry for name, entry in entries.items() if name not in self._given}
         self.made: set[str] = set()
         used: set[int] = set()
-        for name, result in self._results.items():
-            takes = self._deriving.takes(result)
+        for name, result in results.items():
+            takes = self._takes(self.what, result)
             used |= takes
             as_it_lies = self._as_it_lies(result)
             if as_it_lies is None:
@@ -102,6 +103,7 @@ class Tracing:
                 self.entries[name] = self._described(result, takes)
             else:
                 self.entries[name] = self._given[as_it_lies]
+        self._results = {name: result for name, result in results.items() if name in self.made}
         self.left_out = tuple(name for i, name in enumerate(self._names) if i not in used)
 
     def maker(self) -> str:
@@ -125,7 +127,7 @@ class Tracing:
         if change is not None:
             with self._deriving:
                 result = self._refusing(what, change, result)
-        takes = sorted(self._deriving.takes(result))
+        takes = sorted(self._takes(what, result))
         keys = tuple(self._names[i] for i in takes) or self._smallest()
         made = Conversion(what, keys, (target,), (tuple(result.shape),), _Again(self, name, keys, change))
         if not isinstance(result, Followed) or result.pieces is None or self._deriving.is_changed(result):
@@ -139,9 +141,8 @@ class Tracing:
 
     def run(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Name → result, from these tensors; all others have no values."""
-        state: dict[str, Any] = {
-            name: tensors[name] if name in tensors else self._followed(i) for i, name in enumerate(self._names)
-        }
+        followed = self._followed or self._sources()
+        state: dict[str, Any] = {**dict(zip(self._names, followed, strict=True)), **tensors}
         for step in self._steps:
             state = self._refusing(step.what, _run, step, state)
         return state
@@ -155,22 +156,25 @@ class Tracing:
         entry = self._given[name]
         return entry.shape, getattr(torch, entry.dtype)
 
-    def _followed(self, number: int) -> Followed:
-        return follow(number, *self.shape_and_dtype(self._names[number]))
+    def _sources(self) -> tuple[Followed, ...]:
+        return tuple(follow(i, *self.shape_and_dtype(name)) for i, name in enumerate(self._names))
 
     def _traced(self) -> tuple[dict[str, torch.Tensor], Deriving]:
         refusal: LowmemError | None = None
         try:
             # What a function makes itself needs no memory; but the numbers by which it indexes may have to be there.
-            for surrounding in (torch.device("meta"), nullcontext()):
-                deriving = Deriving()
+            for device, surrounding in (("meta", torch.device("meta")), ("cpu", nullcontext())):
+                deriving, self._followed = Deriving(device, self.known), self._sources()
                 before = refusals()
                 try:
                     with surrounding, deriving, torch.no_grad():
                         results = self.run({})
                     if refusals() == before:
+                        self._check_sources(deriving)
                         return results, deriving
-                    raise UnsupportedError(_asks(self._source, self.what, "goes on where it asks for values"))
+                    raise UnsupportedError(
+                        _asks(self._source, self.what, "goes on where its error was one of missing values")
+                    )
                 except LowmemError as error:
                     traceback.clear_frames(error.__traceback__)
                     refusal = error
@@ -179,6 +183,35 @@ class Tracing:
         finally:
             # It knows this frame, which would be kept until the collector runs.
             del refusal
+
+    def _check_sources(self, deriving: Deriving) -> None:
+        """Refuse a change of what lies in the file under another name too; and see what can be used again."""
+        assert self._followed is not None
+        changed = [
+            name for name, source in zip(self._names, self._followed, strict=True) if deriving.is_changed(source)
+        ]
+        shared = shared_memory(self._given) if changed else frozenset()
+        for name in changed:
+            if name in shared:
+                raise UnsupportedError(
+                    f"{self._source}: {self.what} changes {name!r} in place, which shares its memory with others or "
+                    "itself in the file: expected a function that changes a copy (.clone())"
+                )
+        # Foreign code may have changed more of a tensor than its values.
+        if any(
+            source.takes != {i} or source.requires_grad or len(source.__dict__) > 3
+            for i, source in enumerate(self._followed)
+        ):
+            self._followed = None
+
+    def _takes(self, what: str, result: torch.Tensor) -> frozenset[int]:
+        takes = self._deriving.takes(result)
+        if RANDOM in takes:
+            raise UnsupportedError(
+                f"{self._source}: {what} draws random numbers, others each time that it is run: expected "
+                "the same result whenever it is run; give a generator (generator=torch.Generator().manual_seed(0))"
+            )
+        return takes
 
     def _refusing(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -198,7 +231,7 @@ class Tracing:
         if not isinstance(result, Followed) or len(result.takes) != 1 or self._deriving.is_changed(result):
             return None
         number = next(iter(result.takes))
-        source = self._followed(number)
+        source = follow(number, *self.shape_and_dtype(self._names[number]))
         same = (result.shape, result.dtype, result.pieces) == (source.shape, source.dtype, source.pieces)
         return self._names[number] if same else None
 
@@ -246,15 +279,29 @@ class _Again:
     def _run(self, sources: list[torch.Tensor]) -> torch.Tensor:
         tensors = dict(zip(self.keys, sources, strict=True))
         sources.clear()
-        with Deriving(), torch.no_grad():
+        deriving = Deriving(next(iter(tensors.values())).device.type, self.tracing.known)
+        with deriving, torch.no_grad():
             results = self.tracing.run(tensors)
             tensors.clear()
             result = results[self.name]
             results.clear()
             result = result if self.change is None else self.change(result)
-        if isinstance(result, Followed):
+        if isinstance(result, Followed) or deriving.takes(result):
             raise NotFollowedError(f"{self.name!r} is made of other tensors than when it was planned")
         return result
+
+
+def shared_memory(entries: Mapping[str, TensorEntry]) -> frozenset[str]:
+    """Names of tensors in the bytes of which others lie too, or several of their own elements."""
+    found = {name for name, entry in entries.items() if entry.nbytes < math.prod(entry.shape) * itemsize(entry.dtype)}
+    ordered = sorted((entry.file, entry.offset, entry.end, name) for name, entry in entries.items() if entry.nbytes)
+    widest = None
+    for file, offset, end, name in ordered:
+        if widest is not None and widest[0] == file and offset < widest[1]:
+            found |= {name, widest[2]}
+        if widest is None or widest[0] != file or end > widest[1]:
+            widest = file, end, name
+    return frozenset(found)
 
 
 def _run(step: Step, state: dict[str, Any]) -> dict[str, Any]:
