@@ -24,6 +24,7 @@ from .memory import anonymous_memory, measure
 from .modeling.holding import Holding
 from .modeling.int8 import bitsandbytes_here, finish_layers, mark
 from .modeling.int8_choice import NO_INT8, Int8Request
+from .modeling.meta_kernels import bytes_of_imports
 from .modeling.request import ModelSource, make_model_request
 from .modeling.skeleton import Origin, Skeleton, find_origin
 from .offload import attach, bring_weights, comes_at_use, give_up
@@ -235,6 +236,7 @@ def load(
     if request.int8.quantize or any(map(has_scales, found.glances())):
         bitsandbytes_here()
     clock.end("import")
+    imported = bytes_of_imports()
     with measure() as memory, ExitStack() as undo:
         clock.begin()
         skeleton, plan = _prepare(found, origin, request, undo, settle_ties=True, clock=clock)
@@ -247,8 +249,8 @@ def load(
         undo.pop_all()
         holding.settle()
         clock.end("weights")
-    # The headers were read before the imports, and are the load's.
-    memory.baseline -= held
+    # The headers were read before the imports, and are the load's; what is only imported when it is needed is not.
+    memory.baseline += bytes_of_imports() - imported - held
     return LoadResult(skeleton.model, plan, LoadReport(plan, clock.seconds, memory, read))
 
 

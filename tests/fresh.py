@@ -28,7 +28,7 @@ INT8_IMPORTS = (
     else ()
 )
 # What torch imports when it first computes with tensors without values.
-COMPUTING_IMPORTS = ("torch._meta_registrations", "torch._decomp.decompositions", "torch._subclasses.fake_tensor")
+COMPUTING_IMPORTS = ("torch._dynamo",)
 # What a load would import on the way.
 _IMPORTS = (
     "accelerate",

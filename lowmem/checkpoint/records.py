@@ -204,6 +204,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
         opened: the path of the mapping inside a pickled file that holds the weights; empty for the whole file.
         unreadable: key → why it cannot be read: sparse, quantised, on no device. An error only for who wants it.
         described: bytes of memory that all which its pickles describe takes while they are looked at, estimated.
+        order: the keys as a program gets them that loads it: those of pickles in the order in which they were pickled.
+            Empty for the order of the files.
     """
 
     source: str
@@ -216,6 +218,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
     opened: str = ""
     unreadable: Mapping[str, str] = field(default_factory=dict, repr=False)
     described: int = 0
+    order: tuple[str, ...] = field(default=(), repr=False)
 
     def __getitem__(self, key: str) -> TensorEntry:
         return self.entries[key]

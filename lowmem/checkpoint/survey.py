@@ -34,12 +34,13 @@ from .wrappers import (
 
 @dataclass(frozen=True, slots=True)
 class _Located:
-    """Where the tensors of one mapping are: files, readable and unreadable tensors, and what is to be said."""
+    """Where the tensors of one mapping are: files, readable and unreadable ones, sentences, keys in order."""
 
     shards: tuple[Shard, ...]
     entries: dict[str, TensorEntry]
     unreadable: Mapping[str, str]
     said: tuple[str, ...]
+    order: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +133,9 @@ class Survey:
         else:
             leaves_of = [next((c.leaves for c in held if c.path == path), {}) for _, held in self.pickled]
             located = self.located[path] = self._locate(path, leaves_of)
-        return self._checkpoint(located.shards, located.entries, [*said, *located.said], path, dict(located.unreadable))
+        said = [*said, *located.said]
+        made = self._checkpoint(located.shards, located.entries, said, path, dict(located.unreadable))
+        return replace(made, order=located.order)
 
     def _locate(self, path: str, leaves_of: Sequence[Mapping[str, Leaf]]) -> _Located:
         shards: list[Shard] = []
@@ -150,7 +153,8 @@ class Survey:
             key, why = next(iter(unreadable.items()))
             more = f", and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
             said.append(f"{key!r} cannot be read ({why}){more}: an error only for who wants it")
-        return _Located(tuple(shards), entries, unreadable, tuple(said))
+        order = tuple(key for leaves in leaves_of for key in leaves if key in entries)
+        return _Located(tuple(shards), entries, unreadable, tuple(said), order)
 
     def _checkpoint(
         self,

@@ -56,7 +56,7 @@ def link_converted(
     for conversion in conversions:
         first = entries[conversion.keys[0]]
         fitting: set[str] = set()
-        if len(conversion.targets) > 1:
+        if len(conversion.targets) > 1 and not conversion.dtype:
             found.leads.update(dict.fromkeys(conversion.targets, conversion.targets[0]))
         for name, shape in zip(conversion.targets, conversion.shapes, strict=True):
             target = state.get(name)

@@ -10,9 +10,10 @@ from pathlib import Path
 from .._patterns import name_matches
 from ..checkpoint import Checkpoint, TensorEntry
 from ..errors import KeysError
-from ..modeling.conversions import Renaming
+from ..modeling.conversions import Conversion, Renaming
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
+from ..modeling.tracing import join_conversions
 from .converted import Converted, link_converted
 from .evidence import NOTHING, Evidence, find_evidence
 from .int8 import turned
@@ -182,6 +183,7 @@ def link(
     tracing = named.given.tracing
     made = tracing.made if tracing is not None else ()
     converted: dict[str, TensorEntry] = {}
+    computed: list[Conversion] = []
     names, sources, fits = named.evidence.names, found.sources, named.fits
     for given, entry in named.given.entries.items():
         changed, key = names.get(given, given), entry.key
@@ -196,7 +198,15 @@ def link(
         if given in made or name in named.transforms:
             refuse_twice(changed, entry, named.renaming)
             conversion, entries = named.transforms.conversion(given, entry, target, tracing)
-            add(found, link_converted([conversion], entries, state))
+            if (
+                conversion.parts is None
+                and conversion.shapes == (target.shape,)
+                and tracing is not None
+                and given in made
+            ):
+                computed.append(conversion)
+            else:
+                add(found, link_converted([conversion], entries, state))
             continue
         if changed in named.renaming.converted:
             if changed in converted:
@@ -217,12 +227,14 @@ def link(
             # The same bytes under another shape; with strides the shape is needed to find them.
             reshaped = replace(entry, shape=target.shape) if entry.strides is None else entry
             found.links.append(Link(reshaped, name, whole(target.shape)))
+    if computed:
+        add(found, link_converted(join_conversions(computed), named.given.made_of, state))
     if converted:
         conversions = skeleton.rules.convert(converted, named.renaming, state)
         add(found, link_converted(conversions, converted, state))
     if found.converted:
         # In the checkpoint's file order again.
-        order = {entry.key: i for i, entry in enumerate(named.given.sources)}
+        order = {entry.key: i for i, entry in enumerate(named.given.made_of.values())}
         found.links.sort(key=lambda link: (order[link.entry.key], link.entry.offset))
     return found
 

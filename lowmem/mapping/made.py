@@ -34,13 +34,21 @@ def make_names(given: Given, checkpoint: Checkpoint, skeleton: Skeleton, rules: 
     steps = tuple(_steps(skeleton, rules))
     if not steps or not given.entries:
         return given
-    tracing = Tracing(steps, given.entries, checkpoint.source)
+    tracing = Tracing(steps, _as_loaded(given.entries, checkpoint), checkpoint.source)
     idle = given.idle
     if tracing.left_out:
         first = given.entries[tracing.left_out[0]].key
         more = ", …" if len(tracing.left_out) > 1 else ""
         idle = (*idle, f"{tracing.what}: {len(tracing.left_out)} tensors are left out ({first!r}{more})")
-    return replace(given, entries=tracing.entries, tracing=tracing, idle=idle)
+    return replace(given, entries=tracing.entries, tracing=tracing, chosen=given.entries, idle=idle)
+
+
+def _as_loaded(entries: Mapping[str, TensorEntry], checkpoint: Checkpoint) -> Mapping[str, TensorEntry]:
+    """The tensors in the order in which a program has them that loads the file: functions may pair them by it."""
+    if not checkpoint.order:
+        return entries
+    places = {id(checkpoint[key]): i for i, key in enumerate(checkpoint.order)}
+    return dict(sorted(entries.items(), key=lambda row: places[id(row[1])]))
 
 
 def _steps(skeleton: Skeleton, rules: KeyRules) -> list[Step]:

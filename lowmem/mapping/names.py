@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .._patterns import name_matches
@@ -24,6 +24,7 @@ class Given:
         unreadable: new name → key of chosen tensors that cannot be read.
         idle: rules that changed no name, and tensors that functions leave out, a sentence each.
         tracing: what functions made of the tensors, if there are any; `entries` is what they gave then.
+        chosen: what the functions were given, in file order.
     """
 
     entries: Mapping[str, TensorEntry] = field(repr=False)
@@ -31,11 +32,12 @@ class Given:
     unreadable: Mapping[str, str] = field(repr=False)
     idle: tuple[str, ...] = ()
     tracing: Tracing | None = field(default=None, repr=False)
+    chosen: Mapping[str, TensorEntry] = field(default_factory=dict, repr=False)
 
     @property
-    def sources(self) -> Iterable[TensorEntry]:
-        """The chosen tensors of the checkpoint, in file order."""
-        return (self.entries if self.tracing is None else self.tracing.given).values()
+    def made_of(self) -> Mapping[str, TensorEntry]:
+        """The chosen tensors of the checkpoint, before functions made others of them."""
+        return self.entries if self.tracing is None else self.chosen
 
 
 def give_names(checkpoint: Checkpoint, rules: KeyRules) -> Given:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .following import HERE, Followed, derived, refuse, silently
+from .meta_kernels import import_meta_kernels
 
 # What gives no tensor but a value, or tensors whose shape depends on values.
 _VALUES = frozenset(
@@ -128,6 +129,7 @@ class Deriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name.startswith("as_strided"):
             # In its file it may lie in another way, or among others.
             raise refuse(f"torch's {name}")
+        import_meta_kernels()
         key = _key(func, args, kwargs)
         if key in self._known:
             shape, strides, dtype = self._known[key]
@@ -205,6 +207,9 @@ class _Watching(TorchFunctionMode):
         if func in _READS or func in _COPIES or func in _LISTS or func == _SET_DATA:
             with torch._C.DisableTorchFunction():
                 self._check(func, args)
+        if getattr(func, "__name__", "") != "__get__":
+            # More than a look at a shape: torch is about to import what it needs for that.
+            import_meta_kernels()
         return func(*args, **(kwargs or {}))
 
     def _check(self, func: Any, args: Any) -> None:

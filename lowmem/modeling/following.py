@@ -253,11 +253,12 @@ class Followed(torch.Tensor):
         here = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory", "non_blocking")}
         try:
             made = step(*args, **here)
+            likes = list(map(_like, args))
         except (NotFollowedError, TypeError):
             if deriver is not None:
                 return deriver.derive(func, args, kwargs)
             raise refuse(f"torch's {name}") from None
-        like = func(*map(_like, args), **here)
+        like = func(*likes, **here)
         ends = [made] if isinstance(made, Followed) else made
         for one in ends:
             if not one.pieces:
@@ -273,7 +274,7 @@ def _like(value: Any) -> Any:
     if isinstance(value, Followed):
         return value.like
     if isinstance(value, torch.Tensor):
-        raise refuse("a tensor that is no source")
+        raise NotFollowedError("a tensor that is no source")
     return list(map(_like, value)) if isinstance(value, (list, tuple)) else value
 
 

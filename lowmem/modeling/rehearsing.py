@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .following import HERE, Followed
+from .meta_kernels import import_meta_kernels
 
 R = TypeVar("R")
 
@@ -31,6 +32,7 @@ def rehearse(
         Exception: what `run` raised when it was run first.
     """
     refusal: Exception | None = None
+    import_meta_kernels()
     try:
         # What it makes itself has no memory either; but the numbers by which it indexes may have to be there.
         for device, surrounding in (("meta", _on_meta), ("cpu", _in_disguise), ("meta", nullcontext)):

@@ -11,7 +11,7 @@ import hashlib
 import math
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +22,7 @@ from .._strides import Shape, columns
 from ..checkpoint import TensorEntry
 from ..dtypes import itemsize
 from ..errors import KeysError, LowmemError, UnsupportedError
+from ..sizes import MIB
 from .conversions import Conversion, Cost, Part, StateFunction
 from .deriving import RANDOM, Deriving, Known
 from .describing import described
@@ -30,6 +31,8 @@ from .following import Followed, NotFollowedError, follow, refusals
 from .rehearsing import Counting, rehearse
 from .targets import dtype_name
 
+# Bytes of sources and results that may be in memory at once, for the functions to be run once for several results.
+_TOGETHER = 32 * MIB
 # Of one tensor, to one: what is done to a result at last.
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -122,14 +125,17 @@ class Tracing:
         Raises:
             KeysError, UnsupportedError: as when the functions are run.
         """
-        result = self._results[name]
+        # Without functions, or where they give it as it came in, it is a tensor of the checkpoint.
+        result = self._results.get(name)
+        if result is None:
+            result = follow(self._names.index(name), *self.shape_and_dtype(name))
         what = " and ".join(filter(None, (self.what, what)))
         if change is not None:
             with self._deriving:
                 result = self._refusing(what, change, result)
         takes = sorted(self._takes(what, result))
         keys = tuple(self._names[i] for i in takes) or self._smallest()
-        made = Conversion(what, keys, (target,), (tuple(result.shape),), _Again(self, name, keys, change))
+        made = Conversion(what, keys, (target,), (tuple(result.shape),), _Again(self, ((name, change),), keys))
         if not isinstance(result, Followed) or result.pieces is None or self._deriving.is_changed(result):
             return replace(made, dtype=dtype_name(result.dtype))
         parts = []
@@ -149,7 +155,7 @@ class Tracing:
 
     def shape_of(self, name: str) -> Shape:
         """Of a result."""
-        return tuple(self._results[name].shape)
+        return tuple(self._results[name].shape) if name in self._results else self._given[name].shape
 
     def shape_and_dtype(self, name: str) -> tuple[Shape, torch.dtype]:
         """Of a tensor that the first function is given."""
@@ -246,49 +252,107 @@ class Tracing:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Again:
-    """The functions, run again for one result."""
+    """The functions, run again for some results.
+
+    Attributes:
+        tracing: the functions.
+        ends: the results, and what is done to each at last.
+        keys: the tensors that they are made of.
+    """
 
     tracing: Tracing
-    name: str
+    ends: tuple[tuple[str, Change | None], ...]
     keys: tuple[str, ...]
-    change: Change | None
 
     def cost(self, dtype: str) -> Cost:
         """What it gives and takes; the sources come as they are, whatever `dtype` is.
 
-        The tables of a model's layers are alike, and all functions are run for each: those of one shape, made of
-        sources of one shape, are taken to cost the same.
+        Functions are run for this too: results of some shapes, made of sources of some shapes, are taken to cost the
+        same.
         """
-        alike = (self.tracing.shape_of(self.name), *map(self.tracing.shape_and_dtype, self.keys), self.change)
+        ends = tuple((self.tracing.shape_of(name), change) for name, change in self.ends)
+        alike = (ends, *map(self.tracing.shape_and_dtype, self.keys))
         if (known := self.tracing.costs.get(alike)) is not None:
             return known
         counting = Counting()
-        result = rehearse(counting, self._empty, self._run)
-        ends = ((tuple(result.shape), dtype_name(result.dtype)),)
-        cost = self.tracing.costs[alike] = Cost(ends, max(0, counting.most - result.nbytes))
+        results = rehearse(counting, self._empty, self)
+        made = tuple((tuple(result.shape), dtype_name(result.dtype)) for result in results)
+        scratch = max(0, counting.most - sum(result.nbytes for result in results))
+        cost = self.tracing.costs[alike] = Cost(made, scratch)
         return cost
 
     def __call__(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The result; `sources` is empty afterwards."""
-        return [self._run(sources)]
-
-    def _empty(self, device: str) -> list[torch.Tensor]:
-        ends = map(self.tracing.shape_and_dtype, self.keys)
-        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in ends]
-
-    def _run(self, sources: list[torch.Tensor]) -> torch.Tensor:
+        """The results; `sources` is empty afterwards."""
         tensors = dict(zip(self.keys, sources, strict=True))
         sources.clear()
         deriving = Deriving(next(iter(tensors.values())).device.type, self.tracing.known)
         with deriving, torch.no_grad():
             results = self.tracing.run(tensors)
             tensors.clear()
-            result = results[self.name]
+            found = []
+            for name, change in self.ends:
+                result = results.pop(name)
+                found.append(result if change is None else change(result))
             results.clear()
-            result = result if self.change is None else self.change(result)
-        if isinstance(result, Followed) or deriving.takes(result):
-            raise NotFollowedError(f"{self.name!r} is made of other tensors than when it was planned")
-        return result
+        for (name, _), result in zip(self.ends, found, strict=True):
+            if isinstance(result, Followed) or deriving.takes(result):
+                raise NotFollowedError(f"{name!r} is made of other tensors than when it was planned")
+        return found
+
+    def _empty(self, device: str) -> list[torch.Tensor]:
+        ends = map(self.tracing.shape_and_dtype, self.keys)
+        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in ends]
+
+
+def join_conversions(conversions: Iterable[Conversion]) -> Iterator[Conversion]:
+    """Results that are computed by one run of the same functions, as far as they are small together.
+
+    Args:
+        conversions: as `Tracing.conversion` gives them, without parts.
+    """
+    waiting: list[Conversion] = []
+    size = 0
+    for conversion in conversions:
+        more = _size(conversion)
+        first = waiting[0] if waiting else conversion
+        if waiting and (size + more > _TOGETHER or not _goes_with(first, conversion)):
+            yield _joined(waiting)
+            waiting, size = [], 0
+        waiting.append(conversion)
+        size += more
+    if waiting:
+        yield _joined(waiting)
+
+
+def _goes_with(a: Conversion, b: Conversion) -> bool:
+    assert isinstance(a.operation, _Again)
+    assert isinstance(b.operation, _Again)
+    return (a.what, a.dtype) == (b.what, b.dtype) and a.operation.tracing is b.operation.tracing
+
+
+def _size(conversion: Conversion) -> int:
+    """Bytes that are in memory for it."""
+    assert isinstance(conversion.operation, _Again)
+    ends = [conversion.operation.tracing.shape_and_dtype(key) for key in conversion.keys]
+    sources = sum(math.prod(shape) * dtype.itemsize for shape, dtype in ends)
+    return sources + math.prod(conversion.shapes[0]) * itemsize(conversion.dtype)
+
+
+def _joined(conversions: Sequence[Conversion]) -> Conversion:
+    first = conversions[0]
+    if len(conversions) == 1:
+        return first
+    operations = [conversion.operation for conversion in conversions]
+    keys = tuple(dict.fromkeys(key for conversion in conversions for key in conversion.keys))
+    ends = tuple(end for operation in operations if isinstance(operation, _Again) for end in operation.ends)
+    assert isinstance(first.operation, _Again)
+    return replace(
+        first,
+        keys=keys,
+        targets=tuple(target for conversion in conversions for target in conversion.targets),
+        shapes=tuple(shape for conversion in conversions for shape in conversion.shapes),
+        operation=_Again(first.operation.tracing, ends, keys),
+    )
 
 
 def shared_memory(entries: Mapping[str, TensorEntry]) -> frozenset[str]:
