@@ -168,7 +168,7 @@ def _look(part: Opened, whole: Skeleton, state: Mapping[str, Target]) -> _Look:
     named = resolve(part.checkpoint, skeleton, state, part.rules)
     linked = link(named, state, skeleton, lambda name: part.taker(part.front + name) is not None)
     look = _Look(part, skeleton, state, named, linked)
-    if part.label and not linked.sources:
+    if part.label and not linked.sources and not linked.elsewhere:
         diff = _diff_of(look, KeyMapping((), {}, {}, tuple(state), (), tuple(linked.unexpected), (), ()))
         raise KeysError(
             f"{part.checkpoint.source}: expected tensors of {part.path or 'the model'!r}, found none among its "
