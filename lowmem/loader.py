@@ -426,7 +426,8 @@ def _execute(
     holding: Holding | None = None,
 ) -> dict[str, int]:
     """Run the plan, and give bytes by the way they were read; on any error a borrowed model is as it was before."""
-    before = Snapshot(skeleton.model) if skeleton.borrowed else None
+    borrowed = skeleton.borrowed or (holding is not None and holding.is_borrowed)
+    before = Snapshot(skeleton.model) if borrowed else None
     brought = None
     try:
         read = run(plan, Installer(skeleton.model), progress, on_shard)
@@ -440,7 +441,7 @@ def _execute(
         skeleton.model.eval()
         if skeleton.int8 is not None:
             finish_layers(skeleton.model, skeleton.int8, int8, comes_at_use)
-        attach(skeleton.model, plan, skeleton.rules, brought)
+        attach(skeleton.model, plan, skeleton.rules, brought, () if holding is None else holding.listed)
         # What fails leaves no mark on a model's config.
         mark(skeleton.model, skeleton.int8, int8)
     except BaseException:

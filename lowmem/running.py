@@ -14,7 +14,7 @@ from .errors import LowmemError, ModelError, OptionError, SourceError
 from .memory import Measurement, measure
 from .report import LoadReport
 from .sizes import shown
-from .sources import Sources, path_of
+from .sources import Sources, whole_of
 
 if TYPE_CHECKING:
     from .loader import LoadResult
@@ -172,7 +172,8 @@ def run_prompt(
     _check_prompt(prompt)
     _need_transformers()
     selection = {name: options[name] for name in ("variant", "subfolder", "revision", "download") if name in options}
-    found = find(path_of(source), **selection)
+    path, chosen = whole_of(source, selection)
+    found = find(path, **chosen)
     tokenizer = _tokenizer(found.folder, options.get("trust_remote_code") is True)
     ids = _encoded(tokenizer, prompt, chat, found.folder)
     known = _class_and_config(found.config, found.folder, options)

@@ -155,11 +155,8 @@ class Found:
                 made = None
                 if part.origin is not None:
                     made = build(part.origin, part.found.glance(part.wish), "auto")
+                    self.holding.is_borrowed |= isinstance(part.origin.model, nn.Module)
                 self.holding.hold(model, part.module, made)
-            elif part.origin is not None:
-                raise OptionError(
-                    "Source: model= and auto_class= are of a module; for the whole model give them to load"
-                )
 
     def _kind(self, skeleton: Skeleton, part: _Part) -> Rules | None:
         """The rules of the module of a part; one that lowmem makes is finished by them."""
@@ -180,6 +177,7 @@ class Found:
 
         Raises:
             SourceError, CheckpointError: as `Survey.open`.
+            UnsupportedError: compressed tensors of one file that two sources open in other ways.
         """
         if not self.several:
             part = self.parts[0]
@@ -227,14 +225,21 @@ def look_at(
         OptionError: a value that means nothing.
         SourceError, CheckpointError, UnsupportedError: as `survey`.
     """
+    if isinstance(source, (list, tuple, set)):
+        raise OptionError(
+            "source: expected a path, or modules with their sources, such as {'': 'llm', 'model.vision_tower': "
+            f"'tower.pth'}}, found {shown(source)}"
+        )
     if not isinstance(source, (Mapping, Source)):
         found = survey(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
         return Found((_Part("", Source(source), "", found, wish, rules),), False)
     given = _listed(source)
-    if not any(not module and bare for module, _, bare in given) and (rules != NO_RULES or wish != NO_WISH):
+    own = replace(rules, ignore_mismatched_sizes=False) != NO_RULES or wish != NO_WISH
+    if not any(not module and bare for module, _, bare in given) and (own or variant or subfolder or revision):
         raise OptionError(
-            "prefix, only, skip, rename, reshape, preset, filter_fn, transforms, weights, ema: expected a path for the "
-            "whole model ('') that they are about, found none; give them to the lowmem.Source of each"
+            "prefix, only, skip, rename, reshape, preset, filter_fn, transforms, weights, ema, variant, subfolder, "
+            "revision: expected a path for the whole model ('') that they are about, found none; give them to the "
+            "lowmem.Source of each"
         )
     parts = []
     labels: set[str] = set()
@@ -245,7 +250,8 @@ def look_at(
         what = f"Source for {module!r}: dtype"
         label = module
         while label in labels:
-            label = f"{module} ({os.fspath(one.path)})" if label == module else f"{label}'"
+            path = os.fspath(one.path)
+            label = f"{label}'" if label != module else f"{module} ({path})" if module else str(path)
         labels.add(label)
         parts.append(
             _Part(
@@ -266,7 +272,7 @@ def _listed(source: Sources) -> list[tuple[str, Source, bool]]:
     """Module, source, and whether it was given as a mere path.
 
     Raises:
-        OptionError: something else than modules and their sources.
+        OptionError: something else than modules and their sources, or a model in the source of the whole.
     """
     found = []
     for module, value in (source if isinstance(source, Mapping) else {"": source}).items():
@@ -278,26 +284,33 @@ def _listed(source: Sources) -> list[tuple[str, Source, bool]]:
         for one in several:
             if not isinstance(one, (str, os.PathLike, Source)):
                 raise OptionError(f"source: {module!r}: expected a path or a lowmem.Source, found {shown(one)}")
+            if not module and isinstance(one, Source) and (one.model, one.auto_class) != (None, None):
+                raise OptionError("Source: model= and auto_class= are of a module; give those of the whole to load")
             found.append((module, one if isinstance(one, Source) else Source(one), not isinstance(one, Source)))
     if not found:
         raise OptionError("source: expected a path, or modules with their sources, found an empty mapping")
     return found
 
 
-def path_of(source: Sources) -> Path:
-    """The path of the source of the whole model.
+def whole_of(source: Sources, selection: dict[Any, Any]) -> tuple[Path, dict[Any, Any]]:
+    """The path of the source of the whole model, and which of its files are meant.
+
+    Args:
+        source: what `load` takes.
+        selection: `variant`, `subfolder`, `revision` and `download`, as `load` has them.
 
     Raises:
         OptionError: there is none.
     """
-    whole = next((one for module, one, _ in _listed(source) if not module), None)
-    if whole is None:
-        raise OptionError("source: expected one of the whole model (''), found modules only; add it")
-    return whole.path
+    for module, one, bare in _listed(source):
+        if not module:
+            own = {} if bare else {name: getattr(one, name) for name in ("variant", "subfolder", "revision")}
+            return one.path, {**selection, **own}
+    raise OptionError("source: expected one of the whole model (''), found modules only; add it")
 
 
 def _asked(source: Source) -> ModelRequest:
     return make_model_request(source.model, auto_class=source.auto_class)
 
 
-__all__ = ["Found", "Source", "Sources", "look_at", "path_of"]
+__all__ = ["Found", "Source", "Sources", "look_at", "whole_of"]

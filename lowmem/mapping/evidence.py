@@ -222,8 +222,9 @@ class _Search:
         for full, target in self.unfed.items():
             for at in _dots(full):
                 found = by_name.get(full[at:])
-                if found is not None and self.fits(self.given[found], target):
-                    puts[full[:at]] += 1
+                if found is not None:
+                    # One of another shape goes along, and is told with both.
+                    puts[full[:at]] += self.fits(self.given[found], target)
                     begins[full[:at]].add(full[at:].partition(".")[0])
         fronts = [front for front, _ in strips.most_common(_FINALISTS)]
         usual = [front for front in _FRONTS if any(new.startswith(front) for new in names.values())]
@@ -232,7 +233,8 @@ class _Search:
         every = {new.partition(".")[0] for new in names.values()}
         return steps + [
             put(front, () if begins[front] == every and not self.fed else begins[front])
-            for front, _ in puts.most_common(_FINALISTS)
+            for front, count in puts.most_common(_FINALISTS)
+            if count
         ]
 
 

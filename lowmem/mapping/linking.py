@@ -51,7 +51,8 @@ def resolve(checkpoint: Checkpoint, skeleton: Skeleton, state: Mapping[str, Targ
     """User's names, functions, evidence, and the renames of the model's kind, in this order."""
     rules, spared = _skips_of_model(checkpoint, rules, state)
     given = make_names(give_names(checkpoint, rules), checkpoint, skeleton, rules)
-    fits = _fits(checkpoint.source, state, rules)
+    transforms = Transforms(checkpoint.source, rules.transforms, state)
+    fits = _fits(checkpoint.source, state, rules, transforms)
     renaming = skeleton.rules.rename(given.entries, state)
     evidence = NOTHING
     if _leaves_both(renaming.names, state):
@@ -69,7 +70,7 @@ def resolve(checkpoint: Checkpoint, skeleton: Skeleton, state: Mapping[str, Targ
         {*spared, *(others[name] for name in given.left_out)},
         {others[name]: f"{key!r}: {checkpoint.unreadable[key]}" for name, key in given.unreadable.items()},
         fits,
-        Transforms(checkpoint.source, rules.transforms, state),
+        transforms,
     )
 
 
@@ -95,9 +96,9 @@ def _leaves_both(finals: Mapping[str, str], state: Mapping[str, Target]) -> bool
     return not fed <= state.keys() and not state.keys() <= fed
 
 
-def _fits(source: str, state: Mapping[str, Target], rules: KeyRules) -> Fits:
+def _fits(source: str, state: Mapping[str, Target], rules: KeyRules, transforms: Transforms) -> Fits:
     if not rules.reshape:
-        return lambda entry, target: entry.shape == target.shape
+        return lambda entry, target: entry.shape == target.shape or target.name in transforms
     free = choose(source, list(state), rules.reshape, "reshape", "model")
 
     def fits(entry: TensorEntry, target: Target) -> bool:

@@ -84,7 +84,7 @@ def match(
         converted=found.converted,
         made=pairs.made,
         maker="; ".join(makers),
-        apart={name: look.part.dtype or "" for look in looks if look.part.path for name in state if look.owns(name)},
+        apart=_apart(looks, state, tied),
         shares=tuple(look.share() for look in looks) if parts else (),
     )
     if not mapping.missing and not mapping.mismatched:
@@ -169,6 +169,12 @@ def _look(part: Opened, whole: Skeleton, state: Mapping[str, Target]) -> _Look:
     linked = link(named, state, skeleton, lambda name: part.taker(part.front + name) is not None)
     look = _Look(part, skeleton, state, named, linked)
     if part.label and not linked.sources and not linked.elsewhere:
+        if not state:
+            raise KeysError(
+                f"{part.checkpoint.source}: expected tensors in {part.path or 'the model'!r} to fill, found none in "
+                f"that {type(skeleton.model).__name__}: where it is built later, name the module inside of it that "
+                "is, with model= (or auto_class=) in its lowmem.Source"
+            )
         diff = _diff_of(look, KeyMapping((), {}, {}, tuple(state), (), tuple(linked.unexpected), (), ()))
         raise KeysError(
             f"{part.checkpoint.source}: expected tensors of {part.path or 'the model'!r}, found none among its "
@@ -211,6 +217,24 @@ def _resolve_ties(
     return [link for link in found.links if link.target not in dropped], tied, doubled
 
 
+def _apart(looks: Sequence[_Look], state: Mapping[str, Target], tied: Mapping[str, str]) -> dict[str, str]:
+    """Targets that have a dtype by their source: that of the one that feeds them, else of the smallest module's."""
+    apart = {}
+    for look in sorted(looks, key=lambda look: len(look.part.path)):
+        if look.part.path or look.part.dtype:
+            apart.update({name: look.part.dtype or "" for name in state if look.owns(name)})
+    for look in looks:
+        fed = [look.part.front + name for name in look.linked.sources]
+        if look.part.path or look.part.dtype:
+            apart.update(dict.fromkeys(fed, look.part.dtype or ""))
+        else:
+            for name in fed:
+                apart.pop(name, None)
+    # What is tied is what feeds it.
+    apart.update({name: apart[leader] for name, leader in tied.items() if leader in apart})
+    return apart
+
+
 def _of_others(looks: Sequence[_Look]) -> set[str]:
     """Keys that feed nothing here, and do where the same file is asked for another module, or are named there."""
     told: dict[str, set[str]] = defaultdict(set)
@@ -242,7 +266,29 @@ def _explained(mapping: KeyMapping, checkpoint: Checkpoint, skeleton: Skeleton, 
             unexpected = tuple(key for key in mapping.unexpected if key in own)
             part = replace(mapping, missing=missing, mismatched=odd, unexpected=unexpected)
             hints += [f"{look.part.label}: {line}" for line in _diff_of(look, part).suggestions]
-    return replace(diff, hints=(*diff.hints, *hints))
+    return replace(diff, hints=(*_without_source(mapping, skeleton, looks), *diff.hints, *hints))
+
+
+def _without_source(mapping: KeyMapping, skeleton: Skeleton, looks: Sequence[_Look]) -> list[str]:
+    """The largest modules of which nothing is fed, and keys that name tensors of the whole model."""
+    fed = {*mapping.sources, *mapping.tied}
+    modules = {name.rpartition(".")[0] for name in mapping.missing}
+    alone = [m for m in modules if m and not any(name.startswith(f"{m}.") for name in fed)]
+    above = {m: m.split(".") for m in alone}
+    largest: set[str] = set()
+    for parts in above.values():
+        fronts = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        largest.add(next(f for f in fronts if not any(name.startswith(f"{f}.") for name in fed)))
+    hints = [f"nothing feeds {name!r}: give it a source, if it has a file of its own" for name in sorted(largest)[:3]]
+    missing = set(mapping.missing)
+    for look in looks:
+        whole = [key for key in map(look.part.own_key, look.linked.unexpected) if key in missing]
+        if whole and look.part.path:
+            hints.append(
+                f"the source for {look.part.path!r} has {whole[0]!r}, which is a name in the whole model: is it the "
+                "source of '', the whole?"
+            )
+    return hints
 
 
 def _diff_of(look: _Look, mapping: KeyMapping) -> KeyDiff:
@@ -275,6 +321,9 @@ def _diff_of(look: _Look, mapping: KeyMapping) -> KeyDiff:
     diff = make_diff(mapping, checkpoint, state, look.part.rules, named.evidence.steps, names, attempt)
     rows = vocabulary_hint(mapping.mismatched, skeleton.rules.vocabularies())
     grids = grid_hint(mapping.mismatched)
+    if named.given.tracing is not None:
+        # Rules would come before the functions, and were found behind them.
+        diff = replace(diff, rename={}, reshape=(), prefixes=(), hints=())
     diff = replace(diff, hints=(*filter(None, (rows, grids)), *diff.hints))
     # The model's kind remembers what it renamed: that of the mapping, and not of a trial.
     skeleton.rules.rename({named.evidence.names.get(name, name): entry for name, entry in given.items()}, state)

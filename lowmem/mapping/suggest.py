@@ -224,7 +224,7 @@ def grid_hint(mismatched: Sequence[Mismatch]) -> str | None:
         if "pos" in m.target.rpartition(".")[2] and same and tokens[0] != tokens[1]:
             return (
                 f"{m.target!r} has {tokens[0]} positions in the checkpoint and {tokens[1]} in the model: "
-                f"transforms={{{m.target!r}: lowmem.interpolate()}} gives it the model's grid, if they are those of an "
-                "image"
+                f"transforms={{{m.target!r}: lowmem.interpolate()}} gives it the model's grid (in Python), if they are "
+                "those of an image"
             )
     return None

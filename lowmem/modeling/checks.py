@@ -67,6 +67,31 @@ def checked_modules(model: nn.Module, transformers: bool) -> Iterator[tuple[str,
         yield prefix, module
 
 
+def refuse_hidden(model: nn.Module) -> None:
+    """Refuse modules in lists that are no children, and that nothing can fill.
+
+    Of a model that lowmem builds they are on meta as all the rest, and no state dict has them (LLaVA's towers).
+
+    Raises:
+        ModelError: with the path of the list.
+    """
+    held: dict[int, str] = {}
+    hidden: list[tuple[str, nn.Module]] = []
+    for prefix, module in walk(model):
+        held.update({id(p): prefix for p in module._parameters.values() if p is not None})
+        for name, value in vars(module).items():
+            if isinstance(value, (list, tuple)) and value and isinstance(value[0], nn.Module):
+                hidden += [(prefix + name, inner) for inner in value if isinstance(inner, nn.Module)]
+    for path, inner in hidden:
+        lost = [name for name, p in inner.named_parameters() if p.is_meta and id(p) not in held]
+        if lost:
+            raise ModelError(
+                f"module {path!r}: it is in a list, so that no state dict has its {len(lost)} tensors ({lost[0]!r}, …) "
+                f"and no source is for it; give it one ({{'': ..., {path!r}: ...}}), or build the model yourself and "
+                "pass the module"
+            )
+
+
 def _place(prefix: str, module: nn.Module) -> str:
     kind = type(module).__name__
     return f"module {prefix[:-1]!r} ({kind})" if prefix else f"model ({kind})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -22,6 +23,10 @@ class Holding:
         self._undo: list[Callable[[], None]] = []
         self._settle: list[Callable[[], None]] = []
         self._kinds: dict[str, Rules] = {}
+        # A module that the caller made is a part now.
+        self.is_borrowed = False
+        # Modules that are in lists when all is done.
+        self.listed: list[nn.Module] = []
 
     def finish_by(self, front: str, rules: Rules) -> None:
         """Let the module whose names stand behind `front` be finished by rules of its own."""
@@ -69,6 +74,8 @@ class Holding:
             self._lend(owner, leaf, held, made)
             self._settle.append(lambda: _fill(held, made))
         else:
+            if leaf not in owner._modules and not hasattr(owner, leaf):
+                _refuse_typo(owner, leaf)
             before = owner._modules.get(leaf)
             had = leaf in owner._modules
             attributes = {leaf: owner.__dict__.pop(leaf)} if leaf in owner.__dict__ else {}
@@ -81,6 +88,7 @@ class Holding:
     def _lend(self, owner: nn.Module, leaf: str, held: Any, module: nn.Module) -> None:
         del owner.__dict__[leaf]
         owner._modules[leaf] = module
+        self.listed.append(module)
 
         def back() -> None:
             del owner._modules[leaf]
@@ -113,11 +121,28 @@ def _restore(owner: nn.Module, leaf: str, had: bool, before: nn.Module | None, a
     owner.__dict__.update(attributes)
 
 
+def _refuse_typo(owner: nn.Module, leaf: str) -> None:
+    """LLaVA's towers have no attribute yet for what they build later; a name that is nearly one is none.
+
+    Raises:
+        ModelError: it is.
+    """
+    names = [name for name in (*owner._modules, *vars(owner)) if not name.startswith("_")]
+    near = difflib.get_close_matches(leaf, names, n=1, cutoff=0.8)
+    if near:
+        raise ModelError(
+            f"source for {leaf!r}: expected a module that {type(owner).__name__} has or builds later, found no such "
+            f"attribute; did you mean {near[0]!r}?"
+        )
+
+
 def _missing(owner: nn.Module, path: str, at: str) -> str:
     leaf = at.rpartition(".")[2]
     found = owner.__dict__.get(leaf)
     kind = "nothing" if found is None else type(found).__name__
     names = ", ".join(map(repr, list(owner._modules)[:8])) or "none"
+    if isinstance(found, (list, tuple)):
+        kind = f"a {kind} of {len(found)}"
     return (
         f"source for {path!r}: expected a module at {at!r}, found {kind} in {type(owner).__name__} (modules there: "
         f"{names}); correct the path, or, where the module is built later, give model= (or auto_class=) to its "

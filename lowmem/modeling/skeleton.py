@@ -11,7 +11,7 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..errors import ModelError, OptionError
 from . import hf
-from .checks import checked_modules
+from .checks import checked_modules, refuse_hidden
 from .empty import empty_parameters, real_tensors
 from .failures import refusing
 from .generation import read_generation
@@ -117,6 +117,8 @@ def make_skeleton(
         transformers = hf.is_transformers_model(module)
         targets = read_targets(checked_modules(module, transformers))
         rules = rules_of(module, origin, checkpoint) if timm is None else TimmRules(timm)
+    if not isinstance(source, nn.Module):
+        refuse_hidden(module)
     blueprint = source if isinstance(source, hf.Blueprint) else None
     joined = join_declared(targets, rules.declared_ties())
     warnings = () if blueprint is None else blueprint.warnings
@@ -149,10 +151,7 @@ def build(origin: Origin, checkpoint: Checkpoint, dtype: str) -> nn.Module:
         ModelError: building failed.
     """
     source = origin.model
-    timm = _timm(origin, dtype)
-    if timm is not None:
-        return timm.model
-    assert not isinstance(source, TimmBlueprint)
+    assert not isinstance(source, TimmBlueprint), "what timm builds has rules of its own"
     with real_tensors():
         if isinstance(source, hf.Blueprint):
             return hf.build(source, checkpoint, dtype)

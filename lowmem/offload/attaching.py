@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ from .weights import MappedParameter, OffloadedParameter, ReleasedWeight, is_on_
 
 # Every model that was loaded, and what brings its weights, if any are elsewhere.
 _loaded: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Runtime] | None] = weakref.WeakKeyDictionary()
+# Modules that it has in lists, and that were loaded with it.
+_beside: weakref.WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -155,13 +157,18 @@ def _install(model: nn.Module, placement: Placement, make: Callable[[bool], torc
         owner._parameters[leaf] = parameter
 
 
-def attach(model: nn.Module, plan: LoadPlan, rules: Rules, brought: Brought | None) -> None:
+def attach(
+    model: nn.Module, plan: LoadPlan, rules: Rules, brought: Brought | None, beside: Sequence[nn.Module] = ()
+) -> None:
     """Last of all: observe the forward, refuse what cannot be done, and bring inputs to several accelerators.
+
+    Modules `beside` the children of the model are among these only now: it has them in lists.
 
     A model that computes on the CPU gets no `hf_device_map`: every weight is there whenever it is used, and libraries
     that read the map take it for one with accelerate's hooks (pipelines compute on the device of its first entry).
     """
     _loaded[model] = None if brought is None else weakref.ref(brought.runtime)
+    _beside[model] = tuple(beside)
     if plan.running.dispatch == "accelerate":
         dispatch_by_hooks(model, plan, rules)
         return
@@ -245,7 +252,10 @@ def release(model: nn.Module) -> None:
         take_back(model)
     runtime.close()
     _detach(model, runtime)
-    for prefix, module in walk(model):
+    beside = _beside.get(model, ())
+    for inner in beside:
+        take_back_refusals(inner)
+    for prefix, module in (place for whole in (model, *beside) for place in walk(whole)):
         for leaf, parameter in module._parameters.items():
             if parameter is not None and is_on_disk(parameter):
                 module._parameters[leaf] = _released(prefix + leaf, parameter, runtime.source)

@@ -97,9 +97,12 @@ def about(groups: Sequence[Group]) -> list[str]:
     count = sum(len(group.results) for group in groups)
     most = max(group.nbytes for group in groups)
     kinds = ", ".join(dict.fromkeys(group.what for group in groups))
+    first = groups[0].results[0][0].target
+    names = repr(first) if count == 1 else f"{count} tensors ({first!r}, …)"
+    are, turns = ("is", "") if count == 1 else ("are", f", in {len(groups)} groups one after the other")
     return [
-        f"{count} tensors are computed ({kinds}) from whole tensors in memory, in {len(groups)} groups one after the "
-        f"other, which takes up to {format_size(most)} at a time"
+        f"{names} {are} computed ({kinds}) from whole tensors in memory{turns if len(groups) > 1 else ''}, which takes "
+        f"up to {format_size(most)} at a time"
     ]
 
 

@@ -39,6 +39,19 @@ Renames = (
 FilterFn = Callable[..., Mapping[str, Any]] | None
 Transforms = Mapping[str, Transform] | None
 
+# What mmengine, torch, timm and transformers call what has another name here.
+_ELSEWHERE = {
+    "revise_keys": "rename=",
+    "map_location": "device_map=",
+    "checkpoint": "source",
+    "checkpoint_path": "source",
+    "filename": "source",
+    "torch_dtype": "dtype=",
+    "use_ema": "ema=",
+    "load_in_8bit": "quantize='int8'",
+    "key_mapping": "rename=",
+}
+
 
 def checks_names(verb: Callable[P, R]) -> Callable[P, R]:
     """Decorate a verb: an option that it does not have is refused under the verb's own name, with the nearest one.
@@ -56,6 +69,9 @@ def checks_names(verb: Callable[P, R]) -> Callable[P, R]:
         if unknown is not None:
             near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.7)
             hint = f". Did you mean {near[0]!r}?" if near else ""
+            if unknown in _ELSEWHERE and _ELSEWHERE[unknown].partition("=")[0] in known:
+                hint = f"; what others call so is {_ELSEWHERE[unknown]} here"
+                near = [unknown]
             if not near and "model_kwargs" in known:
                 hint = "; what is an attribute of the model's config goes into model_kwargs="
             raise TypeError(f"{verb.__name__}() got an unexpected keyword argument {shown(unknown)}{hint}")
