@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import signal
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.arguments import names, positive
-from bench.results import Results, Row, describe_machine, write
+from bench.results import Results, Row, describe_machine, versions, write
 from lowmem.errors import OptionError
 from lowmem.sizes import parse_size
 
@@ -90,7 +89,7 @@ def _measure(options: argparse.Namespace, cases: tuple[Case, ...], limit: int) -
         work = Path(stack.enter_context(temporary(prefix="work-", dir=folder)))
         plan = Plan(cases=cases, folder=folder, work=work, seconds=options.timeout, **counts)
         results: Results = {
-            "machine": describe_machine(folder, _versions()),
+            "machine": describe_machine(folder, versions(_PACKAGES)),
             "options": counts,
             "cases": [asdict(case) for case in cases],
             "goals": [],
@@ -106,14 +105,6 @@ def _measure(options: argparse.Namespace, cases: tuple[Case, ...], limit: int) -
         context = stack.enter_context(server())
         run(plan, context, done, lambda text: print(text, file=sys.stderr, flush=True))
     return results
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 if __name__ == "__main__":

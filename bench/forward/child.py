@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,13 @@ from .pages import give_back_mapped
 PROMPT = 16
 
 
-def serve(connection: Connection, load: Load, order: Order) -> None:
-    """Load, then answer (what, argument) with a dict until the other end is closed."""
+def start(load: Load, order: Order) -> Runner:
+    """The runner of a model that is loaded now."""
+    return Runner(load(order))
+
+
+def serve(connection: Connection, make: Callable[[Any], object], order: Any) -> None:
+    """Make a runner of `order`, then answer (its method, argument) with a dict until the other end is closed."""
     # What libraries print, bars among it, would hide the bench's own lines; errors go through the connection.
     nothing = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
@@ -32,7 +37,7 @@ def serve(connection: Connection, load: Load, order: Order) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
             started = time.perf_counter()
-            runner = Runner(load(order))
+            runner = make(order)
             seconds = time.perf_counter() - started
             connection.send({"status": "ok", "load": seconds, "threads": torch.get_num_threads()})
             while True:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 from .child import serve
-from .loaders import Load, Order
 
 _ROOT = Path(__file__).parent.parent.parent
 # Seconds for a child to end, once nobody asks it anything.
@@ -19,18 +18,18 @@ _PATIENCE = 10.0
 
 
 class Child:
-    """A process that has loaded one model, or says why not: see `status` and `reason` of each answer."""
+    """A process with a runner, or one that says why not: see `status` and `reason` of each answer."""
 
-    def __init__(self, context: ForkServerContext, load: Load, order: Order, seconds: float) -> None:
+    def __init__(self, context: ForkServerContext, make: Callable[[Any], object], order: Any, seconds: float) -> None:
         self._seconds = seconds
         self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, load, order))
+        self._process = context.Process(target=serve, args=(theirs, make, order))
         self._process.start()
         theirs.close()
         self.loaded = self._receive()
 
     def ask(self, what: str, argument: object = None) -> dict[str, Any]:
-        """The answer of a method of `Runner`; `failed` when the process was killed, raised or took too long."""
+        """The answer of a method of the runner; `failed` when the process was killed, raised or took too long."""
         try:
             self._ours.send((what, argument))
         except OSError:
@@ -58,13 +57,13 @@ class Child:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[ForkServerContext]:
-    """What makes children."""
+def server(preload: str = "bench.forward.preload") -> Iterator[ForkServerContext]:
+    """What makes children: the server imports `preload`, once."""
     changed = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(_ROOT)}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.forward.preload"])
+    context.set_forkserver_preload([preload])
     try:
         yield context
     finally:

@@ -80,33 +80,41 @@ def generate(
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=work) as folder:
         order = {"source": str(source), "loader": loader, "limit": limit, "tokens": tokens, "folder": folder}
-        environment = {**os.environ, "PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "LOWMEM_BENCH_LIMIT": kind or ""}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bench.forward.limited", json.dumps(order)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            # Its own session, so that what it starts ends with it.
-            start_new_session=True,
-        )
-        try:
-            output, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return {"status": "failed", "reason": f"it took more than {seconds:.0f} s"}
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        found = ask("bench.forward.limited", order, kind, seconds)
+    if found["status"] != "ok":
+        return found
+    # The first token is the prompt's.
+    times = found["times"][1:]
+    summary = {"least": min(times), "median": statistics.median(times)} if times else {}
+    return {**found, "times": [found["times"]], **summary}
+
+
+def ask(module: str, order: dict[str, Any], kind: str | None, seconds: float) -> dict[str, Any]:
+    """What a process of this module prints for the order; `killed` by the kernel's limit, or `failed`."""
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "LOWMEM_BENCH_LIMIT": kind or ""}
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, json.dumps(order)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # Its own session, so that what it starts ends with it.
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "reason": f"it took more than {seconds:.0f} s"}
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if process.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return {"status": "killed", "reason": "the kernel killed it"}
     if process.returncode:
         return {"status": "failed", "reason": (errors.strip().splitlines() or ["no word"])[-1][:400]}
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
-    # The first token is the prompt's.
-    times = found["times"][1:]
-    summary = {"least": min(times), "median": statistics.median(times)} if times else {}
-    return {"status": "ok", "reason": "", **found, "times": [found["times"]], **summary}
+    return {"status": "ok", "reason": "", **found}
 
 
 def main() -> int:

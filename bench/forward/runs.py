@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bench.sources import make_checkpoint, settle
 
 from . import disk
 from .cases import Case
+from .child import start
 from .children import Child
 from .limited import run_limited
 from .loaders import LOADERS, Order
@@ -124,7 +126,7 @@ class Turns:
         folder = self._work / loader
         folder.mkdir()
         order = Order(self._source, self._case.dtype, self._case.on_disk, folder)
-        child = Child(self._context, LOADERS[loader], order, self._plan.seconds)
+        child = Child(self._context, partial(start, LOADERS[loader]), order, self._plan.seconds)
         self._stack.callback(child.close)
         self._children[loader] = child
         self._rows[loader] = {"loader": loader, "status": "ok", "reason": "", "times": [], "digests": []}
@@ -222,7 +224,8 @@ def _run_steady(plan: Plan, context: ForkServerContext, case: Case, source: Path
     for loader in case.loaders:
         folder = plan.work / f"{case.name}-{loader}"
         folder.mkdir()
-        child = Child(context, LOADERS[loader], Order(source, case.dtype, case.on_disk, folder), plan.seconds)
+        order = Order(source, case.dtype, case.on_disk, folder)
+        child = Child(context, partial(start, LOADERS[loader]), order, plan.seconds)
         try:
             yield {"loader": loader, **_watch(child, plan.forwards)}
         finally:
