@@ -29,7 +29,7 @@ from .modeling.request import ModelSource, make_model_request
 from .modeling.skeleton import Origin, Skeleton, find_origin
 from .offload import attach, bring_weights, comes_at_use, give_up
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
-from .planner.request import FilterFn, Names, Renames, Transforms, checks_names, flag, make_request
+from .planner.request import FilterFunction, Names, Renames, TransformsOption, checks_names, flag, make_request
 from .report import LoadReport
 from .sizes import shown
 from .sources import Found, Sources, look_at
@@ -88,8 +88,8 @@ def load(
     rename: Renames = None,
     reshape: str | Iterable[str] | None = None,
     preset: str | None = None,
-    filter_fn: FilterFn = None,
-    transforms: Transforms = None,
+    filter_fn: FilterFunction = None,
+    transforms: TransformsOption = None,
     ignore_mismatched_sizes: bool = False,
     quantize: str | None = None,
     skip_modules: str | Iterable[str] | None = None,
@@ -333,8 +333,8 @@ def diff(
     rename: Renames = None,
     reshape: str | Iterable[str] | None = None,
     preset: str | None = None,
-    filter_fn: FilterFn = None,
-    transforms: Transforms = None,
+    filter_fn: FilterFunction = None,
+    transforms: TransformsOption = None,
     dequantize: bool = False,
 ) -> KeyDiff:
     """What differs between the keys and shapes of a checkpoint and those of a model, and what would mend it.

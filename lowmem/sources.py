@@ -20,7 +20,7 @@ from .modeling.holding import Holding
 from .modeling.request import ModelRequest, make_model_request
 from .modeling.rules import Rules
 from .modeling.skeleton import Origin, Skeleton, build, find_origin, rules_of
-from .planner.request import FilterFn, Names, Renames, Transforms, make_key_rules
+from .planner.request import FilterFunction, Names, Renames, TransformsOption, make_key_rules
 from .sizes import shown
 
 Path = str | os.PathLike[str]
@@ -52,8 +52,8 @@ class Source:
     rename: Renames = None
     reshape: str | Iterable[str] | None = None
     preset: str | None = None
-    filter_fn: FilterFn = None
-    transforms: Transforms = None
+    filter_fn: FilterFunction = None
+    transforms: TransformsOption = None
     weights: str | None = None
     ema: bool | None = None
     variant: str | None = None

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from .._collector import paused_collector
 from ..errors import CheckpointError, SourceError
+from .incomplete import placeholders
 from .index import Listing, check_keys, oddities, read_listing
-from .parts import placeholders
 from .pickled import read_pickled
 from .records import Candidate, Checkpoint, Leaf, PickledFile, Shard, TensorEntry
 from .safetensors import read_shard

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, OptionError, SourceError
 from ..sizes import format_size, shown
-from .parts import refuse_placeholders, refuse_stages
+from .incomplete import refuse_placeholders, refuse_stages
 from .pickles import Inert
 from .records import Candidate, Leaf
 

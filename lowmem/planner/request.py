@@ -36,8 +36,8 @@ Renames = (
     | None
 )
 
-FilterFn = Callable[..., Mapping[str, Any]] | None
-Transforms = Mapping[str, Transform] | None
+FilterFunction = Callable[..., Mapping[str, Any]] | None
+TransformsOption = Mapping[str, Transform] | None
 
 # What mmengine, torch, timm and transformers call what has another name here.
 _ELSEWHERE = {
@@ -102,8 +102,8 @@ def make_request(
     rename: Renames = None,
     reshape: str | Iterable[str] | None = None,
     preset: str | None = None,
-    filter_fn: FilterFn = None,
-    transforms: Transforms = None,
+    filter_fn: FilterFunction = None,
+    transforms: TransformsOption = None,
     ignore_mismatched_sizes: bool = False,
     quantize: str | None = None,
     skip_modules: str | Iterable[str] | None = None,
@@ -216,8 +216,8 @@ def make_key_rules(
     rename: Renames = None,
     reshape: str | Iterable[str] | None = None,
     preset: str | None = None,
-    filter_fn: FilterFn = None,
-    transforms: Transforms = None,
+    filter_fn: FilterFunction = None,
+    transforms: TransformsOption = None,
     ignore_mismatched_sizes: bool = False,
 ) -> KeyRules:
     """Parse what the user says about keys.
@@ -251,13 +251,13 @@ def make_key_rules(
     )
 
 
-def _function(value: FilterFn) -> FilterFn:
+def _function(value: FilterFunction) -> FilterFunction:
     if value is not None and not callable(value):
         raise OptionError(f"filter_fn: expected a function of a state dict, found {shown(value)}")
     return value
 
 
-def _transforms(value: Transforms) -> tuple[tuple[str, Transform], ...]:
+def _transforms(value: TransformsOption) -> tuple[tuple[str, Transform], ...]:
     if value is None:
         return ()
     if not isinstance(value, Mapping):
