@@ -134,9 +134,10 @@ def _differing(fit: Fit, request: LoadRequest) -> set[str]:
             pairs = _paired(parts[name], parts[leader])
         if not pairs or not all(same_bytes(*pair, shards, keep_cache=request.keep_cache) for pair in pairs):
             if not skeleton.rules.unties:
+                why = "differ" if pairs else "are made in ways that cannot be compared"
                 raise KeysError(
-                    f"{a.file}: {a.key!r} and {b.key!r} differ, and the model ties them to one tensor; "
-                    "untie them in the model, or bring the checkpoint that belongs to it"
+                    f"{a.file}: {a.key!r} and {b.key!r} {why}, and the model ties them to one tensor; untie them in "
+                    "the model, bring the checkpoint that belongs to it, or leave one of them out by skip="
                 )
             differing.add(name)
     return differing

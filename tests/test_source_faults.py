@@ -155,3 +155,59 @@ def test_a_tensor_of_another_shape_goes_along_with_a_prefix(files: dict[str, Any
     loaded: Any = lowmem.load(source, model=Deeper, transforms={"*pos_embed": lowmem.interpolate()}).model
     assert loaded.vision_tower.pos_embed.shape == (1, 37, 12)
     assert torch.equal(loaded.vision_tower.blocks[0].weight, files["tower"]["blocks.0.weight"])
+
+
+@pytest.mark.parametrize("make", [lambda: [nn.Linear(16, 16)], list])
+def test_a_layer_in_a_list_that_becomes_int8_is_there_afterwards(tmp_path: Path, make: Any) -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x, self.tail = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.p: Any = make()
+
+    state = {f"{name}.weight": torch.randn(16, 16) for name in ("x", "tail")}
+    state |= {f"{name}.bias": torch.randn(16) for name in ("x", "tail")}
+    save_file(state, tmp_path / "whole.safetensors")
+    inner = {"weight": torch.randn(16, 16), "bias": torch.randn(16)}
+    save_file(inner, tmp_path / "inner.safetensors")
+    source = lowmem.Source(
+        tmp_path / "inner.safetensors", model=None if make is not list else lambda: nn.Linear(16, 16)
+    )
+    model: Any = Listed()
+    lowmem.load({"": tmp_path / "whole.safetensors", "p": source}, model=model, quantize="int8")
+    assert type(model.p) is list
+    assert model.p[0].weight.dtype == torch.int8
+    near = torch.nn.functional.linear(torch.ones(1, 16), inner["weight"], inner["bias"])
+    assert torch.allclose(model.p[0](torch.ones(1, 16)).float(), near, atol=0.5)
+
+
+def test_a_source_for_what_is_no_place_for_a_module_is_refused(files: dict[str, Any]) -> None:
+    class Odd(Llava):
+        @property
+        def tower(self) -> Any:
+            return self.model.vision_tower
+
+    source = lowmem.Source(files["folder"] / "tower.pth", model=Tower)
+    for path in ("tower", "lm_head.weight", "get_submodule", "model.layers.append"):
+        given = sources(files) | {path: source}
+        with pytest.raises(lowmem.ModelError, match=r"expected a (place for a )?module"):
+            lowmem.load(given, model=Odd)
+
+
+def test_accelerates_hooks_open_the_files_of_parts_by_their_own_keys(files: dict[str, Any], tmp_path: Path) -> None:
+    save_file(files["tower"], tmp_path / "tower.safetensors")
+    given = {"inner": tmp_path / "tower.safetensors"}
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Tower()
+
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            return self.inner.blocks[0](value)
+
+    options: dict[str, Any] = {"device_map": {"": "disk"}, "dispatch": "accelerate"}
+    model = lowmem.load(given, model=Around, **options).model
+    state, ones = files["tower"], torch.ones(12).half()
+    by_hand = nn.functional.linear(ones, state["blocks.0.weight"], state["blocks.0.bias"])
+    assert torch.equal(model(ones), by_hand)

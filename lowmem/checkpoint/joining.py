@@ -39,6 +39,7 @@ def join_checkpoints(source: str, held: Sequence[tuple[str, Checkpoint]]) -> Che
         opened=", ".join(f"{label}: {c.opened}" if label else c.opened for label, c in held if c.opened),
         unreadable={f"{label}: {key}" if label else key: why for label, c in held for key, why in c.unreadable.items()},
         described=sum(checkpoint.described for checkpoint in checkpoints),
+        labels=tuple(label for label, _ in held if label),
     )
 
 

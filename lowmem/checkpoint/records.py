@@ -206,6 +206,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         described: bytes of memory that all which its pickles describe takes while they are looked at, estimated.
         order: the keys as a program gets them that loads it: those of pickles in the order in which they were pickled.
             Empty for the order of the files.
+        labels: of several sources, what stands before the keys of each.
     """
 
     source: str
@@ -219,6 +220,13 @@ class Checkpoint(Mapping[str, TensorEntry]):
     unreadable: Mapping[str, str] = field(default_factory=dict, repr=False)
     described: int = 0
     order: tuple[str, ...] = field(default=(), repr=False)
+    labels: tuple[str, ...] = ()
+
+    def own_key(self, entry: TensorEntry) -> str:
+        """The key of an entry in its file, without the label of its source."""
+        key = entry.key
+        fitting = [label for label in self.labels if key.startswith(f"{label}: ")]
+        return key[len(max(fitting, key=len)) + 2 :] if fitting else key
 
     def __getitem__(self, key: str) -> TensorEntry:
         return self.entries[key]

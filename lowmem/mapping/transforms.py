@@ -177,7 +177,7 @@ def slice_rows(start: int = 0, stop: int | None = None) -> Transform:
 
 def _call(name: str, **arguments: tuple[Any, Any]) -> str:
     """A call as it was written, without what is the default anyway."""
-    given = [f"{key}={value!r}" for key, (value, default) in arguments.items() if value != default]
+    given = [f"{key}={value!r}" for key, (value, default) in arguments.items() if repr(value) != repr(default)]
     return f"{name}({', '.join(given)})"
 
 
@@ -401,6 +401,8 @@ def _padded(tensor: torch.Tensor, shape: Shape, value: float | str) -> torch.Ten
             f"expected at most {shape[0]} rows, found {tensor.shape[0]}; slice_rows() takes the first {shape[0]}"
         )
     if not isinstance(value, str):
+        if not _holds(tensor.dtype, value):
+            raise ValueError(f"expected a number that {tensor.dtype} has for more rows, found {value!r}")
         return torch.cat([tensor, tensor.new_full((more, *tensor.shape[1:]), value)])
     if not tensor.shape[0] or not tensor.is_floating_point():
         raise ValueError(
@@ -409,6 +411,15 @@ def _padded(tensor: torch.Tensor, shape: Shape, value: float | str) -> torch.Ten
         )
     mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(more, *tensor.shape[1:])])
+
+
+def _holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether a dtype has a number, rounded where it is one of floats."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
+    if not math.isfinite(value) or value != int(value):
+        return False
+    return value in (0, 1) if dtype == torch.bool else torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
 
 
 def _sliced(tensor: torch.Tensor, shape: Shape, start: int, stop: int | None) -> torch.Tensor:

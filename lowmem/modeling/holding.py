@@ -72,10 +72,9 @@ class Holding:
         held = owner.__dict__.get(leaf)
         if isinstance(held, list):
             self._lend(owner, leaf, held, made)
-            self._settle.append(lambda: _fill(held, made))
         else:
-            if leaf not in owner._modules and not hasattr(owner, leaf):
-                _refuse_typo(owner, leaf)
+            if leaf not in owner._modules:
+                _check_place(owner, leaf)
             before = owner._modules.get(leaf)
             had = leaf in owner._modules
             attributes = {leaf: owner.__dict__.pop(leaf)} if leaf in owner.__dict__ else {}
@@ -94,8 +93,17 @@ class Holding:
             del owner._modules[leaf]
             owner.__dict__[leaf] = held
 
+        def settle() -> None:
+            # A layer that became int8 is another module now.
+            loaded = owner._modules[leaf]
+            back()
+            if isinstance(held, list):
+                held[:] = [loaded]
+            elif loaded is not held[0]:
+                owner.__dict__[leaf] = type(held)([loaded])
+
         self._undo.append(back)
-        self._settle.append(back)
+        self._settle.append(settle)
 
     def undo(self) -> None:
         """The model as it was."""
@@ -110,10 +118,6 @@ class Holding:
         self._undo.clear()
 
 
-def _fill(held: list[Any], made: nn.Module) -> None:
-    held[:] = [made]
-
-
 def _restore(owner: nn.Module, leaf: str, had: bool, before: nn.Module | None, attributes: dict[str, Any]) -> None:
     del owner._modules[leaf]
     if had:
@@ -121,12 +125,23 @@ def _restore(owner: nn.Module, leaf: str, had: bool, before: nn.Module | None, a
     owner.__dict__.update(attributes)
 
 
-def _refuse_typo(owner: nn.Module, leaf: str) -> None:
-    """LLaVA's towers have no attribute yet for what they build later; a name that is nearly one is none.
+def _check_place(owner: nn.Module, leaf: str) -> None:
+    """Whether a module can be put there: where there is none yet, or nothing.
+
+    LLaVA's towers have no attribute yet for what they build later; a name that is nearly one is none.
 
     Raises:
-        ModelError: it is.
+        ModelError: it is something else, or nearly the name of something else.
     """
+    there = getattr(owner, leaf, None)
+    if leaf in owner._parameters or leaf in owner._buffers or hasattr(type(owner), leaf) or there is not None:
+        kind = "a property or method" if hasattr(type(owner), leaf) else type(there).__name__
+        raise ModelError(
+            f"source for {leaf!r}: expected a place for a module in {type(owner).__name__}, found {kind}; name the "
+            "attribute that holds the module"
+        )
+    if hasattr(owner, leaf):
+        return
     names = [name for name in (*owner._modules, *vars(owner)) if not name.startswith("_")]
     near = difflib.get_close_matches(leaf, names, n=1, cutoff=0.8)
     if near:

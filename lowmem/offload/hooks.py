@@ -85,7 +85,10 @@ def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:
             entry = placement.links[0].entry
             if placement in mapped:
                 continue
-            where = {"safetensors_file": os.fspath(entry.file.absolute()), "weight_name": entry.key}
+            where = {
+                "safetensors_file": os.fspath(entry.file.absolute()),
+                "weight_name": plan.checkpoint.own_key(entry),
+            }
             if entry.dtype != placement.dtype:
                 where["dtype"] = placement.dtype
         elif placement.residency == "write":
@@ -109,7 +112,7 @@ def _mapped_here(plan: LoadPlan) -> set[Placement]:
             link, entry = placement.links[0], placement.links[0].entry
             shard = shards[entry.file]
             as_stored = link.whole and is_one(placement.links, placement.shape)
-            shared = entry.key in shard.metadata
+            shared = plan.checkpoint.own_key(entry) in shard.metadata
             as_stored = as_stored and shard.container == "safetensors" and not shared
             as_stored = as_stored and link.scales is None
             if not as_stored or plan.checkpoint[entry.key].shape != placement.shape:
