@@ -282,6 +282,15 @@ class Broken(Doubled):
         raise RuntimeError("out of sorts")
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_operations_are_run_outside_of_inference_mode(saved: Saved, describe: Callable[..., None], dtype: str) -> None:
+    describe(WeightConverter(r"mlp\.up_proj\.weight", r"mlp.up_proj.weight", [Doubled()]))
+    folder = saved("llama", shard=ONE_FILE)
+    with torch.inference_mode():
+        model = lowmem.load(folder, dtype=dtype).model
+    assert_same_model(model, transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype))
+
+
 def catches(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
     try:
         return tensor * 2

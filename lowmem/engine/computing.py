@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -40,9 +41,11 @@ def compute(group: Group, sources: list[torch.Tensor], origin: str) -> Iterator[
 
 def _run(group: Group, sources: list[torch.Tensor], what: str) -> list[torch.Tensor]:
     try:
-        # Wherever the caller has its tensors made.
-        with torch.no_grad(), torch.device("cpu"), refusing(f"{what}, failed"):
-            made = list(group.operation(sources))
+        # Wherever the caller has its tensors made, and of whatever kind.
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), refusing(f"{what}, failed"):
+            sources[:] = map(_changeable, sources)
+            # One that has inference mode itself gives such tensors, of which no parameter can be.
+            made = [_changeable(one) for one in group.operation(sources)]
     except LowmemError as error:
         let_go(error)
         raise
@@ -54,6 +57,15 @@ def _run(group: Group, sources: list[torch.Tensor], what: str) -> list[torch.Ten
         made.clear()
         raise ModelError(f"{what}: {problem}; {REMEDY}")
     return [result.detach() for result in made]
+
+
+def _changeable(tensor: Any) -> Any:
+    """The same memory; an inference tensor may not be changed outside of inference mode."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_inference() or tensor.device.type != "cpu":
+        return tensor
+    tensor = tensor.resolve_conj().resolve_neg()
+    lies = tensor.storage_offset(), tensor.shape, tensor.stride()
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage(), *lies)
 
 
 def _problem(group: Group, made: Sequence[object]) -> str:

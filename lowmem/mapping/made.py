@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import hashlib
 import inspect
+import uuid
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -15,6 +19,7 @@ from .._patterns import name_matches
 from ..checkpoint import Checkpoint, TensorEntry
 from ..errors import KeysError, UnsupportedError
 from ..modeling.conversions import Conversion, Renaming
+from ..modeling.describing import described
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import Target
 from ..modeling.tracing import Change, Step, Tracing
@@ -22,6 +27,11 @@ from ..sizes import shown
 from .names import Given
 from .records import KeyRules
 from .transforms import Transform
+
+# What wrappers of modules put before names.
+_FRONTS = ("module.", "_orig_mod.")
+# Names that are told one by one.
+_MOST_NAMES = 3
 
 
 def make_names(given: Given, checkpoint: Checkpoint, skeleton: Skeleton, rules: KeyRules) -> Given:
@@ -40,6 +50,13 @@ def make_names(given: Given, checkpoint: Checkpoint, skeleton: Skeleton, rules: 
         first = given.entries[tracing.left_out[0]].key
         more = ", …" if len(tracing.left_out) > 1 else ""
         idle = (*idle, f"{tracing.what}: {len(tracing.left_out)} tensors are left out ({first!r}{more})")
+    if tracing.own:
+        more = ", …" if len(tracing.own) > 1 else ""
+        idle = (
+            *idle,
+            f"{tracing.what}: {len(tracing.own)} tensors are the model's own ({tracing.own[0]!r}{more}), and count as "
+            "not given",
+        )
     return replace(given, entries=tracing.entries, tracing=tracing, chosen=given.entries, idle=idle)
 
 
@@ -69,19 +86,52 @@ def _steps(skeleton: Skeleton, rules: KeyRules) -> list[Step]:
 def _with_model(what: str, function: Callable[..., Mapping[str, Any]], model: nn.Module) -> Step:
     """A function as a step; one that has a place for a model is given that, as timm gives it.
 
-    The second argument is one, unless it has a value already and is not called so.
+    The second argument is one, unless it has a value already and is not called so. What such a function makes may
+    hang on anything in the model, so it is never told that it is the same.
     """
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         places = [p for p in inspect.signature(function).parameters.values() if p.kind in kinds]
     except (TypeError, ValueError):
         places = []
+    # Plans outlive models; while one is loaded it is there.
+    known = weakref.ref(model)
     if len(places) > 1 and (places[1].default is inspect.Parameter.empty or places[1].name == "model"):
-        step = Step(what, function)
-        # Plans outlive models; while one is loaded it is there.
-        known = weakref.ref(model)
-        return replace(step, function=lambda state: function(state, known()), maker=step.described())
-    return Step(what, function)
+        return Step(what, lambda state: function(state, known()), uuid.uuid4().hex, known)
+    return Step(what, function, owner=known)
+
+
+def kind_of(skeleton: Skeleton) -> str:
+    """What tells a module that its own kind converts from others: its class, its config, and its operations."""
+    model = skeleton.model
+    config = getattr(getattr(model, "config", None), "to_json_string", None)
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    return f"{kind} {config() if callable(config) else ''} {skeleton.rules.how_converted()}"
+
+
+def odd_names(given: Given, finals: Mapping[str, str], state: Collection[str]) -> list[str]:
+    """What functions gave that the model does not have, a sentence each; and a prefix that they may not have known.
+
+    Args:
+        given: what they gave. A name that they were given too is the checkpoint's, and nothing is said of it.
+        finals: name → what became of it afterwards, where anything did.
+        state: names of the model.
+    """
+    if given.tracing is None:
+        return []
+    what, said = given.tracing.what, []
+    for front in _FRONTS:
+        kept = [name for name in given.chosen if name in given.entries]
+        if 2 * len(kept) > len(given.chosen) and all(name.startswith(front) for name in given.chosen):
+            said.append(
+                f"{what} was given names that begin with {front!r}: prefix={front[:-1]!r} (--prefix) takes them without"
+            )
+    odd = [name for name in given.entries if name not in given.chosen and finals.get(name, name) not in state]
+    for name in odd[:_MOST_NAMES]:
+        like = difflib.get_close_matches(finals.get(name, name), state, n=1)
+        hint = f"; like it is {like[0]!r}" if like else ""
+        said.append(f"{what} gives {name!r} (of {given.entries[name].key!r}), which the model does not have{hint}")
+    return [*said, f"… ({len(odd)} such)"] if len(odd) > _MOST_NAMES else said
 
 
 class Transforms:
@@ -110,7 +160,7 @@ class Transforms:
 
     def used(self, targets: Collection[str]) -> str:
         """What tells the transforms of these targets from others."""
-        return "; ".join(f"{name}: {t.what}" for name, t in self._by_target.items() if name in targets)
+        return "; ".join(f"{name}: {_told(t)}" for name, t in self._by_target.items() if name in targets)
 
     def __contains__(self, target: str) -> bool:
         return target in self._by_target
@@ -136,6 +186,15 @@ class Transforms:
             return tracing.conversion(name, target.name), tracing.given
         change = _change(transform, entry, target)
         return tracing.conversion(name, target.name, change, transform.what), tracing.given
+
+
+def _told(transform: Transform) -> str:
+    """What tells a transform from others; of a function that is not lowmem's own its text, if that says all."""
+    function = transform.function
+    if isinstance(function, functools.partial) and function.func.__module__ == Transform.__module__:
+        return transform.what
+    text = described(function) or uuid.uuid4().hex
+    return f"{transform.what} {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _change(transform: Transform, entry: TensorEntry, target: Target) -> Change:

@@ -15,6 +15,7 @@ from ..modeling.targets import Target
 from .diff import KeyDiff, Naming, bare_diff, make_diff
 from .int8 import pair
 from .linking import Linked, Named, link, resolve
+from .made import kind_of
 from .opened import Opened
 from .records import NO_RULES, KeyMapping, KeyRules, Link, Share
 from .suggest import grid_hint, vocabulary_hint
@@ -156,9 +157,11 @@ class _Look:
         return Share(self.part.path, self.part.checkpoint.source, len(fed), stored_bytes(entries))
 
     def makers(self) -> list[str]:
-        """What tells the functions that were used from others."""
+        """What tells the functions that were used from others, those of a part's own kind too."""
         tracing = self.named.given.tracing
-        return [*filter(None, ("" if tracing is None else tracing.maker(), self.named.transforms.used(self.state)))]
+        kind = kind_of(self.skeleton) if self.part.path else ""
+        made = "" if tracing is None else tracing.maker()
+        return [*filter(None, (kind, made, self.named.transforms.used(self.state)))]
 
 
 def _look(part: Opened, whole: Skeleton, state: Mapping[str, Target]) -> _Look:

@@ -7,7 +7,7 @@ values runs the code again with the values of these, and of no others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from .meta_kernels import import_meta_kernels
 _VALUES = frozenset(
     {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "unique", "_unique2", "masked_select"}
 )
+# What asks for the one value of a tensor, which the code made before.
+_ITEMS = frozenset({"_local_scalar_dense", "item", "is_nonzero"})
 # What takes nothing of a tensor but how it lies.
 _FRESH = frozenset(f"{kind}{what}" for what in ("zeros", "ones", "full", "empty") for kind in ("new_", "")) | {
     "zeros_like",
@@ -68,6 +70,8 @@ class Deriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept: list[torch.UntypedStorage] = []
         # What others see as arrays.
         self._arrays: set[int] = set()
+        # What is the model's own.
+        self._own: frozenset[int] = frozenset()
 
     def __enter__(self) -> Deriving:
         self._outer = HERE.deriver
@@ -92,11 +96,31 @@ class Deriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether one of the tensors was written into."""
         return bool(self._written) and any(_storage(t)._cdata in self._written for t in _tensors(arguments))
 
+    def watch(self, own: Iterable[torch.Tensor]) -> None:
+        """Refuse from now on what takes the values of these tensors, or changes them."""
+        with torch._C.DisableTorchFunction():
+            self._own = frozenset(_storages(own))
+
+    def is_own(self, arguments: Any) -> bool:
+        """Whether the memory of one of the tensors is watched."""
+        if not self._own:
+            return False
+        with torch._C.DisableTorchFunction():
+            return not self._own.isdisjoint(_storages(_tensors(arguments)))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
+            name = func.overloadpacket.__name__
+            if name in _FRESH:
+                if kwargs.get("device") is None and any(tensor.is_meta for tensor in _tensors(args)):
+                    # The model's tensors are there before their memory.
+                    kwargs = {**kwargs, "device": self._device}
+            elif not func.is_view and self.is_own((args, kwargs)):
+                raise refuse(f"the values of the model's own tensors ({name.strip('_')})")
             made = self._made(func, types, args, kwargs)
-            if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            # A generator from outside goes on from run to run, and cannot be told from one of the code's own.
+            if torch.Tag.nondeterministic_seeded in func.tags:
                 for tensor in _tensors(made):
                     self._write(tensor, self.takes(tensor) | {RANDOM})
             return made
@@ -125,7 +149,10 @@ class Deriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         name = func.overloadpacket.__name__
         if name in _VALUES:
-            raise refuse("the values of a tensor")
+            of = next((t.made_by for t in _tensors(args) if isinstance(t, Followed)), "") if name in _ITEMS else name
+            raise refuse(f"the values of a tensor ({(of or 'item').strip('_')})")
+        if name == "index" and any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1:])):
+            raise refuse("which elements a mask chooses (torch's index)")
         if name.startswith("as_strided"):
             # In its file it may lie in another way, or among others.
             raise refuse(f"torch's {name}")
@@ -134,7 +161,7 @@ class Deriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._known:
             shape, strides, dtype = self._known[key]
             like = silently(torch.empty_strided, shape, strides, dtype=dtype, device="meta")
-            return derived(like, self._all((args, kwargs)))
+            return derived(like, self._all((args, kwargs)), name)
         on_meta = {option: _like(value) for option, value in kwargs.items()}
         if on_meta.get("device") is not None:
             if torch.device(on_meta["device"]).type != "cpu":
@@ -161,10 +188,10 @@ class Deriving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(made, torch.Tensor):
             if key is not None and not made.is_conj() and not made.is_neg():
                 self._known[key] = made.shape, made.stride(), made.dtype
-            return derived(made, takes)
+            return derived(made, takes, name)
         if not isinstance(made, (list, tuple)):
             raise refuse("the values of a tensor")
-        return type(made)(derived(one, takes) if isinstance(one, torch.Tensor) else one for one in made)
+        return type(made)(derived(one, takes, name) if isinstance(one, torch.Tensor) else one for one in made)
 
     def _wrote(self, func: Any, args: Any, kwargs: Any, written: list[tuple[Any, Any]]) -> Any:
         """Note what was written into which tensors, which must lie as before."""
@@ -210,22 +237,43 @@ class _Watching(TorchFunctionMode):
         if getattr(func, "__name__", "") != "__get__":
             # More than a look at a shape: torch is about to import what it needs for that.
             import_meta_kernels()
+        if torch.is_inference_mode_enabled():
+            # Of the code itself; in it others of torch's functions are seen, and views of what is followed fail.
+            with torch.inference_mode(False), torch.no_grad():
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _check(self, func: Any, args: Any) -> None:
         is_changed = self._deriving.is_changed
         if func == _SET_DATA:
-            if Followed in map(type, args) or is_changed(args):
+            if Followed in map(type, args) or is_changed(args) or self._deriving.is_own(args):
                 raise refuse("other memory for a tensor (.data = …); change the tensor itself, or make a new one")
         elif func in _LISTS:
             listed = list(_tensors(args[:1] if args and isinstance(args[0], (list, tuple)) else ()))
             if Followed in map(type, listed) or is_changed(listed):
-                raise refuse("the values of a tensor")
+                raise refuse(f"the values of a tensor ({func.__name__})")
+            self._check_own(func, listed)
         elif not isinstance(args[0], Followed):
+            self._check_own(func, args[:1])
             if is_changed(args[0]) or (args[0].is_meta and func in _READS):
-                raise refuse("the values of a tensor")
+                raise refuse(f"the values of a tensor ({func.__name__})")
             if func in _READS:
                 self._deriving.note_array(args[0])
+
+    def _check_own(self, func: Any, tensors: Any) -> None:
+        if self._deriving.is_own(tensors):
+            raise refuse(f"the values of the model's own tensors ({func.__name__.strip('_')})")
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[int]:
+    """Numbers of their storages, of such as have one."""
+    for tensor in tensors:
+        if isinstance(tensor, Followed):
+            continue
+        try:
+            yield tensor.untyped_storage()._cdata
+        except (RuntimeError, NotImplementedError):
+            continue
 
 
 def _storage(tensor: torch.Tensor) -> Any:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+# Packages whose version says what they do: nobody changes them in place. Of any other, what it imports counts too.
+_PACKAGES = frozenset({"torch", "numpy", "timm", "transformers", "einops", "scipy"})
+# What of the standard library gives the same whenever and wherever it is asked.
+_PURE = {"__future__", "abc", "bisect", "cmath", "collections", "copy", "dataclasses", "decimal", "enum", "fractions"}
+_PURE |= {"functools", "heapq", "itertools", "logging", "math", "numbers", "operator", "re", "statistics", "string"}
+_PURE |= {"textwrap", "types", "typing", "warnings"}
+# Names by which files, the environment and settings are read, of modules, functions and methods alike.
+_READS = re.compile(
+    r"os|io|sys|environ|open|input|vars|locals|load.*|read.*|from_?(file|txt|regex|buffer)|genfromtxt|mem_?map|pickle|"
+    r"json|Path|getenv|ops|hub|import_module|random|rand.*|get_.*|is_available|backends|version|__dict__|__builtins__"
+)
 
 
 def described(function: Any) -> str | None:
@@ -38,6 +47,8 @@ def _lines(function: Any, seen: set[int]) -> Iterator[str]:
     yield source
     yield _plain((function.__defaults__, tuple(sorted((function.__kwdefaults__ or {}).items()))))
     for name in sorted(_names(function.__code__)):
+        if _READS.fullmatch(name):
+            raise _UntoldError
         if name not in function.__globals__:
             # An attribute, or one of Python's own.
             continue
@@ -60,10 +71,8 @@ def _told(value: Any) -> str:
         version = _version(value.__name__)
         if version is not None:
             return f"{value.__name__} {version}"
-        file = getattr(value, "__file__", None)
-        if file is None:
-            raise _UntoldError
-        return f"{value.__name__} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
+        # What is in it may come from anywhere.
+        raise _UntoldError
     if isinstance(value, (FunctionType, BuiltinFunctionType, type)):
         version = _version(value.__module__)
         if version is not None:
@@ -73,10 +82,18 @@ def _told(value: Any) -> str:
 
 
 def _version(module: str | None) -> str | None:
-    """That of the package of a module, which is not the user's own then."""
+    """That of the package of a module, where it tells what the module does.
+
+    Raises:
+        _UntoldError: a module of Python's that reads files, clocks or the like.
+    """
     top = (module or "").partition(".")[0]
     if top in sys.stdlib_module_names and top != "__main__":
+        if top not in _PURE and top != "builtins":
+            raise _UntoldError
         return sys.version
+    if top not in _PACKAGES:
+        return None
     version = getattr(sys.modules.get(top), "__version__", None)
     return version if isinstance(version, str) else None
 

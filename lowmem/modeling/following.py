@@ -190,6 +190,15 @@ def silently(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         HERE.silent = before
 
 
+def _has_no_values(name: str) -> Any:
+    """A method that would read them."""
+
+    def method(self: Any, *_: Any, **__: Any) -> Any:
+        raise refuse(f"the values of a tensor ({self.made_by or name})")
+
+    return method
+
+
 class Followed(torch.Tensor):
     """A tensor that has no values and knows where they come from.
 
@@ -200,6 +209,8 @@ class Followed(torch.Tensor):
     # None where only the sources are known that it takes (see `deriving`).
     pieces: tuple[Piece, ...]
     takes: frozenset[int]
+    # The function of torch, where there are no pieces; for messages.
+    made_by: str = ""
     _lies: torch.Tensor | None = None
 
     # What is made of it must be dispatched, not merely bear its class.
@@ -221,12 +232,11 @@ class Followed(torch.Tensor):
         """What torch says of how it lies."""
         self._lies = lies
 
-    def _has_no_values(self, *_: Any, **__: Any) -> Any:
-        raise refuse("the values of a tensor")
-
     # What torch refuses for every tensor of a class of its own, and not for the checkpoint's.
-    numpy = tolist = data_ptr = untyped_storage = __array__ = __dlpack__ = _has_no_values
-    apply_ = map_ = map2_ = _has_no_values
+    numpy = __array__ = _has_no_values("numpy")
+    tolist = _has_no_values("tolist")
+    data_ptr = untyped_storage = __dlpack__ = _has_no_values("its memory")
+    apply_ = map_ = map2_ = _has_no_values("apply_")
 
     def __deepcopy__(self, memo: Any) -> Any:
         # torch's copies share memory where the tensors do.
@@ -301,13 +311,14 @@ def _made(
     return made
 
 
-def derived(like: torch.Tensor, takes: frozenset[int]) -> Followed:
-    """A tensor that lies as `like` does, without values or pieces, made of these sources."""
+def derived(like: torch.Tensor, takes: frozenset[int], made_by: str) -> Followed:
+    """A tensor that lies as `like` does, without values or pieces, made of these sources by a function of torch."""
     made: Followed = torch.Tensor._make_wrapper_subclass(
         Followed, tuple(like.shape), strides=like.stride(), dtype=like.dtype, device=torch.device("cpu")
     )
     made.pieces = None  # type: ignore[assignment]
     made.takes = takes
+    made.made_by = made_by
     made.like = like
     return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,13 @@ from .meta_kernels import import_meta_kernels
 
 R = TypeVar("R")
 
+_lock = threading.Lock()
+# Of loads that are in disguise at once, and whether the log was silent before the first of them.
+_disguised = 0
+_was_silent = False
 
+
+@torch.inference_mode(False)  # or others of torch's functions would be seen
 def rehearse(
     counting: Counting, sources: Callable[[str], list[torch.Tensor]], run: Callable[[list[torch.Tensor]], R]
 ) -> R:
@@ -63,13 +70,25 @@ def _in_disguise() -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # Every error is logged there besides.
-    log = logging.getLogger(FakeTensorMode.__module__)
-    before, log.disabled = log.disabled, True
+    with _silent(logging.getLogger(FakeTensorMode.__module__)), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+@contextmanager
+def _silent(log: logging.Logger) -> Iterator[None]:
+    """A log that is off while any thread is inside."""
+    global _disguised, _was_silent
+    with _lock:
+        if not _disguised:
+            _was_silent, log.disabled = log.disabled, True
+        _disguised += 1
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
+        yield
     finally:
-        log.disabled = before
+        with _lock:
+            _disguised -= 1
+            if not _disguised:
+                log.disabled = _was_silent
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]

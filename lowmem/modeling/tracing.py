@@ -11,12 +11,14 @@ import hashlib
 import math
 import traceback
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from .._strides import Shape, columns
 from ..checkpoint import TensorEntry
@@ -28,6 +30,7 @@ from .deriving import RANDOM, Deriving, Known
 from .describing import described
 from .failures import describe
 from .following import Followed, NotFollowedError, follow, refusals
+from .foreign import line_of, watch_chance
 from .rehearsing import Counting, rehearse
 from .targets import dtype_name
 
@@ -45,16 +48,23 @@ class Step:
         what: its name, for messages.
         function: of a state dict, to one.
         maker: what tells it from others, if its own source does not: equal texts mean equal results.
+        owner: the model whose tensors it may see, and neither give nor take values of: these change with the load.
     """
 
     what: str
     function: StateFunction
     maker: str = ""
+    owner: weakref.ref[nn.Module] | None = None
 
     def described(self) -> str:
         """What tells it from others; another text each time where that cannot be told."""
         text = self.maker or described(self.function) or uuid.uuid4().hex
         return f"{self.what} {hashlib.sha256(text.encode()).hexdigest()}"
+
+    def own(self) -> list[torch.Tensor]:
+        """Tensors of the model that owns them."""
+        model = None if self.owner is None else self.owner()
+        return [] if model is None else [*model.parameters(), *model.buffers()]
 
 
 class Tracing:
@@ -67,9 +77,10 @@ class Tracing:
         left_out: names of tensors of the checkpoint that no result is made of.
         given: tensors of the checkpoint, by the names that the first function is given them under.
         what: names of the functions, for messages.
-        costs: of results, by what makes them alike.
+        own: names under which functions gave tensors of the model itself, which count as not given.
     """
 
+    @torch.inference_mode(False)  # or others of torch's functions would be seen
     def __init__(self, steps: tuple[Step, ...], entries: Mapping[str, TensorEntry], source: str) -> None:
         """Run the functions, one after the other.
 
@@ -83,7 +94,6 @@ class Tracing:
             UnsupportedError: it asks for the values of tensors.
         """
         self.what = " and ".join(step.what for step in steps)
-        self.costs: dict[tuple[Any, ...], Cost] = {}
         self._steps = steps
         self._source = source
         # What torch has no dtype for goes by.
@@ -93,6 +103,8 @@ class Tracing:
         self.known: Known = {}
         # Made once: a function may be run for each of its results.
         self._followed: tuple[Followed, ...] | None = None
+        # Of each function.
+        self._own: dict[int, frozenset[str]] = {}
         results, self._deriving = self._traced()
         self.entries = {name: entry for name, entry in entries.items() if name not in self._given}
         self.made: set[str] = set()
@@ -108,11 +120,13 @@ class Tracing:
                 self.entries[name] = self._given[as_it_lies]
         self._results = {name: result for name, result in results.items() if name in self.made}
         self.left_out = tuple(name for i, name in enumerate(self._names) if i not in used)
+        self.own = tuple(name for names in self._own.values() for name in sorted(names))
 
     def maker(self) -> str:
         """What tells these functions from others: equal texts mean equal results."""
         return "; ".join(step.described() for step in self._steps)
 
+    @torch.inference_mode(False)
     def conversion(self, name: str, target: str, change: Change | None = None, what: str = "") -> Conversion:
         """How a result becomes a target of the model.
 
@@ -131,7 +145,7 @@ class Tracing:
             result = follow(self._names.index(name), *self.shape_and_dtype(name))
         what = " and ".join(filter(None, (self.what, what)))
         if change is not None:
-            with self._deriving:
+            with self._without_chance(what), self._deriving, torch.no_grad():
                 result = self._refusing(what, change, result)
         takes = sorted(self._takes(what, result))
         keys = tuple(self._names[i] for i in takes) or self._smallest()
@@ -145,17 +159,25 @@ class Tracing:
             parts.append(Part(source, piece.offset, strides, target, piece.into, into, shape))
         return replace(made, parts=tuple(parts))
 
-    def run(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Name → result, from these tensors; all others have no values."""
+    def run(self, tensors: Mapping[str, torch.Tensor], planning: Deriving | None = None) -> dict[str, torch.Tensor]:
+        """Name → result, from these tensors; all others have no values.
+
+        Args:
+            tensors: those with values.
+            planning: what sees tensors of the model, when it is run first: later their memory may be the file's.
+        """
         followed = self._followed or self._sources()
         state: dict[str, Any] = {**dict(zip(self._names, followed, strict=True)), **tensors}
-        for step in self._steps:
+        for i, step in enumerate(self._steps):
+            if planning is not None:
+                planning.watch(step.own())
             state = self._refusing(step.what, _run, step, state)
+            if planning is not None:
+                self._own[i] = frozenset(name for name, result in state.items() if planning.is_own(result))
+                planning.watch(())
+            for name in self._own[i]:
+                state.pop(name, None)
         return state
-
-    def shape_of(self, name: str) -> Shape:
-        """Of a result."""
-        return tuple(self._results[name].shape) if name in self._results else self._given[name].shape
 
     def shape_and_dtype(self, name: str) -> tuple[Shape, torch.dtype]:
         """Of a tensor that the first function is given."""
@@ -173,8 +195,8 @@ class Tracing:
                 deriving, self._followed = Deriving(device, self.known), self._sources()
                 before = refusals()
                 try:
-                    with surrounding, deriving, torch.no_grad():
-                        results = self.run({})
+                    with self._without_chance(self.what), surrounding, deriving, torch.no_grad():
+                        results = self.run({}, deriving)
                     if refusals() == before:
                         self._check_sources(deriving)
                         return results, deriving
@@ -189,6 +211,13 @@ class Tracing:
         finally:
             # It knows this frame, which would be kept until the collector runs.
             del refusal
+
+    @contextmanager
+    def _without_chance(self, what: str) -> Iterator[None]:
+        with watch_chance() as chance:
+            yield
+        if chance.drawn:
+            raise UnsupportedError(_draws(self._source, what))
 
     def _check_sources(self, deriving: Deriving) -> None:
         """Refuse a change of what lies in the file under another name too; and see what can be used again."""
@@ -213,10 +242,7 @@ class Tracing:
     def _takes(self, what: str, result: torch.Tensor) -> frozenset[int]:
         takes = self._deriving.takes(result)
         if RANDOM in takes:
-            raise UnsupportedError(
-                f"{self._source}: {what} draws random numbers, others each time that it is run: expected "
-                "the same result whenever it is run; give a generator (generator=torch.Generator().manual_seed(0))"
-            )
+            raise UnsupportedError(_draws(self._source, what))
         return takes
 
     def _refusing(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -225,7 +251,7 @@ class Tracing:
         except (LowmemError, MemoryError):
             raise
         except NotFollowedError as error:
-            raise UnsupportedError(_asks(self._source, what, f"asks for {error}")) from error
+            raise UnsupportedError(_asks(self._source, what, f"asks for {error}{line_of(error)}")) from error
         except Exception as error:
             raise KeysError(
                 f"{self._source}: {what} failed: {describe(error)}; "
@@ -267,19 +293,13 @@ class _Again:
     def cost(self, dtype: str) -> Cost:
         """What it gives and takes; the sources come as they are, whatever `dtype` is.
 
-        Functions are run for this too: results of some shapes, made of sources of some shapes, are taken to cost the
-        same.
+        Functions are run for this too: results of the same shapes may be made in other ways.
         """
-        ends = tuple((self.tracing.shape_of(name), change) for name, change in self.ends)
-        alike = (ends, *map(self.tracing.shape_and_dtype, self.keys))
-        if (known := self.tracing.costs.get(alike)) is not None:
-            return known
         counting = Counting()
         results = rehearse(counting, self._empty, self)
         made = tuple((tuple(result.shape), dtype_name(result.dtype)) for result in results)
         scratch = max(0, counting.most - sum(result.nbytes for result in results))
-        cost = self.tracing.costs[alike] = Cost(made, scratch)
-        return cost
+        return Cost(made, scratch)
 
     def __call__(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
         """The results; `sources` is empty afterwards."""
@@ -378,8 +398,17 @@ def _run(step: Step, state: dict[str, Any]) -> dict[str, Any]:
     return dict(results)
 
 
+def _draws(source: str, what: str) -> str:
+    return (
+        f"{source}: {what} draws random numbers, others each time that it is run: expected the same result whenever it "
+        "is run; draw them once, save them and load them with the others, or make fixed ones by arithmetic "
+        "(torch.linspace)"
+    )
+
+
 def _asks(source: str, what: str, why: str) -> str:
     return (
         f"{source}: {what} {why}, and there are none before anything is read: expected a function that can be planned; "
-        "run it once on the checkpoint with torch, and save what it gives"
+        "say what it does by rename= and transforms=, which need none, or run it once on the checkpoint with torch and "
+        "save what it gives"
     )

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import KeysError, ModelError, UnsupportedError
 from ..mapping import Link, whole
+from ..mapping.made import kind_of
 from ..mapping.records import Computation, KeyMapping
 from ..modeling.conversions import REMEDY, Cost
 from ..modeling.failures import refusing
@@ -108,8 +109,4 @@ def about(groups: Sequence[Group]) -> list[str]:
 
 def maker_of(skeleton: Skeleton, mapping: KeyMapping) -> str:
     """What tells a computing model from others: its class, its config, by which an operation may work, and those."""
-    model = skeleton.model
-    described = getattr(getattr(model, "config", None), "to_json_string", None)
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    config = described() if callable(described) else ""
-    return f"torch {torch.__version__}: {kind} {config} {skeleton.rules.how_converted()}{mapping.maker}"
+    return f"torch {torch.__version__}: {kind_of(skeleton)}{mapping.maker}"
