@@ -556,3 +556,14 @@ def test_results_of_the_same_shapes_cost_what_each_costs(tmp_path: Path) -> None
 
     groups = lowmem.plan(path, model=Two, filter_fn=function).groups
     assert sorted(group.scratch for group in groups) == [0, 12 * 2**24]
+
+
+def test_names_that_a_filter_gives_and_the_model_has_not_are_told(tmp_path: Path) -> None:
+    save_file({"old.weight": torch.ones(2, 2)}, tmp_path / "old.safetensors")
+
+    def convert(state: dict[str, Any]) -> dict[str, Any]:
+        return {"0.wieght": state["old.weight"]}
+
+    said = r"gives '0\.wieght' \(of 'old\.weight'\), which the model does not have; like it is '0\.weight'"
+    with pytest.raises(lowmem.KeysError, match=said):
+        lowmem.load(tmp_path / "old.safetensors", model=nn.Sequential(nn.Linear(2, 2, bias=False)), filter_fn=convert)

@@ -238,3 +238,10 @@ def test_the_shell_says_what_a_timm_model_is_to_have(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().err.startswith("lowmem: --num-classes: expected a whole number such as 10, found 'ten'")
     assert main(["diff", *said, "--in-chans", "1"]) == 2
     assert "lowmem: in_chans: " in capsys.readouterr().err
+
+
+def test_a_preset_that_fits_nothing_says_so(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    save_file(model.state_dict(), tmp_path / "other.safetensors")
+    plan = lowmem.plan(tmp_path / "other.safetensors", model=model, preset="convnextv2->timm")
+    assert "preset 'convnextv2->timm': changed no key and no tensor" in plan.warnings

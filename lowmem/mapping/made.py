@@ -57,6 +57,10 @@ def make_names(given: Given, checkpoint: Checkpoint, skeleton: Skeleton, rules: 
             f"{tracing.what}: {len(tracing.own)} tensors are the model's own ({tracing.own[0]!r}{more}), and count as "
             "not given",
         )
+    asked = rules.preset is not None or rules.filter_fn is not None
+    if asked and not tracing.made and tracing.entries.keys() == given.entries.keys():
+        # As a rename that fits nothing: it is meant for another file.
+        idle = (*idle, f"{tracing.what}: changed no key and no tensor")
     return replace(given, entries=tracing.entries, tracing=tracing, chosen=given.entries, idle=idle)
 
 

@@ -15,7 +15,7 @@ from ..modeling.targets import Target
 from .diff import KeyDiff, Naming, bare_diff, make_diff
 from .int8 import pair
 from .linking import Linked, Named, link, resolve
-from .made import kind_of
+from .made import kind_of, odd_names
 from .opened import Opened
 from .records import NO_RULES, KeyMapping, KeyRules, Link, Share
 from .suggest import grid_hint, vocabulary_hint
@@ -326,7 +326,9 @@ def _diff_of(look: _Look, mapping: KeyMapping) -> KeyDiff:
     grids = grid_hint(mapping.mismatched)
     if named.given.tracing is not None:
         # Rules would come before the functions, and were found behind them.
-        diff = replace(diff, rename={}, reshape=(), prefixes=(), hints=())
+        changed = {name: named.evidence.names.get(name, name) for name in named.given.entries}
+        finals = {name: named.renaming.names[new] for name, new in changed.items()}
+        diff = replace(diff, rename={}, reshape=(), prefixes=(), hints=tuple(odd_names(named.given, finals, state)))
     diff = replace(diff, hints=(*filter(None, (rows, grids)), *diff.hints))
     # The model's kind remembers what it renamed: that of the mapping, and not of a trial.
     skeleton.rules.rename({named.evidence.names.get(name, name): entry for name, entry in given.items()}, state)
