@@ -14,7 +14,7 @@ from ..modeling.failures import refusing
 from ..modeling.targets import dtype_name
 from ..planner import Placement
 from ..planner.records import Group
-from .cleanup import let_go
+from .cleanup import large_blocks_apart, let_go
 from .destinations import allocate
 
 
@@ -42,7 +42,13 @@ def compute(group: Group, sources: list[torch.Tensor], origin: str) -> Iterator[
 def _run(group: Group, sources: list[torch.Tensor], what: str) -> list[torch.Tensor]:
     try:
         # Wherever the caller has its tensors made, and of whatever kind.
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), refusing(f"{what}, failed"):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.device("cpu"),
+            large_blocks_apart(),
+            refusing(f"{what}, failed"),
+        ):
             sources[:] = map(_changeable, sources)
             # One that has inference mode itself gives such tensors, of which no parameter can be.
             made = [_changeable(one) for one in group.operation(sources)]

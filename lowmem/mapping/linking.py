@@ -98,7 +98,7 @@ def _leaves_both(finals: Mapping[str, str], state: Mapping[str, Target]) -> bool
 
 def _fits(source: str, state: Mapping[str, Target], rules: KeyRules, transforms: Transforms) -> Fits:
     if not rules.reshape:
-        return lambda entry, target: entry.shape == target.shape or target.name in transforms
+        return lambda entry, target: entry.shape == target.shape or target.name in transforms.by_target
     free = choose(source, list(state), rules.reshape, "reshape", "model")
 
     def fits(entry: TensorEntry, target: Target) -> bool:
@@ -185,7 +185,7 @@ def link(
     made = tracing.made if tracing is not None else ()
     converted: dict[str, TensorEntry] = {}
     computed: list[Conversion] = []
-    names, sources, fits = named.evidence.names, found.sources, named.fits
+    names, sources, fits, changed_to = named.evidence.names, found.sources, named.fits, named.transforms.by_target
     for given, entry in named.given.entries.items():
         changed, key = names.get(given, given), entry.key
         name = named.renaming.names[changed]
@@ -196,7 +196,7 @@ def link(
             else:
                 found.unexpected.append(key)
             continue
-        if given in made or name in named.transforms:
+        if given in made or name in changed_to:
             refuse_twice(changed, entry, named.renaming)
             conversion, entries = named.transforms.conversion(given, entry, target, tracing)
             if (

@@ -148,11 +148,14 @@ class Transforms:
 
     Raises:
         KeysError: a name that the model does not have.
+
+    Attributes:
+        by_target: name of the model → its transform.
     """
 
     def __init__(self, source: str, asked: tuple[tuple[str, Transform], ...], state: Mapping[str, Target]) -> None:
         self._source = source
-        self._by_target: dict[str, Transform] = {}
+        self.by_target: dict[str, Transform] = {}
         for pattern, transform in reversed(asked):
             names = [pattern] if pattern in state else [name for name in state if name_matches(name, pattern)]
             if not names:
@@ -160,14 +163,11 @@ class Transforms:
                     f"{source}: transforms: {shown(pattern)}: expected a tensor, a module or a pattern with *, found "
                     "no such name in the model"
                 )
-            self._by_target.update(dict.fromkeys(names, transform))
+            self.by_target.update(dict.fromkeys(names, transform))
 
     def used(self, targets: Collection[str]) -> str:
         """What tells the transforms of these targets from others."""
-        return "; ".join(f"{name}: {_told(t)}" for name, t in self._by_target.items() if name in targets)
-
-    def __contains__(self, target: str) -> bool:
-        return target in self._by_target
+        return "; ".join(f"{name}: {_told(t)}" for name, t in self.by_target.items() if name in targets)
 
     def conversion(
         self, name: str, entry: TensorEntry, target: Target, tracing: Tracing | None
@@ -183,7 +183,7 @@ class Transforms:
         Raises:
             KeysError: the transform cannot change it.
         """
-        transform = self._by_target.get(target.name)
+        transform = self.by_target.get(target.name)
         if tracing is None or name not in tracing.made:
             tracing = Tracing((), {name: entry}, self._source)
         if transform is None:

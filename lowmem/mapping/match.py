@@ -222,7 +222,9 @@ def _resolve_ties(
 
 def _apart(looks: Sequence[_Look], state: Mapping[str, Target], tied: Mapping[str, str]) -> dict[str, str]:
     """Targets that have a dtype by their source: that of the one that feeds them, else of the smallest module's."""
-    apart = {}
+    apart: dict[str, str] = {}
+    if not any(look.part.path or look.part.dtype for look in looks):
+        return apart
     for look in sorted(looks, key=lambda look: len(look.part.path)):
         if look.part.path or look.part.dtype:
             apart.update({name: look.part.dtype or "" for name in state if look.owns(name)})

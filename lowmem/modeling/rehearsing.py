@@ -17,6 +17,9 @@ from .following import HERE, Followed
 from .meta_kernels import import_meta_kernels
 
 R = TypeVar("R")
+# Beginnings of the names of functions whose kernels want their tensors dense, and take several passes; as those of
+# interpolations do whose names end in `_aa` (antialias).
+_OWN_MEMORY = ("linalg", "fft")
 
 _lock = threading.Lock()
 # Of loads that are in disguise at once, and whether the log was silent before the first of them.
@@ -117,8 +120,21 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 storage = tensor.untyped_storage()
                 self._held[_storage(tensor)] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
         self._held = {number: held for number, held in self._held.items() if not _is_gone(held[0])}
-        self.most = max(self.most, sum(nbytes for _, nbytes in self._held.values()))
+        held = sum(nbytes for _, nbytes in self._held.values())
+        self.most = max(self.most, held + _of_kernel(func, (args, kwargs), made))
         return result
+
+
+def _of_kernel(func: Any, arguments: Any, made: list[torch.Tensor]) -> int:
+    """Bytes of what a kernel makes for itself, which no function of torch tells: what it wants dense and is not, and
+    what lies between its passes, which is no more than what comes in or goes out.
+    """
+    name = func.overloadpacket.__name__.lstrip("_")
+    if not name.startswith(_OWN_MEMORY) and not name.endswith("_aa"):
+        return 0
+    given = _tensors(arguments)
+    between = max((tensor.nbytes for tensor in (*given, *made)), default=0)
+    return sum(tensor.nbytes for tensor in given if not tensor.is_contiguous()) + between
 
 
 def _storage(tensor: torch.Tensor) -> int:

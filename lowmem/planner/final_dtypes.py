@@ -36,7 +36,7 @@ def final_dtypes(
     # Parts of one tensor are of one dtype, or the first decides.
     entries = {link.target: link.entry for link in reversed(mapping.links)}
     made = _made_of(mapping)
-    tied = mapping.tied
+    owns, apart, tied = skeleton.rules.owns_dtypes, mapping.apart, mapping.tied
     final: dict[str, str] = {}
     scales = {target.scales for target in skeleton.targets.values() if target.scales}
     floats = {link.target for link in mapping.links if link.scales is not None}
@@ -48,8 +48,8 @@ def final_dtypes(
             continue
         leader = tied.get(name, name)
         # A module with a source of its own is what that is, whatever the rest was built as.
-        owned = skeleton.rules.owns_dtypes and name not in mapping.apart
-        asked = mapping.apart.get(name) or dtype
+        owned = owns and name not in apart
+        asked = apart.get(name) or dtype if apart else dtype
         entry = entries.get(leader) or made.get(leader)
         lead = skeleton.targets[mapping.leads.get(leader, leader)]
         own = lead.dtype if entry is None or owned else entry.dtype
@@ -76,7 +76,7 @@ def final_dtypes(
     for name, entry in reversed(entries.items()):
         own = skeleton.targets[name].dtype
         by_rows = name in floats or skeleton.targets[name].scales
-        owned = skeleton.rules.owns_dtypes and name not in mapping.apart
+        owned = owns and name not in apart
         if own != entry.dtype and not owned and not by_rows and not (is_floating(own) and is_floating(entry.dtype)):
             warnings.append(
                 f"{name!r} is {own} in the model and {entry.dtype} in the checkpoint: it becomes {final[name]}"
