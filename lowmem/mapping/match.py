@@ -326,7 +326,7 @@ def _diff_of(look: _Look, mapping: KeyMapping) -> KeyDiff:
     diff = make_diff(mapping, checkpoint, state, look.part.rules, named.evidence.steps, names, attempt)
     rows = vocabulary_hint(mapping.mismatched, skeleton.rules.vocabularies())
     grids = grid_hint(mapping.mismatched)
-    if named.given.tracing is not None:
+    if named.given.tracing is not None and not named.given.entries.keys() <= named.given.chosen.keys():
         # Rules would come before the functions, and were found behind them.
         changed = {name: named.evidence.names.get(name, name) for name in named.given.entries}
         finals = {name: named.renaming.names[new] for name, new in changed.items()}
