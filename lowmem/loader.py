@@ -25,7 +25,7 @@ from .modeling.holding import Holding
 from .modeling.int8 import bitsandbytes_here, finish_layers, mark
 from .modeling.int8_choice import NO_INT8, Int8Request
 from .modeling.meta_kernels import bytes_of_imports
-from .modeling.request import ModelSource, make_model_request
+from .modeling.request import ModelRequest, ModelSource, make_model_request
 from .modeling.skeleton import Origin, Skeleton, find_origin
 from .offload import attach, bring_weights, comes_at_use, give_up
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
@@ -219,20 +219,12 @@ def load(
     wish = make_wish(weights, ema)
     clock = Phases()
     held = anonymous_memory()
-    found = look_at(
-        source,
-        rules=request.keys,
-        wish=wish,
-        variant=variant,
-        subfolder=subfolder,
-        revision=revision,
-        download=download,
-    )
+    files: dict[str, Any] = {"variant": variant, "subfolder": subfolder, "revision": revision, "download": download}
+    found = look_at(source, rules=request.keys, wish=wish, **files)
     held = max(0, anonymous_memory() - held)
     clock.end("inspect")
     # Imports happen here: they are the program's, not the load's.
-    origin = find_origin(found.glance(), asked)
-    found.find_origins()
+    origin = _find_origins(found, asked)
     if request.int8.quantize or any(map(has_scales, found.glances())):
         bitsandbytes_here()
     clock.end("import")
@@ -294,17 +286,9 @@ def plan(
     request = make_request(**options)
     wish = make_wish(weights, ema)
     with paused_collector(), ExitStack() as undo:
-        found = look_at(
-            source,
-            rules=request.keys,
-            wish=wish,
-            variant=variant,
-            subfolder=subfolder,
-            revision=revision,
-            download=download,
-        )
-        origin = find_origin(found.glance(), asked)
-        found.find_origins()
+        files: dict[str, Any] = {"variant": variant, "subfolder": subfolder, "revision": revision, "download": download}
+        found = look_at(source, rules=request.keys, wish=wish, **files)
+        origin = _find_origins(found, asked)
         return _prepare(found, origin, request, undo, settle_ties=False, clock=Phases())[1]
 
 
@@ -368,19 +352,18 @@ def diff(
     )
     wish = make_wish(weights, ema)
     with paused_collector(), ExitStack() as undo:
-        found = look_at(
-            source,
-            rules=request.keys,
-            wish=wish,
-            variant=variant,
-            subfolder=subfolder,
-            revision=revision,
-            download=download,
-        )
-        origin = find_origin(found.glance(), asked)
-        found.find_origins()
+        files: dict[str, Any] = {"variant": variant, "subfolder": subfolder, "revision": revision, "download": download}
+        found = look_at(source, rules=request.keys, wish=wish, **files)
+        origin = _find_origins(found, asked)
         made = fit(found, origin, request, undo, Phases())
         return replace(diff_of(made.mapping, made.checkpoint, made.skeleton), opened=made.checkpoint.opened)
+
+
+def _find_origins(found: Found, asked: ModelRequest) -> Origin:
+    """What the model, and modules that it does not have yet, are made from; imports happen here."""
+    origin = find_origin(found.glance(), asked)
+    found.find_origins()
+    return origin
 
 
 def _prepare(

@@ -171,9 +171,8 @@ def run_prompt(
     wish = _asked(max_new_tokens, sample, temperature, top_p, seed)
     _check_prompt(prompt)
     _need_transformers()
-    selection = {name: options[name] for name in ("variant", "subfolder", "revision", "download") if name in options}
-    path, chosen = whole_of(source, selection)
-    found = find(path, **chosen)
+    path, selection = whole_of(source, options)
+    found = find(path, **selection)
     tokenizer = _tokenizer(found.folder, options.get("trust_remote_code") is True)
     ids = _encoded(tokenizer, prompt, chat, found.folder)
     known = _class_and_config(found.config, found.folder, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -247,25 +247,24 @@ def look_at(
         outer = not module and bare
         if outer:
             one = replace(one, variant=variant, subfolder=subfolder, revision=revision)
-        what = f"Source for {module!r}: dtype"
-        label = module
-        while label in labels:
-            path = os.fspath(one.path)
-            label = f"{label}'" if label != module else f"{module} ({path})" if module else str(path)
+        if one.dtype is not None:
+            one = replace(one, dtype=parse_dtype(one.dtype, f"Source for {module!r}: dtype"))
+        label = _label(module, os.fsdecode(one.path), labels)
         labels.add(label)
-        parts.append(
-            _Part(
-                module,
-                replace(one, dtype=None if one.dtype is None else parse_dtype(one.dtype, what)),
-                label,
-                survey(
-                    one.path, variant=one.variant, subfolder=one.subfolder, revision=one.revision, download=download
-                ),
-                wish if outer else make_wish(one.weights, one.ema),
-                rules if outer else one.rules(),
-            )
-        )
+        found = survey(one.path, variant=one.variant, subfolder=one.subfolder, revision=one.revision, download=download)
+        if outer:
+            parts.append(_Part(module, one, label, found, wish, rules))
+        else:
+            parts.append(_Part(module, one, label, found, make_wish(one.weights, one.ema), one.rules()))
     return Found(tuple(parts), True)
+
+
+def _label(module: str, path: str, taken: Collection[str]) -> str:
+    """What stands before the keys of a source: its module, and its path where the module has several."""
+    label = module
+    while label in taken:
+        label = f"{label}'" if label != module else f"{module} ({path})" if module else path
+    return label
 
 
 def _listed(source: Sources) -> list[tuple[str, Source, bool]]:
@@ -292,16 +291,17 @@ def _listed(source: Sources) -> list[tuple[str, Source, bool]]:
     return found
 
 
-def whole_of(source: Sources, selection: dict[Any, Any]) -> tuple[Path, dict[Any, Any]]:
+def whole_of(source: Sources, options: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The path of the source of the whole model, and which of its files are meant.
 
     Args:
         source: what `load` takes.
-        selection: `variant`, `subfolder`, `revision` and `download`, as `load` has them.
+        options: those of `load`; `variant`, `subfolder`, `revision` and `download` of them count.
 
     Raises:
         OptionError: there is none.
     """
+    selection = {name: options[name] for name in ("variant", "subfolder", "revision", "download") if name in options}
     for module, one, bare in _listed(source):
         if not module:
             own = {} if bare else {name: getattr(one, name) for name in ("variant", "subfolder", "revision")}

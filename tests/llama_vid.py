@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+
+from bench.vision.model import interpolated
 
 Sizes = dict[str, int]
 TINY: Sizes = {"width": 64, "layers": 4, "words": 128, "tower": 48, "depth": 5}
@@ -110,16 +111,6 @@ def write_files(folder: Path, sizes: Sizes = TINY, shards: int = 3) -> dict[str,
 
 def _is_adapter(key: str) -> bool:
     return "mm_projector" in key or "vlm_att" in key
-
-
-def interpolated(embedding: torch.Tensor, grid: int) -> torch.Tensor:
-    """LLaMA-VID's `interpolate_pos_embed` (of MAE), in the dtype of the file."""
-    extra, tokens = embedding[:, :1].float(), embedding[:, 1:].float()
-    size = int(tokens.shape[1] ** 0.5)
-    tokens = tokens.reshape(-1, size, size, tokens.shape[-1]).permute(0, 3, 1, 2)
-    tokens = F.interpolate(tokens, size=(grid, grid), mode="bicubic", align_corners=False)
-    tokens = tokens.permute(0, 2, 3, 1).flatten(1, 2)
-    return torch.cat((extra, tokens), dim=1).to(embedding.dtype)
 
 
 def sources(folder: Path, sizes: Sizes = TINY) -> dict[str, Any]:

@@ -211,3 +211,12 @@ def test_accelerates_hooks_open_the_files_of_parts_by_their_own_keys(files: dict
     state, ones = files["tower"], torch.ones(12).half()
     by_hand = nn.functional.linear(ones, state["blocks.0.weight"], state["blocks.0.bias"])
     assert torch.equal(model(ones), by_hand)
+
+
+def test_a_name_that_the_class_has_would_hide_the_module(files: dict[str, Any]) -> None:
+    class Declared(nn.Module):
+        vision_tower: Tower | None = None
+
+    given = {"vision_tower": lowmem.Source(files["folder"] / "tower.pth", model=Tower)}
+    with pytest.raises(lowmem.ModelError, match="found an attribute of its class"):
+        lowmem.load(given, model=Declared)

@@ -199,12 +199,7 @@ def link(
         if given in made or name in changed_to:
             refuse_twice(changed, entry, named.renaming)
             conversion, entries = named.transforms.conversion(given, entry, target, tracing)
-            if (
-                conversion.parts is None
-                and conversion.shapes == (target.shape,)
-                and tracing is not None
-                and given in made
-            ):
+            if conversion.parts is None and conversion.shapes == (target.shape,) and given in made:
                 computed.append(conversion)
             else:
                 add(found, link_converted([conversion], entries, state))
@@ -222,12 +217,8 @@ def link(
             found.links.append(turned_link)
         elif entry.shape == target.shape:
             found.links.append(Link(entry, name, whole(target.shape)))
-        elif not fits(entry, target):
-            found.mismatched.append(Mismatch(key, name, entry.shape, target.shape, entry.dtype))
         else:
-            # The same bytes under another shape; with strides the shape is needed to find them.
-            reshaped = replace(entry, shape=target.shape) if entry.strides is None else entry
-            found.links.append(Link(reshaped, name, whole(target.shape)))
+            _link_other_shape(found, entry, target, fits)
     if computed:
         add(found, link_converted(join_conversions(computed), named.given.made_of, state))
     if converted:
@@ -238,6 +229,15 @@ def link(
         order = {entry.key: i for i, entry in enumerate(named.given.made_of.values())}
         found.links.sort(key=lambda link: (order[link.entry.key], link.entry.offset))
     return found
+
+
+def _link_other_shape(found: Linked, entry: TensorEntry, target: Target, fits: Fits) -> None:
+    if not fits(entry, target):
+        found.mismatched.append(Mismatch(entry.key, target.name, entry.shape, target.shape, entry.dtype))
+        return
+    # The same bytes under another shape; with strides the shape is needed to find them.
+    reshaped = replace(entry, shape=target.shape) if entry.strides is None else entry
+    found.links.append(Link(reshaped, target.name, whole(target.shape)))
 
 
 def add(found: Linked, more: Converted) -> None:

@@ -57,13 +57,7 @@ def match(
     # A module at several places has scales under several names.
     made = {state[name].tie for name in pairs.made}
     missing = [n for n in state if n not in found.sources and n not in tied and not (made and state[n].tie in made)]
-    excused = {name for look in looks for name in look.excused(missing)}
-    # What is tied to a tensor of another shape shares its fate and is not missing; so does what is tied to one that was
-    # left out.
-    odd = {state[m.target].tie for m in found.mismatched}
-    odd.update(state[name].tie for look in looks for name in look.left_out if name in state)
-    if odd:
-        excused.update(name for name in missing if state[name].tie in odd)
+    excused = _excused(looks, found, state, missing)
     ignored = {key for look in looks for key in look.ignored()} | pairs.companions | _of_others(looks)
     missing = [name for name in missing if name not in excused]
     unreadable = {name: why for look in looks for name, why in look.unreadable.items()}
@@ -218,6 +212,18 @@ def _resolve_ties(
                     doubled[name] = leader
                     dropped.add(name)
     return [link for link in found.links if link.target not in dropped], tied, doubled
+
+
+def _excused(looks: Sequence[_Look], found: Linked, state: Mapping[str, Target], missing: Collection[str]) -> set[str]:
+    """Missing targets that may be missing."""
+    excused = {name for look in looks for name in look.excused(missing)}
+    # What is tied to a tensor of another shape shares its fate and is not missing; so does what is tied to one that was
+    # left out.
+    odd = {state[m.target].tie for m in found.mismatched}
+    odd.update(state[name].tie for look in looks for name in look.left_out if name in state)
+    if odd:
+        excused.update(name for name in missing if state[name].tie in odd)
+    return excused
 
 
 def _apart(looks: Sequence[_Look], state: Mapping[str, Target], tied: Mapping[str, str]) -> dict[str, str]:

@@ -134,8 +134,10 @@ def _check_place(owner: nn.Module, leaf: str) -> None:
         ModelError: it is something else, or nearly the name of something else.
     """
     there = getattr(owner, leaf, None)
-    if leaf in owner._parameters or leaf in owner._buffers or hasattr(type(owner), leaf) or there is not None:
-        kind = "a property or method" if hasattr(type(owner), leaf) else type(there).__name__
+    # What the class has under this name, be it None, hides every child of this name.
+    of_class = hasattr(type(owner), leaf)
+    if leaf in owner._parameters or leaf in owner._buffers or of_class or there is not None:
+        kind = "an attribute of its class" if of_class else type(there).__name__
         raise ModelError(
             f"source for {leaf!r}: expected a place for a module in {type(owner).__name__}, found {kind}; name the "
             "attribute that holds the module"
