@@ -567,3 +567,13 @@ def test_names_that_a_filter_gives_and_the_model_has_not_are_told(tmp_path: Path
     said = r"gives '0\.wieght' \(of 'old\.weight'\), which the model does not have; like it is '0\.weight'"
     with pytest.raises(lowmem.KeysError, match=said):
         lowmem.load(tmp_path / "old.safetensors", model=nn.Sequential(nn.Linear(2, 2, bias=False)), filter_fn=convert)
+
+
+def test_two_lambdas_of_one_line_are_two_functions(tmp_path: Path) -> None:
+    save_file({"0.weight": torch.ones(2, 2)}, tmp_path / "one.safetensors")
+    functions = [lambda s: {k: v * 2 for k, v in s.items()}, lambda s: {k: v * 3 for k, v in s.items()}]  # fmt: skip
+    for factor, function in zip((2.0, 3.0), functions, strict=True):
+        model = nn.Sequential(nn.Linear(2, 2, bias=False))
+        options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "off"}
+        lowmem.load(tmp_path / "one.safetensors", model=model, filter_fn=function, **options)
+        assert torch.equal(model(torch.ones(1, 2)), torch.full((1, 2), 2 * factor))

@@ -45,6 +45,8 @@ def _lines(function: Any, seen: set[int]) -> Iterator[str]:
     if re.search(r"\b(import|globals|eval|exec|getattr)\b", source):
         raise _UntoldError
     yield source
+    # Two lambdas of one line have one source.
+    yield from _codes(function.__code__)
     yield _plain((function.__defaults__, tuple(sorted((function.__kwdefaults__ or {}).items()))))
     for name in sorted(_names(function.__code__)):
         if _READS.fullmatch(name):
@@ -58,6 +60,16 @@ def _lines(function: Any, seen: set[int]) -> Iterator[str]:
             yield from _lines(value, seen)
         else:
             yield _told(value)
+
+
+def _codes(code: CodeType) -> Iterator[str]:
+    """The instructions of a function and of those inside of it, with their constants."""
+    yield f"{code.co_code.hex()} {code.co_names} {code.co_varnames}"
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+        else:
+            yield repr(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)
 
 
 def _names(code: CodeType) -> set[str]:

@@ -86,7 +86,8 @@ class Tracing:
 
         Args:
             steps: the functions.
-            entries: tensors of the checkpoint, by the names that the first function is given them under, in file order.
+            entries: tensors of the checkpoint, by the names that the first function is given them under, in the order
+                in which a program has them that loads the file.
             source: the checkpoint, for messages.
 
         Raises:
