@@ -17,7 +17,7 @@ from .checkpoint import make_wish
 from .checkpoint.int8 import has_scales
 from .engine import Installer, Snapshot, run, undisturbed
 from .errors import OptionError, PlacementError
-from .fitting import Phases, fit
+from .fitting import Phases, at_home, fit, is_divided
 from .limits import accelerators_here
 from .mapping import KeyDiff, diff_of, refuse
 from .memory import anonymous_memory, measure
@@ -25,6 +25,7 @@ from .modeling.holding import Holding
 from .modeling.int8 import bitsandbytes_here, finish_layers, mark
 from .modeling.int8_choice import NO_INT8, Int8Request
 from .modeling.meta_kernels import bytes_of_imports
+from .modeling.sharding import rank_here
 from .modeling.request import ModelRequest, ModelSource, make_model_request
 from .modeling.skeleton import Origin, Skeleton, find_origin
 from .offload import attach, bring_weights, comes_at_use, give_up
@@ -376,6 +377,10 @@ def _prepare(
             made = made.without_ties(request)
         skeleton, checkpoint = made.skeleton, made.checkpoint
         refuse(made.mapping, checkpoint.source, request.strict, request.keys)
+        if is_divided(skeleton):
+            request = at_home(skeleton, request)
+            made = made.on_rank(rank_here())
+            skeleton = made.skeleton
         plan = make_plan(checkpoint, skeleton, made.mapping, request)
         return skeleton, replace(plan, warnings=(*skeleton.warnings, *plan.warnings)) if skeleton.warnings else plan
 

@@ -33,8 +33,10 @@ def compute(group: Group, sources: list[torch.Tensor], origin: str) -> Iterator[
     # Freed one after the other: a result that goes into a file or to another device is not kept.
     made.reverse()
     taken: set[int] = set()
-    for places in group.results:
-        result = _own(made.pop(), places[0], taken)
+    parts = group.parts or (None,) * len(group.results)
+    for places, part in zip(group.results, parts, strict=True):
+        result = made.pop()
+        result = _own(result if part is None else part.take(result), places[0], taken)
         for placement in places:
             yield placement, result
 
@@ -78,14 +80,15 @@ def _problem(group: Group, made: Sequence[object]) -> str:
     """What differs from what was planned; empty when nothing does."""
     if len(made) != len(group.results):
         return f"expected {len(group.results)} tensors, found {len(made)}"
-    for places, result in zip(group.results, made, strict=True):
-        planned = places[0]
+    parts = group.parts or (None,) * len(group.results)
+    for places, part, result in zip(group.results, parts, made, strict=True):
+        planned, shape = places[0], places[0].shape if part is None else part.of
         given = group.dtype or planned.dtype
-        expected = f"expected {planned.target!r} as {given} of shape {planned.shape} on the CPU"
+        expected = f"expected {planned.target!r} as {given} of shape {shape} on the CPU"
         if not isinstance(result, torch.Tensor):
             return f"{expected}, found {type(result).__name__}"
         dtype = dtype_name(result.dtype)
-        if (tuple(result.shape), dtype, result.device.type) != (planned.shape, given, "cpu"):
+        if (tuple(result.shape), dtype, result.device.type) != (shape, given, "cpu"):
             return f"{expected}, found {dtype} of shape {tuple(result.shape)} on {result.device}"
     return ""
 

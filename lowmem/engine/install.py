@@ -10,6 +10,7 @@ from torch import nn
 
 from .._collector import paused_collector
 from ..int8.linear import FrozenParameter
+from ..modeling.sharding import is_sharded, wrapped
 from ..modeling.targets import walk
 from ..planner import Placement
 
@@ -76,11 +77,19 @@ def replace_tensor(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> torch.T
         return fresh
     if old is None:
         buffer = owner._buffers.get(leaf)
+        if is_sharded(buffer):
+            owner._buffers[leaf] = whole = wrapped(tensor, buffer)
+            return whole
         if buffer is None or buffer.shape != tensor.shape:
             return _replace_by_accelerate(owner, leaf, tensor)
         owner._buffers[leaf] = tensor
         return tensor
     kind = type(old)
+    if kind not in _PLAIN and is_sharded(old):
+        fresh = nn.Parameter(wrapped(tensor, old), old.requires_grad and _may_require_grad(tensor))
+        fresh.__dict__.update(vars(old))
+        owner._parameters[leaf] = fresh
+        return fresh
     if kind not in _PLAIN or old.shape != tensor.shape or type(owner).__name__ in _QUANTISED_THERE:
         return _replace_by_accelerate(owner, leaf, tensor)
     fresh = kind(tensor, old.requires_grad and _may_require_grad(tensor))

@@ -14,6 +14,7 @@ from ..checkpoint import TensorEntry
 
 if TYPE_CHECKING:
     from ..modeling.conversions import Operation
+    from ..modeling.sharding import Part
     from .diff import KeyDiff
     from .presets import Preset
     from .transforms import Transform
@@ -125,6 +126,7 @@ class Computation:
         targets: names of the model's tensors that it gives, in order.
         operation: the operation.
         dtype: of what the operation gives, where its sources come as they are and the results are cast. Else empty.
+        parts: of each target, what this rank keeps of it, None for all; empty where nothing is divided.
     """
 
     what: str
@@ -132,6 +134,7 @@ class Computation:
     targets: tuple[str, ...]
     operation: Operation
     dtype: str = ""
+    parts: tuple[Part | None, ...] = ()
 
 
 RenameRule = tuple[re.Pattern[str], str] | Callable[[str], str]

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import ModelError
 from ..int8 import Int8Linear
+from .sharding import is_sharded
 from .targets import is_bitsandbytes, walk
 
 # What these packages do to a state dict on the way in is for files of older versions: keys renamed, dropped or
@@ -136,6 +137,9 @@ def _check_tensors(prefix: str, module: nn.Module) -> None:
                     f"{_place(prefix, module)}: tensor {prefix + leaf!r} is lazy and has no shape yet; run one dummy "
                     "forward first, and give lowmem the module"
                 )
+            if is_sharded(tensor):
+                # What it is made of is a plain tensor here, or is refused.
+                tensor, kind = tensor._local_tensor, nn.Parameter
             # A parameter around a tensor subclass keeps the class of what it holds.
             if nn.Parameter not in kind.__mro__ or type(tensor.data) not in (torch.Tensor, nn.Parameter, kind):
                 raise ModelError(

@@ -109,7 +109,7 @@ def relaid(piece: Piece, shape: Shape, strides: Shape, shift: int) -> Piece:
     return Piece(piece.source, piece.offset, into, dimensions)
 
 
-def _cut(piece: Piece, outer: int, length: int, inner: int, begin: int, end: int) -> list[Piece]:
+def cut(piece: Piece, outer: int, length: int, inner: int, begin: int, end: int) -> list[Piece]:
     """What of a piece of a tensor of (outer, length, inner) lies in [begin, end) of the middle, as pieces of that."""
     placed = place(piece.into, piece.dimensions, (outer, length, inner))
     first = placed.starts[1]
@@ -399,7 +399,7 @@ def _slice(tensor: Followed, dim: int = 0, start: int | None = None, end: int | 
     if shape[dim] == length or not math.prod(shape):
         return _moved(tensor, shape, tensor.pieces if math.prod(shape) else ())
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    pieces = [part for piece in tensor.pieces for part in _cut(piece, outer, length, inner, begin, stop)]
+    pieces = [part for piece in tensor.pieces for part in cut(piece, outer, length, inner, begin, stop)]
     return _moved(tensor, shape, pieces)
 
 

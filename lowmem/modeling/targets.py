@@ -12,6 +12,7 @@ from torch import nn
 from .._records import cheap_init
 from ..errors import ModelError
 from ..int8 import Int8Linear
+from .sharding import Sharding, is_sharded, sharding_of
 
 
 @cheap_init
@@ -31,6 +32,7 @@ class Target:
         floats: of such a weight, the dtype that it had when it was floats; else empty.
         turned: the weight of GPT-2's `Conv1D`, or of what stands in its place: the floats of a checkpoint are the
             transpose of its int8.
+        sharding: of a DTensor, how it is divided among ranks, of which each holds a part of `shape`; else None.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Target:
     scales: str = ""
     floats: str = ""
     turned: bool = False
+    sharding: Sharding | None = None
 
 
 def read_targets(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Target]:
@@ -55,7 +58,10 @@ def read_targets(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Target]:
     ) -> None:
         tie = first.setdefault(id(tensor), name)
         dtype, real = dtype_name(tensor.dtype), not tensor.is_meta
-        targets[name] = Target(name, tuple(tensor.shape), dtype, kind, persistent, tie, real, scales, turned=turned)
+        sharding = sharding_of(tensor, name) if is_sharded(tensor) else None
+        targets[name] = Target(
+            name, tuple(tensor.shape), dtype, kind, persistent, tie, real, scales, turned=turned, sharding=sharding
+        )
 
     # Models have few classes, and calls are what reading them costs.
     transposed: dict[type, bool] = {}

@@ -43,8 +43,9 @@ def price(skeleton: Skeleton, mapping: KeyMapping, final: Mapping[str, str]) -> 
                 f"{_where(computation)}: the operation {computation.what} gives {len(given)} tensors; expected one for "
                 f"each of {', '.join(map(repr, computation.targets))}; {REMEDY}"
             )
-        for name, (shape, dtype) in zip(computation.targets, given, strict=True):
-            expected = skeleton.targets[name].shape
+        parts = computation.parts or (None,) * len(given)
+        for name, part, (shape, dtype) in zip(computation.targets, parts, given, strict=True):
+            expected = skeleton.targets[name].shape if part is None else part.of
             if shape != expected:
                 raise KeysError(
                     f"{_where(computation)}: the operation {computation.what} makes {name!r} of shape {shape}; "
@@ -59,6 +60,9 @@ def price(skeleton: Skeleton, mapping: KeyMapping, final: Mapping[str, str]) -> 
                 dtypes[name] = dtype
             elif dtype != final[name]:
                 # Both are there while the one is cast to the other.
+                cost = replace(cost, scratch=cost.scratch + nbytes_of(shape, dtype))
+            if part is not None:
+                # All of it is made, and the part taken.
                 cost = replace(cost, scratch=cost.scratch + nbytes_of(shape, dtype))
         costs.append(cost)
     dtypes.update({name: dtypes[leader] for name, leader in mapping.tied.items() if leader in dtypes})
@@ -87,7 +91,13 @@ def group_of(computation: Computation, cost: Cost, dtype: str, results: Sequence
         nbytes = nbytes_of(entry.shape, held)
         sources.append(Placement(entry.key, (entry.key,), entry.shape, held, nbytes, "cpu", "copy", (link,)))
     return Group(
-        computation.what, computation.operation, tuple(sources), tuple(results), cost.scratch, computation.dtype
+        computation.what,
+        computation.operation,
+        tuple(sources),
+        tuple(results),
+        cost.scratch,
+        computation.dtype,
+        computation.parts,
     )
 
 

@@ -19,6 +19,7 @@ from .running import NOT_OFFLOADED, Dispatch, Running
 
 if TYPE_CHECKING:
     from ..modeling.conversions import Operation
+    from ..modeling.sharding import Part
 
 IO = Literal["auto", "buffered", "direct", "mmap"]
 
@@ -214,6 +215,7 @@ class Group:
         results: where each tensor that it gives ends up: in several places where it is tied across devices.
         scratch: bytes that it takes besides.
         dtype: of what the operation gives, where that is cast afterwards; else empty.
+        parts: of each tensor that it gives, what this rank keeps, None for all; empty where nothing is divided.
     """
 
     what: str
@@ -222,6 +224,7 @@ class Group:
     results: tuple[tuple[Placement, ...], ...]
     scratch: int
     dtype: str = ""
+    parts: tuple[Part | None, ...] = ()
 
     @property
     def nbytes(self) -> int:
