@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .memory import Measurement, measure
     from .offload import release
     from .planner import LoadPlan, Progress
+    from .planner.ranks import RanksPlan
+    from .rank_planning import plan_ranks
     from .report import LoadReport
     from .sources import Source
     from .streaming import stream
@@ -72,10 +74,12 @@ _HOMES = {
     "LoadResult": "loader",
     "load": "loader",
     "plan": "loader",
+    "plan_ranks": "rank_planning",
     "Measurement": "memory",
     "measure": "memory",
     "LoadPlan": "planner",
     "Progress": "planner",
+    "RanksPlan": "planner.ranks",
     "release": "offload",
     "LoadReport": "report",
     "Source": "sources",
@@ -106,6 +110,7 @@ __all__ = [
     "PlacementError",
     "PlotError",
     "Progress",
+    "RanksPlan",
     "RunningError",
     "Source",
     "SourceError",
@@ -124,6 +129,7 @@ __all__ = [
     "pad_rows",
     "permute",
     "plan",
+    "plan_ranks",
     "register_scheme",
     "release",
     "reshape_to",

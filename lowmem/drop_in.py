@@ -47,10 +47,9 @@ _HOW_PICKLES_ARE_READ = ("weights_only",)
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "state_dict": ((None,), "lowmem loads from files; give the model its tensors with load_state_dict(assign=True)"),
     "gguf_file": ((None,), "GGUF files are not read; bring the model's safetensors"),
-    "tp_plan": ((None,), "a load goes to one process; use from_pretrained itself under torchrun"),
-    "tp_size": ((None,), "a load goes to one process; use from_pretrained itself under torchrun"),
-    "device_mesh": ((None,), "a load goes to one process; use from_pretrained itself under torchrun"),
-    "distributed_config": ((None,), "a load goes to one process; use from_pretrained itself under torchrun"),
+    "tp_plan": ((None,), "give distributed_config=DistributedConfig(...) instead"),
+    "tp_size": ((None,), "give distributed_config=DistributedConfig(...) instead"),
+    "device_mesh": ((None,), "give distributed_config=DistributedConfig(...) instead"),
     "fusion_config": ((None,), "fused modules are other modules than those of the checkpoint; leave it out"),
     "use_kernels": ((None, False), "call model.set_use_kernels(True) after the load"),
     "kernel_config": ((None,), "call model.set_use_kernels(True, kernel_config) after the load"),
@@ -378,6 +377,7 @@ def _model(cls: Any, name: str, model_args: tuple[Any, ...], given: dict[str, An
         attn_implementation=given.pop("attn_implementation", None),
         experts_implementation=given.pop("experts_implementation", None),
         trust_remote_code=flag(given.pop("trust_remote_code", None) or False, "trust_remote_code"),
+        distributed_config=given.pop("distributed_config", None),
         model_kwargs=given,
     )
     return dataclasses.replace(asked, **beside)

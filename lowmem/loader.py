@@ -25,8 +25,8 @@ from .modeling.holding import Holding
 from .modeling.int8 import bitsandbytes_here, finish_layers, mark
 from .modeling.int8_choice import NO_INT8, Int8Request
 from .modeling.meta_kernels import bytes_of_imports
-from .modeling.sharding import rank_here
 from .modeling.request import ModelRequest, ModelSource, make_model_request
+from .modeling.sharding import rank_here
 from .modeling.skeleton import Origin, Skeleton, find_origin
 from .offload import attach, bring_weights, comes_at_use, give_up
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
@@ -63,6 +63,7 @@ def load(
     model_kwargs: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    distributed_config: Any = None,
     dtype: Any = "auto",
     device_map: Any = None,
     max_memory: Mapping[Any, int | str] | None = None,
@@ -117,6 +118,9 @@ def load(
             class.
         num_classes: of a timm model, outputs of its classifier; where the checkpoint has others it is initialised.
         in_chans: of a timm model, channels of its input; the first convolution is adapted as timm does it.
+        distributed_config: a `DistributedConfig` of transformers, or its arguments such as `{"tp_size": 2}`: how the
+            model's own plans divide it among the ranks of `torchrun`. A model of your own may be divided before
+            (`fully_shard`, `parallelize_module`, …): each rank reads and holds its parts of DTensors only.
         dtype: `"auto"` (as the checkpoint has it), or a float dtype; floating tensors only. Also sub-config → dtype, of
             which that of `""`, the whole, counts, as in transformers.
         device_map: None (CPU), a device, `"auto"`, `"balanced"`, `"balanced_low_0"`, `"sequential"`, or module →
@@ -182,6 +186,7 @@ def load(
         model_kwargs=model_kwargs,
         num_classes=num_classes,
         in_chans=in_chans,
+        distributed_config=distributed_config,
         trust_remote_code=flag(trust_remote_code, "trust_remote_code"),
     )
     request = make_request(
@@ -259,6 +264,7 @@ def plan(
     model_kwargs: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    distributed_config: Any = None,
     weights: str | None = None,
     ema: bool | None = None,
     variant: str | None = None,
@@ -282,6 +288,7 @@ def plan(
         model_kwargs=model_kwargs,
         num_classes=num_classes,
         in_chans=in_chans,
+        distributed_config=distributed_config,
         trust_remote_code=flag(trust_remote_code, "trust_remote_code"),
     )
     request = make_request(**options)
@@ -305,6 +312,7 @@ def diff(
     model_kwargs: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    distributed_config: Any = None,
     weights: str | None = None,
     ema: bool | None = None,
     variant: str | None = None,
@@ -338,6 +346,7 @@ def diff(
         model_kwargs=model_kwargs,
         num_classes=num_classes,
         in_chans=in_chans,
+        distributed_config=distributed_config,
         trust_remote_code=flag(trust_remote_code, "trust_remote_code"),
     )
     request = make_request(

@@ -46,6 +46,7 @@ ORDER = [
     "sources",
     "fitting",
     "loader",
+    "rank_planning",
     "drop_in",
     "running",
     "streaming",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def divided(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[Link, torch.Te
     numbers = torch.arange(math.prod(shape), dtype=torch.int64).view(shape)
     links, at = [], 0
     ends = sorted(cuts)
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in itertools.pairwise(ends):
         view = numbers.narrow(dim, begin, end - begin)
         order = draw(st.permutations(range(len(shape))))
         # What lies in the file is dense in another order of the dimensions.

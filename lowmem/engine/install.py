@@ -78,7 +78,8 @@ def replace_tensor(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> torch.T
     if old is None:
         buffer = owner._buffers.get(leaf)
         if is_sharded(buffer):
-            owner._buffers[leaf] = whole = wrapped(tensor, buffer)
+            whole: torch.Tensor = wrapped(tensor, buffer)
+            owner._buffers[leaf] = whole
             return whole
         if buffer is None or buffer.shape != tensor.shape:
             return _replace_by_accelerate(owner, leaf, tensor)

@@ -21,9 +21,7 @@ from .records import KeyMapping, Link, Region, whole
 _Narrow = tuple[int, int, Shape, Shape, Shape]
 
 
-def narrow(
-    mapping: KeyMapping, targets: Mapping[str, Target], rank: int
-) -> tuple[KeyMapping, dict[str, Target]]:
+def narrow(mapping: KeyMapping, targets: Mapping[str, Target], rank: int) -> tuple[KeyMapping, dict[str, Target]]:
     """What feeds the parts of one rank.
 
     What an operation computes is computed whole, and its part taken.
@@ -76,9 +74,9 @@ def _check_made(mapping: KeyMapping, targets: Mapping[str, Target], parts: Mappi
 
 def _across_rows(link: Link) -> UnsupportedError:
     return UnsupportedError(
-        f"{link.entry.file}: tensor {link.entry.key!r}: {link.target!r} is divided across its rows, and int8 is made of "
-        "floats, and floats of int8, by whole rows: expected it divided along dimension 0, with its scales; divide it "
-        "so, or bring the checkpoint to what the model has first (lowmem convert)"
+        f"{link.entry.file}: tensor {link.entry.key!r}: {link.target!r} is divided across its rows, and int8 is made "
+        "of floats, and floats of int8, by whole rows: expected it divided along dimension 0, with its scales; divide "
+        "it so, or bring the checkpoint to what the model has first (lowmem convert)"
     )
 
 
@@ -226,4 +224,3 @@ def _rows_of(scales: TensorEntry, begin: int, rows: int) -> TensorEntry:
     return replace(
         scales, shape=(rows, *scales.shape[1:]), offset=scales.offset + begin * size, nbytes=rows * size, strides=None
     )
-

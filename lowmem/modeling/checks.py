@@ -139,7 +139,8 @@ def _check_tensors(prefix: str, module: nn.Module) -> None:
                 )
             if is_sharded(tensor):
                 # What it is made of is a plain tensor here, or is refused.
-                tensor, kind = tensor._local_tensor, nn.Parameter
+                inner: Any = tensor
+                tensor, kind = inner._local_tensor, nn.Parameter
             # A parameter around a tensor subclass keeps the class of what it holds.
             if nn.Parameter not in kind.__mro__ or type(tensor.data) not in (torch.Tensor, nn.Parameter, kind):
                 raise ModelError(

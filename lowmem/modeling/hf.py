@@ -22,6 +22,7 @@ from ..checkpoint.int8 import has_scales
 from ..errors import ModelError, OptionError, UnsupportedError
 from .classes import Chosen, choose
 from .failures import refusing
+from .parallel import distributed_model, prepared
 from .quantised import DEFAULT_THRESHOLD, int8_config, refuse_quantised
 from .request import ModelRequest
 from .targets import dtype_name
@@ -164,6 +165,7 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
     from transformers import initialization
 
     safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
+    settled, meshes = prepared(chosen.cls, config, blueprint.request.distributed_config)
     # whatever a model class raises for whatever a config says
     with (
         refusing(f"{where}: {chosen.cls.__name__} cannot be built from it"),
@@ -174,7 +176,7 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
         model: nn.Module = chosen.cls._from_config(config, dtype=resolved, **given)
     if not hasattr(model, "all_tied_weights_keys"):
         raise ModelError(f"{base} complete class in 'architectures', or give model=")
-    return model
+    return distributed_model(model, settled, meshes)
 
 
 def named_arguments(cls: Any, arguments: Sequence[Any]) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class ModelRequest:
         trust_remote_code: whether Python files beside the checkpoint may run.
         num_classes: of a timm model, how many outputs its classifier is to have; None for what the config says.
         in_chans: of a timm model, how many channels its input is to have; None for what the config says.
+        distributed_config: how a transformers model is divided among ranks by its own plans; None for one process.
         int8: what a `quantization_config` asks, instead of the options of a load; None for these.
     """
 
@@ -81,6 +82,7 @@ class ModelRequest:
     trust_remote_code: bool = False
     num_classes: int | None = None
     in_chans: int | None = None
+    distributed_config: Any = None
     int8: Int8Request | None = None
 
     @property
@@ -107,6 +109,7 @@ def make_model_request(
     trust_remote_code: bool = False,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    distributed_config: Any = None,
 ) -> ModelRequest:
     """Parse what is asked about the model; one that is parsed already is given back.
 
@@ -121,6 +124,7 @@ def make_model_request(
         ("model_kwargs", model_kwargs or None),
         ("num_classes", num_classes),
         ("in_chans", in_chans),
+        ("distributed_config", distributed_config),
     ):
         if model is not None and value is not None:
             raise OptionError(
@@ -142,6 +146,7 @@ def make_model_request(
         trust_remote_code=trust_remote_code,
         num_classes=_count(num_classes, "num_classes", 0),
         in_chans=_count(in_chans, "in_chans", 1),
+        distributed_config=_distributed(distributed_config),
     )
 
 
@@ -152,6 +157,16 @@ def _config(value: Any) -> Any:
     if value is None or hasattr(value, "to_dict"):
         return value
     raise OptionError(f"config: expected a config of transformers or the path of one, found {shown(value)}")
+
+
+def _distributed(value: Any) -> Any:
+    """A `DistributedConfig` of transformers, or a mapping of its arguments."""
+    if value is None or isinstance(value, Mapping) or type(value).__name__ == "DistributedConfig":
+        return dict(value) if isinstance(value, Mapping) else value
+    raise OptionError(
+        "distributed_config: expected a DistributedConfig of transformers, or its arguments such as {'tp_size': 2}, "
+        f"found {shown(value)}"
+    )
 
 
 def _implementation(value: Any, what: str) -> str | dict[str, str] | None:

@@ -14,7 +14,7 @@ from .._mounts import memory_file_system
 from ..checkpoint import Checkpoint
 from ..dtypes import itemsize
 from ..errors import BudgetError, PlacementError
-from ..limits import device_memory, host_memory
+from ..limits import HostMemory, device_memory, host_memory
 from ..mapping import KeyMapping
 from ..modeling.skeleton import Skeleton
 from ..modeling.targets import uses_of
@@ -52,8 +52,21 @@ _FOR_OTHERS = 0.1
 _TRIALS = 10
 
 
-def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, request: LoadRequest) -> LoadPlan:
+def make_plan(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    mapping: KeyMapping,
+    request: LoadRequest,
+    memory: HostMemory | None = None,
+) -> LoadPlan:
     """Decide everything.
+
+    Args:
+        checkpoint: what is read.
+        skeleton: the model.
+        mapping: which key feeds what.
+        request: what the user asked for.
+        memory: of the host, if it is not this one.
 
     Raises:
         BudgetError: the host or a device would need more than it may use.
@@ -81,7 +94,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, mapping: KeyMapping, r
             *_unknown_classes(skeleton, request),
             *_about_dtypes(request),
         ),
-        host_memory(),
+        host_memory() if memory is None else memory,
         tuple(skeleton.rules.no_split) if request.no_split is None else request.no_split,
         tuple(zip(costs, casts, strict=True)),
     )
