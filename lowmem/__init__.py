@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .memory import Measurement, measure
     from .offload import release
     from .planner import LoadPlan, Progress
-    from .planner.ranks import RanksPlan
+    from .planner.rank_records import RanksPlan
     from .rank_planning import plan_ranks
     from .report import LoadReport
     from .sources import Source
@@ -79,7 +79,7 @@ _HOMES = {
     "measure": "memory",
     "LoadPlan": "planner",
     "Progress": "planner",
-    "RanksPlan": "planner.ranks",
+    "RanksPlan": "planner.rank_records",
     "release": "offload",
     "LoadReport": "report",
     "Source": "sources",

@@ -21,7 +21,8 @@ from .modeling.skeleton import find_origin
 from .planner import LoadPlan, LoadRequest, make_plan
 from .planner.devices import STRATEGIES
 from .planner.final_dtypes import nbytes_of
-from .planner.ranks import RankPlan, RanksPlan, host_shares, mapped_share, rank_plan
+from .planner.rank_records import RankPlan, RanksPlan
+from .planner.ranks import host_shares, mapped_share, rank_plan, share_out
 from .planner.request import checks_names, flag, make_request
 from .sizes import shown
 from .sources import Sources, look_at
@@ -126,12 +127,14 @@ def _planned(made: Fit, request: LoadRequest, paper: PaperMesh, beside: int) -> 
     warnings: dict[str, None] = dict.fromkeys(made.skeleton.warnings)
     targets, weights = made.skeleton.targets, 0
     for rank in paper.mesh.ranks:
+        host = rank // beside
+        here = range(host * beside, min((host + 1) * beside, paper.ranks))
         plan = plan_of(made, request, rank)
+        if request.read == "once":
+            plan = share_out(plan, targets, rank, here)
         coordinate = paper.mesh.coordinate(rank)
         assert coordinate is not None
-        host = rank // beside
         rows.append(rank_plan(plan, rank, dict(zip(paper.mesh.names, coordinate, strict=True)), host))
-        here = range(host * beside, min((host + 1) * beside, paper.ranks))
         mapped[rank] = mapped_share(plan, targets, rank, here)
         warnings.update(dict.fromkeys(plan.warnings))
         # Every rank has a place for every tensor, if only for nothing of it.

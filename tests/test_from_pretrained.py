@@ -758,6 +758,7 @@ SERVED = {
     *("disable_mmap", "tqdm_class", "output_loading_info", "_from_pipeline", "_from_auto", "dtype", "torch_dtype"),
     *("device_map", "max_memory", "offload_folder", "subfolder", "variant", "generation_config", "trust_remote_code"),
     *("key_mapping", "attn_implementation", "experts_implementation", "quantization_config"),
+    "distributed_config",
 }
 
 
@@ -774,7 +775,6 @@ ASKS_FOR_SOMETHING: dict[str, Any] = {
     "tp_plan": "auto",
     "tp_size": 2,
     "device_mesh": object(),
-    "distributed_config": object(),
     "fusion_config": {"patch_embeddings": True},
     "use_kernels": True,
     "kernel_config": object(),

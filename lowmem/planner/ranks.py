@@ -4,100 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 from .._strides import Shape
 from ..modeling.sharding import Sharding
 from ..modeling.targets import Target
-from .records import LoadPlan
-
-
-@dataclass(frozen=True, slots=True)
-class RankPlan:
-    """One rank's part of a load, in bytes.
-
-    Attributes:
-        rank: its global number.
-        at: where it is in the mesh, by the names of the dimensions.
-        host: number of its host.
-        weights: what it holds of the model, mapped or not.
-        mapped: of this, file pages, which ranks of one host share.
-        resident: what stays as its own, in host memory or on a device.
-        reads: what it reads into these; mapped pages are read when they are used.
-        staging: buffers in flight.
-        peak: of its anonymous host memory.
-    """
-
-    rank: int
-    at: Mapping[str, int]
-    host: int
-    weights: int
-    mapped: int
-    resident: int
-    reads: int
-    staging: int
-    peak: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {name: getattr(self, name) for name in self.__slots__} | {"at": dict(self.at)}
-
-
-@dataclass(frozen=True, slots=True)
-class HostShare:
-    """The ranks of one host together, in bytes.
-
-    Attributes:
-        host: its number.
-        ranks: those that are there.
-        mapped: file pages that these ranks map, each once: processes share one page cache.
-        reads: what they read, each for itself.
-        peak: the sum of their anonymous peaks.
-    """
-
-    host: int
-    ranks: tuple[int, ...]
-    mapped: int
-    reads: int
-    peak: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {name: getattr(self, name) for name in self.__slots__} | {"ranks": list(self.ranks)}
-
-
-@dataclass(frozen=True, slots=True)
-class RanksPlan:
-    """A load by several ranks, planned without them.
-
-    Attributes:
-        source: what is loaded.
-        mesh: ranks along each dimension, by name, the outermost first.
-        weights: bytes of the whole model.
-        ranks: each of them.
-        hosts: what each host has.
-        warnings: what the user should know, of any rank's plan.
-    """
-
-    source: str
-    mesh: Mapping[str, int]
-    weights: int
-    ranks: tuple[RankPlan, ...]
-    hosts: tuple[HostShare, ...]
-    warnings: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, as `lowmem plan --ranks --json` prints it. Sizes in bytes."""
-        return {
-            "source": self.source,
-            "mesh": dict(self.mesh),
-            "weights": self.weights,
-            "ranks": [rank.to_dict() for rank in self.ranks],
-            "hosts": [host.to_dict() for host in self.hosts],
-            "warnings": list(self.warnings),
-        }
+from .moves import Placement
+from .rank_records import HostShare, RankPlan
+from .records import LoadPlan, Shared
 
 
 def rank_plan(plan: LoadPlan, rank: int, at: Mapping[str, int], host: int) -> RankPlan:
@@ -140,14 +55,49 @@ def mapped_share(plan: LoadPlan, targets: Mapping[str, Target], rank: int, besid
     for placement in plan.placements:
         if placement.residency == "map":
             target = targets[placement.target]
-            total += Fraction(placement.nbytes, sharers(target.sharding, target.shape, rank, here))
+            total += Fraction(placement.nbytes, len(holders(target.sharding, target.shape, rank, here)))
     return total
 
 
 @functools.lru_cache(maxsize=4096)
-def sharers(sharding: Sharding | None, shape: Shape, rank: int, ranks: tuple[int, ...]) -> int:
-    """How many of `ranks`, with `rank` among them, hold the same part of a tensor."""
+def holders(sharding: Sharding | None, shape: Shape, rank: int, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of `ranks` that hold the same part of a tensor as `rank`, which is among them."""
     if sharding is None:
-        return len(ranks)
+        return ranks
     mine = sharding.part(shape, rank)
-    return sum(sharding.part(shape, other) == mine for other in ranks)
+    return tuple(other for other in ranks if sharding.part(shape, other) == mine)
+
+
+def share_out(plan: LoadPlan, targets: Mapping[str, Target], rank: int, beside: Iterable[int]) -> LoadPlan:
+    """The plan of one rank when what ranks of its host hold alike is read by one of them.
+
+    All that hold a tensor come to the same, without a word: they go through the names in order, and give each to
+    whoever of them has the least to read so far.
+
+    Args:
+        plan: in which each rank reads what it holds.
+        targets: of the whole model.
+        rank: whose plan.
+        beside: the ranks of its host, itself included.
+    """
+    here = tuple(sorted(beside))
+    loads: dict[tuple[int, ...], dict[int, int]] = {}
+    shared: list[Shared] = []
+    given: dict[Placement, Placement] = {}
+    for placement in sorted(plan.placements, key=lambda p: p.target):
+        if placement.residency != "copy" or not placement.is_fed:
+            continue
+        target = targets[placement.target]
+        ranks = holders(target.sharding, target.shape, rank, here)
+        if len(ranks) < 2:
+            continue
+        load = loads.setdefault(ranks, dict.fromkeys(ranks, 0))
+        reader = min(ranks, key=lambda r: (load[r], r))
+        load[reader] += placement.source_bytes
+        if reader != rank:
+            given[placement] = replace(placement, links=(), scales=None)
+        for one in (placement, placement.scales):
+            if one is not None:
+                shared.append(Shared(given.get(one, one), reader, ranks))
+    placements = tuple(given.get(p, p) for p in plan.placements)
+    return replace(plan, placements=placements, shared=tuple(shared))

@@ -15,6 +15,7 @@ from ..checkpoint import Checkpoint, TensorEntry
 from ..mapping import NO_RULES, KeyMapping, KeyRules, Link, whole
 from ..modeling.int8_choice import NO_INT8, Int8Request
 from .moves import Move, Placement, Read, cut, join
+from .rank_records import RankShare, ReadBy
 from .running import NOT_OFFLOADED, Dispatch, Running
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class LoadRequest:
     dispatch: Dispatch = "lowmem"
     keys: KeyRules = NO_RULES
     int8: Int8Request = NO_INT8
+    read: ReadBy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +248,21 @@ def _listed(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f", … ({len(names)} tensors)" if len(names) > 3 else "")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Shared:
+    """A tensor that several ranks of a host hold alike, and one of them reads.
+
+    Attributes:
+        placement: on this rank.
+        reader: the global rank that reads it, and gives it to the others.
+        ranks: all that hold it.
+    """
+
+    placement: Placement
+    reader: int
+    ranks: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class LoadPlan:
     """Everything that a load will do, decided before the first tensor byte is read.
@@ -267,6 +284,9 @@ class LoadPlan:
         groups: what is computed when all else is in its place, one after the other; their results are in `placements`
             and have no links. What is in a finished offload folder already is not computed.
         running: memory of the forward, for weights that do not stay where they compute.
+        rank: what this rank and those of its host have of a divided load; None for one process alone.
+        shared: what ranks of this host hold alike and read once, in the order in which it is given on. What another
+            rank reads has no links here.
     """
 
     checkpoint: Checkpoint = field(repr=False)
@@ -283,6 +303,8 @@ class LoadPlan:
     reading: Reading = Reading()
     groups: tuple[Group, ...] = field(default=(), repr=False)
     running: Running = NOT_OFFLOADED
+    rank: RankShare | None = None
+    shared: tuple[Shared, ...] = field(default=(), repr=False)
 
     @cached_property
     def scales(self) -> Mapping[TensorEntry | Placement, Placement]:
@@ -394,6 +416,7 @@ class LoadPlan:
             "host": self.host.to_dict(),
             "reading": {name: getattr(self.reading, name) for name in ("io", "keep_cache", "prefetch")},
             "running": self.running.to_dict(),
+            "rank": None if self.rank is None else self.rank.to_dict(),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "dtypes": self.dtypes,

@@ -109,6 +109,7 @@ def make_request(
     skip_modules: str | Iterable[str] | None = None,
     dequantize: bool = False,
     int8_threshold: float | None = None,
+    read: str = "auto",
 ) -> LoadRequest:
     """Parse the options of `load`.
 
@@ -119,6 +120,8 @@ def make_request(
         raise OptionError(f"residency: expected 'map' or 'copy', found {shown(residency)}")
     if not isinstance(dispatch, str) or dispatch not in ("lowmem", "accelerate"):
         raise OptionError(f"dispatch: expected 'lowmem' or 'accelerate', found {shown(dispatch)}")
+    if not isinstance(read, str) or read not in ("auto", "each", "once"):
+        raise OptionError(f"read: expected 'auto', 'each' or 'once', found {shown(read)}")
     return LoadRequest(
         dtype=whole_dtype(dtype),
         unused_dtypes=tuple(part for part in dtype if part) if isinstance(dtype, Mapping) else (),
@@ -147,6 +150,7 @@ def make_request(
             ignore_mismatched_sizes=ignore_mismatched_sizes,
         ),
         int8=make_int8_request(quantize, skip_modules, dequantize, int8_threshold),
+        read=None if read == "auto" else "each" if read == "each" else "once",
     )
 
 
