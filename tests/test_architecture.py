@@ -35,6 +35,7 @@ ORDER = [
     "_devices",
     "plots",
     "memory",
+    "ranks",
     "int8",
     "checkpoint",
     "modeling",

@@ -36,6 +36,7 @@ def run(
     installer: Installer,
     progress: ProgressCallback | None = None,
     on_shard: ShardCallback | None = None,
+    watch: Callable[[], None] | None = None,
 ) -> dict[str, int]:
     """Move everything that the plan says, and install each tensor when its last move is done.
 
@@ -47,6 +48,7 @@ def run(
         installer: puts tensors into the model.
         progress: called from the calling thread.
         on_shard: called with each shard's path when it is opened or mapped, from any thread.
+        watch: called from the calling thread several times a second while it waits; what it raises ends the load.
 
     Returns:
         Bytes by the way they were read: `buffered`, `direct`, `mmap`.
@@ -57,7 +59,7 @@ def run(
         BudgetError: memory that the plan counted on was taken by others.
         ModelError: an operation failed that computes tensors of the model.
     """
-    return _Run(plan, installer, progress, on_shard).run()
+    return _Run(plan, installer, progress, on_shard, watch).run()
 
 
 def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], None, None]:
@@ -115,12 +117,18 @@ def _is_all_small(plan: LoadPlan) -> bool:
 
 class _Run:
     def __init__(
-        self, plan: LoadPlan, installer: Installer, progress: ProgressCallback | None, on_shard: ShardCallback | None
+        self,
+        plan: LoadPlan,
+        installer: Installer,
+        progress: ProgressCallback | None,
+        on_shard: ShardCallback | None,
+        watch: Callable[[], None] | None,
     ) -> None:
         self._plan = plan
         self._installer = installer
         self._progress = progress
         self._on_shard = on_shard
+        self._watch = watch
         self._ways = Ways(plan.reading.io)
         self._opened: set[Path] = set()
         self._pages: dict[Path, mmap.mmap] = {}
@@ -173,7 +181,7 @@ class _Run:
         feed = Feed(plan, writer, on_shard=self._open, ways=self._ways, scales=known)
         with paused_collector() if _is_all_small(plan) else nullcontext():
             feed.prepare()
-            carry_out(plan, feed, lambda finished: self._take(feed, finished, keep), meanwhile)
+            carry_out(plan, feed, lambda finished: self._take(feed, finished, keep), meanwhile, self._watch)
 
     def _compute(self, group: Group, writer: OffloadWriter | None) -> None:
         """Read the sources of a group, run its operation, and bring what it gives to its places."""
