@@ -36,7 +36,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, RankError
-from .links import Kind, Link
+from .links import SILENCE, Kind, Link
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 WIDTH = 8
 # Characters of an error that are told to the others.
 LONGEST = 4000
-# Seconds for the others to take leave. A stopped process takes none; its links end when it goes on, or is silent.
+# Seconds for the others to take leave after a failure, which a stopped process does not; and for threads to end then.
 _LEAVING = 5.0
+_CUTTING = 1.0
 # A wait without an end is not interrupted by Ctrl-C everywhere.
 _LOOK_UP = 1.0
 
@@ -262,8 +263,23 @@ class Together:
             return
         if error is not None:
             self._fail(self.rank, f"rank {self.rank}: {describe(error)}")
-        until = time.monotonic() + _LEAVING
-        for link in self._links:
+        # Who has not read that all is done must be let read it: the end of a connection would tell of a failure.
+        patience = SILENCE.total_seconds() if self._failure is None else _LEAVING
+        until = time.monotonic() + patience
+        try:
+            ended = [link.join(until) for link in self._links]
+        except BaseException:
+            ended = [False for _ in self._links]
+            raise
+        finally:
+            self._cut([link for link, has_ended in zip(self._links, ended, strict=True) if not has_ended])
+
+    def _cut(self, links: list[Link]) -> None:
+        """End the threads of links whose other ends do not answer."""
+        for link in links:
+            link.cut()
+        until = time.monotonic() + _CUTTING
+        for link in links:
             link.join(until)
 
 

@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,8 @@ BEAT_EVERY = 60.0
 SILENCE = timedelta(minutes=30)
 # As long as torch waits by itself for ranks that come late to a collective.
 COMING = timedelta(minutes=30)
-# Both sides are there when it begins.
-CONNECTING = timedelta(seconds=30)
+# Both sides are there when it begins. One that is killed in these milliseconds is missed only when they are over.
+CONNECTING = timedelta(seconds=15)
 _LONGEST_PAUSE = 0.2
 # Added to the count of those that came to a link by one who came and went. More than there can be of them.
 _GONE = 16
@@ -105,7 +106,18 @@ class Link:
         for thread in (self._reader, self._writer):
             if thread.ident is not None:
                 thread.join(max(0.0, until - time.monotonic()))
-        return not self._reader.is_alive() and not self._writer.is_alive()
+        if self._reader.is_alive() or self._writer.is_alive():
+            return False
+        # With its sockets.
+        self._wire = None
+        return True
+
+    def cut(self) -> None:
+        """Close the connection under the threads, which then end: one that waits when Python ends takes it down."""
+        self.leave()
+        wire = self._wire
+        if wire is not None:
+            wire.close()
 
     def _read(self) -> None:
         # Whatever goes wrong: the thread that waits for this one must learn of it.
@@ -202,6 +214,13 @@ class _Wire:
         if length:
             self._group.recv([body], self._peer, 0).wait(SILENCE)
         return Kind(kind), body.numpy().tobytes()
+
+    def close(self) -> None:
+        import torch
+
+        # A wait that runs out of time closes the connection: the one way to do so in every version of torch.
+        with suppress(RuntimeError):
+            self._group.recv([torch.empty(1)], self._peer, 1).wait(timedelta(milliseconds=1))
 
 
 def _first_line(error: Exception) -> str:
