@@ -14,6 +14,7 @@
     ├── OutputError          the result of a conversion cannot be written, or is not what was written
     ├── OptionError          an argument has a value that means nothing
     ├── MeasureError         memory could not be measured
+    ├── RankError            another rank of a load that several do together has failed, or is gone
     ├── PlotError            a picture cannot be drawn here or cannot be written
     └── PeakExceededError    a measured peak is above the asserted limit
 
@@ -87,6 +88,18 @@ class OptionError(LowmemError, ValueError):
 
 class MeasureError(LowmemError):
     """Memory could not be measured on this system."""
+
+
+class RankError(LowmemError):
+    """Another rank of a load that several do together has failed or is gone, and ended it for all.
+
+    Attributes:
+        rank: the global rank.
+    """
+
+    def __init__(self, message: str, *, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class PlotError(LowmemError):

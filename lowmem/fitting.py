@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-import torch
-
 from .checkpoint import Checkpoint, TensorEntry
 from .engine import same_bytes
-from .errors import KeysError, OptionError
+from .errors import KeysError
 from .mapping import KeyMapping, Link, check_stays_int8, choose_layers, match
 from .mapping.int8 import check_formats
 from .mapping.narrowing import narrow
@@ -22,7 +20,6 @@ from .modeling.int8_choice import Int8Request
 from .modeling.skeleton import Origin, Skeleton, make_skeleton, with_int8
 from .planner import LoadRequest
 from .planner.placing import layers_not_by_rows
-from .sizes import shown
 from .sources import Found
 
 
@@ -79,29 +76,6 @@ class Fit:
         """
         mapping, targets = narrow(self.mapping, self.skeleton.targets, rank)
         return replace(self, mapping=mapping, skeleton=replace(self.skeleton, targets=targets))
-
-
-def is_divided(skeleton: Skeleton) -> bool:
-    """Whether some of the model's tensors are DTensors, of which each rank holds a part."""
-    return any(target.sharding is not None for target in skeleton.targets.values())
-
-
-def at_home(skeleton: Skeleton, request: LoadRequest) -> LoadRequest:
-    """Where the parts of a divided model go, if that is not said: to this process's own device of its meshes' kind.
-
-    Raises:
-        OptionError: a device map that would be inferred, or several devices: the mesh says who holds what.
-    """
-    if isinstance(request.device_map, str) or len(set((request.device_map or {}).values())) > 1:
-        raise OptionError(
-            f"device_map: expected one device, found {shown(request.device_map)}: the model is divided among ranks by "
-            "its DTensors, so that each process has one device; leave device_map out for the mesh's own"
-        )
-    kinds = {target.sharding.mesh.device for target in skeleton.targets.values() if target.sharding is not None}
-    if request.device_map is not None or kinds == {"cpu"}:
-        return request
-    kind = min(kinds - {"cpu"})
-    return replace(request, device_map={"": f"{kind}:{getattr(torch, kind).current_device()}"})
 
 
 def fit(found: Found, origin: Origin, request: LoadRequest, undo: ExitStack, clock: Phases) -> Fit:
@@ -185,4 +159,4 @@ def _paired(some: Sequence[Link], others: Sequence[Link]) -> list[tuple[TensorEn
     return [(a.entry, b.entry) for a, b in zip(some, others, strict=True)] if regions[0] == regions[1] else []
 
 
-__all__ = ["Fit", "Phases", "at_home", "fit", "is_divided"]
+__all__ = ["Fit", "Phases", "fit"]

@@ -13,14 +13,15 @@ from typing import Any
 from torch import nn
 
 from ._collector import paused_collector
-from .checkpoint import make_wish
+from .checkpoint import Wish, make_wish
 from .checkpoint.int8 import has_scales
+from .divided import Company, agreed, at_home, is_divided, known_members, members_of
 from .engine import Installer, Snapshot, run, undisturbed
 from .errors import OptionError, PlacementError
-from .fitting import Phases, at_home, fit, is_divided
+from .fitting import Phases, fit
 from .limits import accelerators_here
 from .mapping import KeyDiff, diff_of, refuse
-from .memory import anonymous_memory, measure
+from .memory import Measurement, anonymous_memory, measure
 from .modeling.holding import Holding
 from .modeling.int8 import bitsandbytes_here, finish_layers, mark
 from .modeling.int8_choice import NO_INT8, Int8Request
@@ -222,10 +223,23 @@ def load(
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
     if asked.int8 is not None:
         request = replace(request, int8=asked.int8)
-    wish = make_wish(weights, ema)
+    files: dict[str, Any] = {"variant": variant, "subfolder": subfolder, "revision": revision, "download": download}
+    with Company() as company:
+        company.join(known_members(asked, request))
+        return _load(source, asked, request, make_wish(weights, ema), files, progress, company)
+
+
+def _load(
+    source: Sources,
+    asked: ModelRequest,
+    request: LoadRequest,
+    wish: Wish,
+    files: Mapping[str, Any],
+    progress: ProgressCallback | None,
+    company: Company,
+) -> LoadResult:
     clock = Phases()
     held = anonymous_memory()
-    files: dict[str, Any] = {"variant": variant, "subfolder": subfolder, "revision": revision, "download": download}
     found = look_at(source, rules=request.keys, wish=wish, **files)
     held = max(0, anonymous_memory() - held)
     clock.end("inspect")
@@ -237,19 +251,24 @@ def load(
     imported = bytes_of_imports()
     with measure() as memory, ExitStack() as undo:
         clock.begin()
-        skeleton, plan = _prepare(found, origin, request, undo, settle_ties=True, clock=clock)
+        skeleton, plan = _prepare(found, origin, request, undo, company=company, clock=clock)
         holding = found.holding
         # All that was pickled is described in it.
         del found
         check_present(plan)
         clock.end("plan")
-        read = _execute(skeleton, plan, progress, lambda file: memory.mark(file.name), request.int8, holding)
+        on_shard = functools.partial(_mark, memory)
+        read = _execute(skeleton, plan, progress, on_shard, request.int8, holding, company)
         undo.pop_all()
         holding.settle()
         clock.end("weights")
     # The headers were read before the imports, and are the load's; what is only imported when it is needed is not.
     memory.baseline += bytes_of_imports() - imported - held
     return LoadResult(skeleton.model, plan, LoadReport(plan, clock.seconds, memory, read))
+
+
+def _mark(memory: Measurement, file: Path) -> None:
+    memory.mark(file.name)
 
 
 @checks_names
@@ -297,7 +316,7 @@ def plan(
         files: dict[str, Any] = {"variant": variant, "subfolder": subfolder, "revision": revision, "download": download}
         found = look_at(source, rules=request.keys, wish=wish, **files)
         origin = _find_origins(found, asked)
-        return _prepare(found, origin, request, undo, settle_ties=False, clock=Phases())[1]
+        return _prepare(found, origin, request, undo, company=None, clock=Phases())[1]
 
 
 @checks_names
@@ -377,20 +396,28 @@ def _find_origins(found: Found, asked: ModelRequest) -> Origin:
 
 
 def _prepare(
-    found: Found, origin: Origin, request: LoadRequest, undo: ExitStack, settle_ties: bool, clock: Phases
+    found: Found, origin: Origin, request: LoadRequest, undo: ExitStack, company: Company | None, clock: Phases
 ) -> tuple[Skeleton, LoadPlan]:
-    """Everything before the first byte; `settle_ties` compares tied tensors that the checkpoint holds twice."""
+    """Everything before the first byte.
+
+    `company` is that of a load, which also compares tied tensors that the checkpoint holds twice; None for a plan.
+    """
     with paused_collector():
         made = fit(found, origin, request, undo, clock)
-        if settle_ties:
+        if company is not None:
             made = made.without_ties(request)
         skeleton, checkpoint = made.skeleton, made.checkpoint
         refuse(made.mapping, checkpoint.source, request.strict, request.keys)
+        targets = skeleton.targets
         if is_divided(skeleton):
+            if company is not None:
+                company.join(members_of(skeleton))
             request = at_home(skeleton, request)
             made = made.on_rank(rank_here())
             skeleton = made.skeleton
         plan = make_plan(checkpoint, skeleton, made.mapping, request)
+        if company is not None and company.together is not None:
+            plan = agreed(plan, targets, request, company.together)
         return skeleton, replace(plan, warnings=(*skeleton.warnings, *plan.warnings)) if skeleton.warnings else plan
 
 
@@ -421,13 +448,15 @@ def _execute(
     on_shard: Callable[[Path], None],
     int8: Int8Request = NO_INT8,
     holding: Holding | None = None,
+    company: Company | None = None,
 ) -> dict[str, int]:
     """Run the plan, and give bytes by the way they were read; on any error a borrowed model is as it was before."""
     borrowed = skeleton.borrowed or (holding is not None and holding.is_borrowed)
     before = Snapshot(skeleton.model) if borrowed else None
     brought = None
     try:
-        read = run(plan, Installer(skeleton.model), progress, on_shard)
+        company = Company() if company is None else company
+        read = run(plan, Installer(skeleton.model), progress, on_shard, company.watch, company.carrier)
         brought = bring_weights(skeleton.model, plan)
         fresh = [name for p in plan.placements if p.residency == "init" for name in p.names]
         if fresh:
@@ -441,6 +470,7 @@ def _execute(
         attach(skeleton.model, plan, skeleton.rules, brought, () if holding is None else holding.listed)
         # What fails leaves no mark on a model's config.
         mark(skeleton.model, skeleton.int8, int8)
+        company.settle()
     except BaseException:
         if brought is not None:
             undisturbed(functools.partial(give_up, skeleton.model, brought))

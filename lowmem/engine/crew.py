@@ -39,6 +39,8 @@ _Event = list[Done] | BaseException | None
 
 # Seconds that a thread keeps a report to itself at most, when nobody waits for the tensors.
 _AT_LEAST_EVERY = 0.02
+# Seconds between looks at what else may end the load.
+_WATCH_EVERY = 0.2
 
 
 class Crew:
@@ -47,13 +49,15 @@ class Crew:
     Args:
         plan: what is read.
         feed: gives the reads.
+        watch: called by `next` before and during its waits; what it raises ends the load. None for no such looks.
         at_once: report every read when it is in place. Otherwise several together: each report wakes the caller's
             thread, for which a reader must make room on a machine that has no processor left.
     """
 
-    def __init__(self, plan: LoadPlan, feed: Feed, *, at_once: bool) -> None:
+    def __init__(self, plan: LoadPlan, feed: Feed, watch: Callable[[], None] | None = None, *, at_once: bool) -> None:
         self._plan = plan
         self._feed = feed
+        self._watch = watch
         self._patience = 0.0 if at_once else _AT_LEAST_EVERY
         self._threads: list[threading.Thread] = []
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
@@ -88,10 +92,10 @@ class Crew:
         """Wait for the next reads that are in place; None after the last.
 
         Raises:
-            BaseException: whatever ended a thread.
+            BaseException: whatever ended a thread, or `watch` raises.
         """
         while self._working:
-            event = self._events.get()
+            event = self._events.get() if self._watch is None else self._get_watching(self._watch)
             if event is None:
                 self._working -= 1
             elif isinstance(event, BaseException):
@@ -100,6 +104,14 @@ class Crew:
             else:
                 return event
         return None
+
+    def _get_watching(self, watch: Callable[[], None]) -> _Event:
+        while True:
+            watch()
+            try:
+                return self._events.get(timeout=_WATCH_EVERY)
+            except queue.Empty:
+                continue
 
     def end(self) -> None:
         """Wait for the threads, which take no more reads, and close what they had open. May be called again."""
@@ -170,7 +182,11 @@ class Crew:
 
 
 def carry_out(
-    plan: LoadPlan, feed: Feed, take: Callable[[list[Done]], None], meanwhile: Callable[[], None] = lambda: None
+    plan: LoadPlan,
+    feed: Feed,
+    take: Callable[[list[Done]], None],
+    meanwhile: Callable[[], None] = lambda: None,
+    watch: Callable[[], None] | None = None,
 ) -> None:
     """All reads of a plan, by threads that have ended when this ends, however it does.
 
@@ -179,11 +195,12 @@ def carry_out(
         feed: of this plan.
         take: called from the calling thread with reads that are in place.
         meanwhile: called once when the threads have started.
+        watch: called from the calling thread again and again, to raise what ends the load from outside.
 
     Raises:
-        BaseException: whatever ended a thread, or `take` raises.
+        BaseException: whatever ended a thread, or `take` or `watch` raises.
     """
-    crew = Crew(plan, feed, at_once=False)
+    crew = Crew(plan, feed, watch, at_once=False)
     try:
         crew.start()
         meanwhile()

@@ -16,6 +16,7 @@ from .._page_cache import ask_for
 from ..errors import LowmemError
 from ..planner import LoadPlan, Placement, Progress, ProgressCallback
 from ..planner.records import Group
+from ..ranks.carrier import Carrier
 from .cleanup import trim_heap, undisturbed
 from .computing import compute
 from .crew import Crew, Done, carry_out
@@ -25,6 +26,7 @@ from .install import Installer
 from .int8 import RowsDestination
 from .mapping import map_shard, view_of
 from .offload_writer import OffloadWriter, settle
+from .sharing import share
 from .ways import Ways
 
 _PROGRESS_EVERY = 0.05
@@ -36,6 +38,8 @@ def run(
     installer: Installer,
     progress: ProgressCallback | None = None,
     on_shard: ShardCallback | None = None,
+    watch: Callable[[], None] | None = None,
+    carrier: Carrier | None = None,
 ) -> dict[str, int]:
     """Move everything that the plan says, and install each tensor when its last move is done.
 
@@ -47,6 +51,8 @@ def run(
         installer: puts tensors into the model.
         progress: called from the calling thread.
         on_shard: called with each shard's path when it is opened or mapped, from any thread.
+        watch: called from the calling thread several times a second while it waits; what it raises ends the load.
+        carrier: brings what is read once from rank to rank; where the plan has such tensors.
 
     Returns:
         Bytes by the way they were read: `buffered`, `direct`, `mmap`.
@@ -57,7 +63,7 @@ def run(
         BudgetError: memory that the plan counted on was taken by others.
         ModelError: an operation failed that computes tensors of the model.
     """
-    return _Run(plan, installer, progress, on_shard).run()
+    return _Run(plan, installer, progress, on_shard, watch, carrier).run()
 
 
 def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], None, None]:
@@ -115,12 +121,20 @@ def _is_all_small(plan: LoadPlan) -> bool:
 
 class _Run:
     def __init__(
-        self, plan: LoadPlan, installer: Installer, progress: ProgressCallback | None, on_shard: ShardCallback | None
+        self,
+        plan: LoadPlan,
+        installer: Installer,
+        progress: ProgressCallback | None,
+        on_shard: ShardCallback | None,
+        watch: Callable[[], None] | None,
+        carrier: Carrier | None,
     ) -> None:
         self._plan = plan
         self._installer = installer
         self._progress = progress
         self._on_shard = on_shard
+        self._watch = watch
+        self._carrier = carrier
         self._ways = Ways(plan.reading.io)
         self._opened: set[Path] = set()
         self._pages: dict[Path, mmap.mmap] = {}
@@ -146,7 +160,7 @@ class _Run:
         return read
 
     def _run(self, writer: OffloadWriter | None) -> dict[str, int]:
-        self._move(self._plan, writer, self._installer.install, self._settle_unmoved)
+        self._move_and_share(writer)
         for group in self._plan.groups:
             self._compute(group, writer)
             # What an operation frees between its results stays in the heap otherwise, group after group.
@@ -157,6 +171,23 @@ class _Run:
         # Last, so that nothing that is given back was asked for.
         self._read_ahead(self._pages)
         return self._ways.read
+
+    def _move_and_share(self, writer: OffloadWriter | None) -> None:
+        install, shared = self._installer.install, self._plan.shared
+        if not shared:
+            self._move(self._plan, writer, install, self._settle_unmoved)
+            return
+        assert self._carrier is not None, "who plans that ranks share gives them a carrier"
+        wanted = {one.placement for one in shared if one.reader == self._carrier.rank}
+        read: dict[Placement, torch.Tensor] = {}
+
+        def keep(placement: Placement, tensor: torch.Tensor) -> None:
+            install(placement, tensor)
+            if placement in wanted:
+                read[placement] = tensor
+
+        self._move(self._plan, writer, keep, self._settle_unmoved)
+        share(shared, read, install, self._carrier)
 
     def _move(
         self,
@@ -173,7 +204,7 @@ class _Run:
         feed = Feed(plan, writer, on_shard=self._open, ways=self._ways, scales=known)
         with paused_collector() if _is_all_small(plan) else nullcontext():
             feed.prepare()
-            carry_out(plan, feed, lambda finished: self._take(feed, finished, keep), meanwhile)
+            carry_out(plan, feed, lambda finished: self._take(feed, finished, keep), meanwhile, self._watch)
 
     def _compute(self, group: Group, writer: OffloadWriter | None) -> None:
         """Read the sources of a group, run its operation, and bring what it gives to its places."""
