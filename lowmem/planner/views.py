@@ -18,7 +18,7 @@ _LEAST_GAP = 64 * KIB
 # Rows or gaps of fewer bytes are read whole: several of them share a cache line, so that skipping saves no memory
 # traffic, and a read that skips is not as safe as one that does not (see `engine.reading`).
 _LEAST_SKIPPED = 32
-# One part in so many may be gaps in what is read whole.
+# What is read whole may hold gaps of one part in so many of what is wanted.
 _WASTED = 50
 
 # A dimension of a view: how many, the step in the source, the step in the destination, in elements.
@@ -43,7 +43,7 @@ def _is_compact(dimensions: Sequence[_Dimension], size: int) -> bool:
 def _skipping(dimensions: Sequence[_Dimension], size: int) -> int:
     """Of how many dimensions, from the widest step on, the gaps are skipped; the others are read whole.
 
-    Skipped are gaps of more than a fiftieth of what would be read, between rows that do not overlap.
+    Skipped are gaps of more than a fiftieth of what is wanted, between rows that do not overlap.
     """
     first = len(dimensions)
     # Elements spanned by the dimensions so far, and those of them that are wanted.
@@ -54,7 +54,7 @@ def _skipping(dimensions: Sequence[_Dimension], size: int) -> int:
         if gap < 0:
             first, held = i, end
         elif first == i + 1:
-            few = (end - n * held) * _WASTED <= end and gap * size < _LEAST_GAP
+            few = (end - n * held) * _WASTED <= n * held and gap * size < _LEAST_GAP
             if few or max(width, gap) * size < _LEAST_SKIPPED:
                 first, held = i, n * held if few else end
         width = end
