@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -306,3 +307,41 @@ def test_pages_that_were_not_cached_are_given_back(tmp_path: Path, io: IO, route
         reader.fill([memoryview(got)], 5, None, None, spread)
     assert bytes(got) == b"".join(content[5 + 10_000 * i :][:64] for i in range(100))
     assert not any(resident(path))
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.ENODEV])
+@pytest.mark.parametrize("io", WAYS)
+def test_where_nothing_can_be_mapped_each_run_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, io: IO, code: int
+) -> None:
+    """A limit on address space, or a file system that refuses."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    path = tmp_path / "shard"
+    content = random.Random(1).randbytes(40_000)
+    path.write_bytes(content)
+    got = bytearray(SPREAD.count)
+    with reader_of(path, io) as reader, counting() as read:
+        monkeypatch.setattr(reading.mmap, "mmap", refuse)
+        for _ in range(2):
+            reader.fill([memoryview(got)], 3, None, None, SPREAD)
+    assert bytes(got) == b"".join(content[3 + 1000 * i :][:64] for i in range(40))
+    assert read == {"buffered": 2 * SPREAD.count}
+
+
+def test_what_is_read_does_not_depend_on_where_it_goes(tmp_path: Path) -> None:
+    """Rows that lie alike in the file go apart."""
+    numbers = torch.arange(4 * 20 * 3, dtype=torch.bfloat16)
+    save_file({"y": numbers}, tmp_path / "a.safetensors")
+    checkpoint = inspect(tmp_path / "a.safetensors")
+    view = torch.empty_like(numbers, device="meta")[::2].view(12, 10)
+    target, links = into(numbers[::2].view(12, 10), part_of(checkpoint["y"], view), "strided part")
+    model = nn.Module()
+    model.inner = nn.Module()
+    model.inner.register_parameter("t", nn.Parameter(torch.empty_like(target, device="meta")))
+    with counting() as read:
+        found = values_of(*(loaded := load(checkpoint, model, mapping_of(links), residency="copy")))
+        check_bytes(loaded[1], read, 4 * MIB)
+    assert same(found["inner.t"], target)

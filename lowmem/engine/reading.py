@@ -62,6 +62,7 @@ class ShardReader:
         self._device = os.fstat(self._fd).st_dev
         self._keep_cache = keep_cache
         self._direct_fd = -1
+        self._can_map = True
         self._lock = threading.Lock()
         self._cached = CachedPages(True, 0)
         self._packed = PackedRanges(shard, self._read_packed) if shard.packed else None
@@ -168,15 +169,26 @@ class ShardReader:
         way = self._ways.choose(self._device, run, cached=cached, direct=False)
         started = time.perf_counter()
         try:
-            if way == "buffered" and (run >= _LONG or gap >= _FAR):
-                self._fill_runs(view, offset, spread)
+            if way == "mmap" or (run < _LONG and gap < _FAR and self._can_map):
+                way = self._copy_or_fill_runs(view, offset, spread)
             else:
-                way = "mmap"
-                self._copy_runs(view, offset, spread)
+                self._fill_runs(view, offset, spread)
         except OSError as error:
             raise self._failed(len(view), offset, error) from error
         self._give_back(offset, span)
         self._ways.record(self._device, way, len(view), time.perf_counter() - started, cached=cached)
+
+    def _copy_or_fill_runs(self, view: memoryview, offset: int, spread: Region) -> Way:
+        try:
+            self._copy_runs(view, offset, spread)
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.ENODEV):
+                raise
+            # A limit on address space, or a file system without mappings.
+            self._can_map = False
+            self._fill_runs(view, offset, spread)
+            return "buffered"
+        return "mmap"
 
     def _fill_runs(self, view: memoryview, offset: int, spread: Region) -> None:
         """Many requests at once, or a disk would wait for each before it has the next."""

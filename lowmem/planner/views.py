@@ -40,25 +40,39 @@ def _is_compact(dimensions: Sequence[_Dimension], size: int) -> bool:
     return all((step - _span(dimensions[i + 1 :])) * size < _LEAST_GAP for i, (_, step, _) in enumerate(dimensions))
 
 
-def _skipping(dimensions: Sequence[_Dimension], size: int) -> int:
-    """Of how many dimensions, from the widest step on, the gaps are skipped; the others are read whole.
+# The parts of many tensors are alike.
+@functools.lru_cache(maxsize=1024)
+def _least_step(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> int:
+    """The least step of a dimension between whose rows nothing is read, 0 if all is read.
 
-    Skipped are gaps of more than a fiftieth of what is wanted, between rows that do not overlap.
+    Nothing is read in gaps of more than a fiftieth of what is wanted, between rows that do not overlap. By the source
+    alone, so that it is the same wherever it goes.
     """
-    first = len(dimensions)
+    least = 0
     # Elements spanned by the dimensions so far, and those of them that are wanted.
     width = held = 1
-    for i in reversed(range(len(dimensions))):
-        n, step, _ = dimensions[i]
+    for n, step, _ in reversed(dimensions_of(shape, strides, strides)):
         gap, end = step - width, width + (n - 1) * step
         if gap < 0:
-            first, held = i, end
-        elif first == i + 1:
-            few = (end - n * held) * _WASTED <= n * held and gap * size < _LEAST_GAP
+            least, held = 0, end
+        elif not least:
+            few = (step - held) * _WASTED <= held and gap * size < _LEAST_GAP
             if few or max(width, gap) * size < _LEAST_SKIPPED:
-                first, held = i, n * held if few else end
+                held = n * held if few else end
+            else:
+                least = step
         width = end
-    return first
+    return least
+
+
+def _parted(entry: TensorEntry, into: tuple[int, ...]) -> tuple[list[_Dimension], list[_Dimension]]:
+    """The dimensions of a view between whose rows nothing is read, and those that are read whole."""
+    assert entry.strides is not None
+    dimensions = dimensions_of(entry.shape, entry.strides, into)
+    # What is packed is unpacked with its gaps.
+    least = 0 if entry.packed else _least_step(entry.shape, entry.strides, itemsize(entry.dtype))
+    first = sum(step >= least for _, step, _ in dimensions) if least else 0
+    return dimensions[:first], dimensions[first:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +98,9 @@ def pieces(entry: TensorEntry, into: tuple[int, ...], most: int) -> Iterator[Pie
     """
     if 0 in entry.shape:
         return
-    assert entry.strides is not None
-    dimensions, size = dimensions_of(entry.shape, entry.strides, into), itemsize(entry.dtype)
-    # What is packed is unpacked with its gaps.
-    first = 0 if entry.packed else _skipping(dimensions, size)
+    rows, inner = _parted(entry, into)
     # A path of explicit frames would be longer: no view has more than a few dimensions.
-    yield from _skip(dimensions[:first], dimensions[first:], 0, 0, most, size)
+    yield from _skip(rows, inner, 0, 0, most, itemsize(entry.dtype))
 
 
 def _skip(rows: list[_Dimension], inner: list[_Dimension], at: int, to: int, most: int, size: int) -> Iterator[Piece]:
@@ -162,34 +173,28 @@ def bytes_to_read(entry: TensorEntry) -> int:
     """Bytes of the file that a tensor takes: those that it spans, without the gaps of a view that are skipped."""
     if entry.strides is None or not entry.nbytes:
         return entry.nbytes
-    return min(_needed(entry.shape, entry.strides, itemsize(entry.dtype), entry.packed), entry.nbytes)
+    size = itemsize(entry.dtype)
+    least = 0 if entry.packed else _least_step(entry.shape, entry.strides, size)
+    return min(_needed(entry.shape, entry.strides, size, least), entry.nbytes)
 
 
-# The parts of many tensors are alike.
 @functools.lru_cache(maxsize=1024)
-def _needed(shape: tuple[int, ...], strides: tuple[int, ...], size: int, packed: bool) -> int:
-    dimensions = dimensions_of(shape, strides, row_major(shape))
-    first = 0 if packed else _skipping(dimensions, size)
+def _needed(shape: tuple[int, ...], strides: tuple[int, ...], size: int, least: int) -> int:
     width = needed = 1
-    for n, step, _ in reversed(dimensions[first:]):
-        apart = (step - width) * size >= _LEAST_GAP
+    for n, step, _ in reversed(dimensions_of(shape, strides, strides)):
+        apart = (step - width) * size >= _LEAST_GAP or (least and step >= least)
         needed = n * needed if apart else needed + (n - 1) * max(step - width + needed, 0)
         width += (n - 1) * step
-    return needed * size * math.prod(n for n, _, _ in dimensions[:first])
+    return needed * size
 
 
 def lands_dense(entry: TensorEntry) -> bool:
     """Whether what is read of a tensor is the tensor, row-major."""
     if entry.strides is None:
         return True
-    return not entry.packed and _is_in_order(entry.shape, entry.strides, itemsize(entry.dtype))
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_in_order(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> bool:
-    if 0 in shape:
+    if entry.packed or 0 in entry.shape:
         return False
-    dimensions = dimensions_of(shape, strides, row_major(shape))
-    inner = dimensions[_skipping(dimensions, size) :]
+    rows, inner = _parted(entry, row_major(entry.shape))
+    dimensions = [*rows, *inner]
     in_order = Region(0, tuple(n for n, _, _ in dimensions), tuple(step for _, _, step in dimensions)).dense
     return in_order and _span(inner) == math.prod(n for n, _, _ in inner)
