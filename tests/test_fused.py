@@ -164,7 +164,7 @@ def test_any_part_of_a_file_goes_into_any_part_of_a_target(
         options["offload_folder"] = folder / "off"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moves, "CHUNK", chunk)
-        patch.setattr(moves, "_LEAST_GAP", 64)
+        patch.setattr("lowmem.planner.views._LEAST_GAP", 64)
         # Buffers are not on disk: each is a parameter here.
         model = nn.Module()
         model.inner = nn.Module()

@@ -106,7 +106,7 @@ def test_any_views_of_one_storage_arrive(
     checkpoint = checkpoint_of(file, [entry_of(name, view, file) for name, view in wanted.items()])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moves, "CHUNK", chunk)
-        patch.setattr(moves, "_LEAST_GAP", 64)
+        patch.setattr("lowmem.planner.views._LEAST_GAP", 64)
         found = read_all(checkpoint, dtype="bfloat16" if cast else "auto")
     for name, view in wanted.items():
         assert torch.equal(found[name], view.bfloat16() if cast else view), name
@@ -219,7 +219,7 @@ def test_views_across_each_other_in_a_packed_record_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each would unpack the record from its beginning."""
-    monkeypatch.setattr(moves, "_LEAST_GAP", 64)
+    monkeypatch.setattr("lowmem.planner.views._LEAST_GAP", 64)
     monkeypatch.setattr(unpacking, "_FEW", 0)
     raw = torch.arange(2000, dtype=torch.float32)
     packed = deflated(raw.numpy().tobytes())

@@ -175,7 +175,7 @@ class Crew:
                 steps.append((move, destination, at))
                 at += move.scratch
             views = [destination.begin(move, scratch, at) for move, destination, at in steps]
-        job.reader.fill(views, job.read.offset, bounce, job.ticket)
+        job.reader.fill(views, job.read.offset, bounce, job.ticket, job.read.moves[0].spread)
         with turn:
             for move, destination, at in steps:
                 destination.end(move, scratch, at)

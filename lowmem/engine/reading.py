@@ -1,30 +1,47 @@
 """Read byte ranges of files; only when told to through a mapping, so that a file that shrinks is an error and not a
-signal.
+signal. Short runs with gaps between them are the exception: a call for each would take ten times as long.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import itertools
+import math
 import mmap
 import os
 import stat
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from .._page_cache import CachedPages, give_back, look
 from ..checkpoint import Shard
 from ..errors import CheckpointError
-from ..planner.moves import BLOCK
+from ..mapping import Region
+from ..planner.moves import BLOCK, LEAST_DIRECT
+from ..sizes import KIB, MIB
 from .cleanup import open_into
 from .unpacking import PackedRanges
 from .ways import Way, Ways
 
 # Not blocking, for what became a fifo since it was planned; it changes nothing for files.
 _PLAIN = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+
+# Runs from here on, or behind gaps from here on, are read by a call each: copying such a run, or the page fault behind
+# such a gap, takes as long as the call.
+_LONG = 32 * KIB
+_FAR = 64 * KIB
+# Runs that the kernel is asked for before they are read.
+_AHEAD = 256
+# Bytes of a file that are mapped at once, for a moment. Smaller mappings spend their time on being undone.
+_WINDOW = 16 * MIB
+# Linux's MADV_POPULATE_READ (5.14): brings the pages, and says by an error what touching them would by a signal.
+_POPULATE = 22
 
 
 class ShardReader:
@@ -45,6 +62,7 @@ class ShardReader:
         self._device = os.fstat(self._fd).st_dev
         self._keep_cache = keep_cache
         self._direct_fd = -1
+        self._can_map = True
         self._lock = threading.Lock()
         self._cached = CachedPages(True, 0)
         self._packed = PackedRanges(shard, self._read_packed) if shard.packed else None
@@ -88,6 +106,7 @@ class ShardReader:
         offset: int,
         bounce: memoryview | None = None,
         ticket: int | None = None,
+        spread: Region | None = None,
     ) -> None:
         """Fill the views, one after the other, from byte `offset` on.
 
@@ -96,10 +115,14 @@ class ShardReader:
             offset: in the file, or the address of packed bytes.
             bounce: the calling thread's buffer for direct reads, beginning at a multiple of `BLOCK`.
             ticket: what `ticket` gave for this read.
+            spread: where the bytes of a single view lie from there on, if not one behind the other (see `Move`).
 
         Raises:
             CheckpointError: the file ended early, could not be read, or its packed bytes are damaged.
         """
+        if spread is not None:
+            self._fill_spread(views[0], offset, spread, bounce)
+            return
         nbytes = sum(map(len, views))
         if ticket is not None:
             assert self._packed is not None
@@ -122,9 +145,7 @@ class ShardReader:
             else:
                 self._fill_buffered(views, offset)
         except OSError as error:
-            raise CheckpointError(
-                f"{self.shard.file}: reading {nbytes} bytes at byte {offset} failed: {error.strerror or error}"
-            ) from error
+            raise self._failed(nbytes, offset, error) from error
         if way != "direct":
             self._give_back(offset, nbytes)
         self._ways.record(self._device, way, nbytes, time.perf_counter() - started, cached=cached)
@@ -133,10 +154,92 @@ class ShardReader:
         try:
             self._fill_buffered([view], offset)
         except OSError as error:
-            raise CheckpointError(
-                f"{self.shard.file}: reading {len(view)} bytes at byte {offset} failed: {error.strerror or error}"
-            ) from error
+            raise self._failed(len(view), offset, error) from error
         self._give_back(offset, len(view))
+
+    def _fill_spread(self, view: memoryview, offset: int, spread: Region, bounce: memoryview | None) -> None:
+        """The runs, one behind the other: by a read each where they are long or far apart, else copied together."""
+        run, gap = spread.shape[-1], spread.strides[-2] - spread.shape[-1]
+        if run >= LEAST_DIRECT:
+            for begin, at in _runs(spread):
+                self.fill([view[begin : begin + run]], offset + at, bounce)
+            return
+        span = _span(spread)
+        cached = self._cached.holds(offset, span)
+        way = self._ways.choose(self._device, run, cached=cached, direct=False)
+        started = time.perf_counter()
+        try:
+            if way == "mmap" or (run < _LONG and gap < _FAR and self._can_map):
+                way = self._copy_or_fill_runs(view, offset, spread)
+            else:
+                self._fill_runs(view, offset, spread)
+        except OSError as error:
+            raise self._failed(len(view), offset, error) from error
+        self._give_back(offset, span)
+        self._ways.record(self._device, way, len(view), time.perf_counter() - started, cached=cached)
+
+    def _copy_or_fill_runs(self, view: memoryview, offset: int, spread: Region) -> Way:
+        try:
+            self._copy_runs(view, offset, spread)
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.ENODEV):
+                raise
+            # A limit on address space, or a file system without mappings.
+            self._can_map = False
+            self._fill_runs(view, offset, spread)
+            return "buffered"
+        return "mmap"
+
+    def _fill_runs(self, view: memoryview, offset: int, spread: Region) -> None:
+        """Many requests at once, or a disk would wait for each before it has the next."""
+        run = spread.shape[-1]
+        runs = _runs(spread)
+        while some := list(itertools.islice(runs, _AHEAD)):
+            if hasattr(os, "posix_fadvise"):
+                # Advice only: a file system that cannot is no error.
+                with contextlib.suppress(OSError):
+                    for _, at in some:
+                        os.posix_fadvise(self._fd, offset + at, run, os.POSIX_FADV_WILLNEED)
+            for begin, at in some:
+                self._fill_buffered([view[begin : begin + run]], offset + at)
+
+    def _copy_runs(self, view: memoryview, offset: int, spread: Region) -> None:
+        """By one strided copy for each window of the file, without the interpreter's lock."""
+        (n, *inner), (step, *steps) = spread.shape, spread.strides
+        size = math.prod(inner)
+        far = step - _span(Region(0, tuple(inner), tuple(steps))) >= _FAR
+        if inner and (far or _span(spread) > _WINDOW):
+            take = 0 if far else _WINDOW // step
+            for i in range(0, n, take or 1):
+                shape = (min(take, n - i), *inner) if take else tuple(inner)
+                part = Region(0, shape, (step, *steps) if take else tuple(steps))
+                self._copy_runs(view[i * size : i * size + part.count], offset + i * step, part)
+            return
+        begin, span = offset - offset % mmap.ALLOCATIONGRANULARITY, _span(spread)
+        with self._mapped(begin, offset, offset + span) as pages:
+            self._populate(pages, offset)
+            # One element a run: how they are copied is numpy's to know.
+            kind, shape = np.dtype(f"V{spread.shape[-1]}"), spread.shape[:-1]
+            source = np.ndarray(shape, kind, pages, offset - begin, spread.strides[:-1])
+            np.copyto(np.ndarray(shape, kind, view), source)
+            # The mapping ends only after what lies over it.
+            del source
+
+    def _populate(self, pages: mmap.mmap, offset: int) -> None:
+        """Bring all pages; where they cannot be had, an error instead of the signal that touching them would be.
+
+        In order, which the kernel takes as a reason to read ahead.
+        """
+        if sys.platform != "linux":
+            return
+        try:
+            pages.madvise(_POPULATE)
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                if os.fstat(self._fd).st_size < self.shard.size:
+                    raise self._ended(offset) from None
+                raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+            # An older kernel, or one whose file system cannot: the copy brings them.
 
     def _fill_buffered(self, views: Sequence[memoryview], offset: int) -> None:
         left = [view for view in views if len(view)]
@@ -216,15 +319,22 @@ class ShardReader:
 
     def _copy_mapped(self, views: Sequence[memoryview], offset: int, nbytes: int) -> None:
         begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-        if os.fstat(self._fd).st_size < offset + nbytes:
-            raise self._ended(offset)
-        try:
-            pages = mmap.mmap(self._fd, offset + nbytes - begin, access=mmap.ACCESS_READ, offset=begin)
-        except ValueError:
-            raise self._ended(offset) from None  # since the look at its size
-        with pages, memoryview(pages) as window, window[offset - begin :] as part:
+        with (
+            self._mapped(begin, offset, offset + nbytes) as pages,
+            memoryview(pages) as window,
+            window[offset - begin :] as part,
+        ):
             into = _Scatter(views)
             into.take(part)
+
+    def _mapped(self, begin: int, offset: int, end: int) -> mmap.mmap:
+        """The file from `begin`, at a page, to `end`; wanted from `offset` on."""
+        if os.fstat(self._fd).st_size < end:
+            raise self._ended(offset)
+        try:
+            return mmap.mmap(self._fd, end - begin, access=mmap.ACCESS_READ, offset=begin)
+        except ValueError:
+            raise self._ended(offset) from None  # since the look at its size
 
     def _give_back(self, offset: int, nbytes: int) -> None:
         if self._keep_cache or self._cached.everything:
@@ -236,6 +346,11 @@ class ShardReader:
         return CheckpointError(
             f"{self.shard.file}: ended at byte {offset}, expected {self.shard.size - offset} bytes more; "
             "the file changed during the load; bring it back and load again"
+        )
+
+    def _failed(self, nbytes: int, offset: int, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self.shard.file}: reading {nbytes} bytes at byte {offset} failed: {error.strerror or error}"
         )
 
     def is_unchanged(self) -> bool:
@@ -253,6 +368,18 @@ class ShardReader:
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
+
+
+def _span(spread: Region) -> int:
+    """Bytes from the first of the first run to behind the last of the last."""
+    return 1 + sum((n - 1) * step for n, step in zip(spread.shape, spread.strides, strict=True))
+
+
+def _runs(spread: Region) -> Iterator[tuple[int, int]]:
+    """Of each run where it goes, and where it lies."""
+    ranges = [range(0, n * step, step) for n, step in zip(spread.shape[:-1], spread.strides[:-1], strict=True)]
+    for i, steps in enumerate(itertools.product(*ranges)):
+        yield i * spread.shape[-1], sum(steps)
 
 
 class _Scatter:

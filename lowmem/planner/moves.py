@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from .._records import cheap_init
-from .._strides import joined, row_major
+from .._strides import row_major
 from ..checkpoint import TensorEntry
 from ..dtypes import itemsize
 from ..mapping import Link, Region
 from ..sizes import KIB, MIB
+from .views import bytes_to_read, dimensions_of, in_bytes, lands_dense, pieces
 
 # Largest move, in bytes of the source: larger ones are no faster, and several threads share a tensor.
 CHUNK = 4 * MIB
@@ -28,8 +28,6 @@ LEAST_DIRECT = 256 * KIB
 _LEAST_APART = 1024 * KIB
 # Moves of one read: the kernel takes 1024 buffers at once (IOV_MAX).
 _MOST_MOVES = 512
-# Between the rows of a strided tensor, more bytes than these are not worth being read.
-_LEAST_GAP = 64 * KIB
 
 # Of what changes by rows: something is kept of each while a move is worked out.
 MOST_ROWS = 16 * KIB
@@ -113,7 +111,7 @@ class Placement:
         if self.residency != "copy":
             return 0
         entry = link.entry
-        changes = entry.dtype != self.dtype or entry.swapped or entry.strides is not None or not link.region.dense
+        changes = entry.dtype != self.dtype or entry.swapped or not link.region.dense or not lands_dense(entry)
         return itemsize(entry.dtype) if changes or self.device != "cpu" else 0
 
     def row_of(self, link: Link) -> int:
@@ -151,7 +149,7 @@ class Placement:
             element = self.staged_element(link)
             if element:
                 size = itemsize(link.entry.dtype)
-                held = max(link.entry.nbytes // size, link.region.count)
+                held = max(bytes_to_read(link.entry) // size, link.region.count)
                 most = max(most, min(held, CHUNK // size) * element)
         return most
 
@@ -191,7 +189,7 @@ def has_parts_of_rows(link: Link, row: int) -> bool:
     entry, into = link.entry, link.region
     if entry.strides is None or not (into.dense or into.shape == entry.shape):
         return False
-    dimensions = _dimensions(entry.shape, entry.strides, row_major(entry.shape) if into.dense else into.strides)
+    dimensions = dimensions_of(entry.shape, entry.strides, row_major(entry.shape) if into.dense else into.strides)
     across = [step for n, _, step in dimensions if n > 1 and step % row == 0]
     along = [(n - 1) * step for n, _, step in dimensions if n > 1 and step % row]
     return len(across) <= 1 and len(along) <= 1 and into.offset % row + sum(along) < row
@@ -205,16 +203,19 @@ class Move:
     Attributes:
         file: where the bytes are.
         offset: absolute byte offset there; of packed bytes their address (see `Packed`).
-        nbytes: length in bytes, never more than a chunk.
+        nbytes: bytes that are read, never more than a chunk.
         dtype: of the source, by torch's name.
         placement: what it goes into.
         region: where in it; has as many elements as it takes from the source range.
         scratch: bytes of the reader's buffer that it passes through; 0 when it is read straight into its place.
-        source: where in the range its elements are, of the shape of `region`; None when they lie one behind the other.
+        source: where in what is read its elements are, of the shape of `region`; None when they lie one behind the
+            other.
         swapped: the bytes of each element are in big-endian order.
         row: elements of a row, where its bytes change by rows; else 0.
         scales: of int8 that becomes floats, the scales of its rows.
         at_row: the first of these that is the move's.
+        spread: where in the file the bytes lie, from `offset` on and counted in bytes, the last dimension a run; what
+            is between the runs is not read, and they land one behind the other. None when they lie so in the file.
     """
 
     file: Path
@@ -229,11 +230,14 @@ class Move:
     row: int = 0
     scales: TensorEntry | None = None
     at_row: int = 0
+    spread: Region | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
     """Moves that lie one behind the other in one file and are read at once: a run of small ones, or one large one.
+
+    One whose bytes are spread is alone.
 
     Attributes:
         file: where the bytes are.
@@ -307,106 +311,30 @@ def _first(offset: int, size: int, most: int) -> int:
 def _cut_strided(placement: Placement, link: Link, most: int) -> Iterator[Move]:
     """The moves of a view: ranges of the file with no large gap in them, and where in them its elements are."""
     entry, into = link.entry, link.region
-    size = itemsize(entry.dtype)
-    result = placement.staged_element(link) - size
+    size, element = itemsize(entry.dtype), placement.staged_element(link)
     assert into.dense or into.shape == entry.shape, "a view goes into all of a tensor, or into a part of its shape"
     strides = row_major(entry.shape) if into.dense else into.strides
     assert entry.strides is not None
-    for at, span, source, region in _pieces(entry.shape, entry.strides, strides, most, size):
+    row = placement.row_of(link)
+    for piece in pieces(entry, strides, most):
+        region, count = piece.region, piece.region.count
+        source: Region | None = piece.source
+        if source is not None and not row and source.dense and region.dense:
+            source, region = None, Region(region.offset, (count,), (1,))
+        held = piece.width * size
         yield Move(
             file=entry.file,
-            offset=entry.offset + at * size,
-            nbytes=span * size,
+            offset=entry.offset + piece.at * size,
+            nbytes=held,
             dtype=entry.dtype,
             placement=placement,
             region=Region(into.offset + region.offset, region.shape, region.strides),
-            scratch=scratch_size(span * size + region.count * result, span * size),
+            scratch=scratch_size(held + count * (element - size), held) if element else 0,
             source=source,
             swapped=entry.swapped,
-            row=placement.row_of(link),
+            row=row,
+            spread=in_bytes(piece, size),
         )
-
-
-# A dimension of a view: how many, the step in the source, the step in the destination, in elements.
-_Dimension = tuple[int, int, int]
-
-
-def _dimensions(shape: tuple[int, ...], source: tuple[int, ...], into: tuple[int, ...]) -> list[_Dimension]:
-    """The dimensions in the order in which the source lies, the widest step first, those that are one joined."""
-    return [(n, step, at) for n, at, step in joined(zip(shape, into, source, strict=True))]
-
-
-def _span(dimensions: list[_Dimension]) -> int:
-    """Elements of the source from the first of these to the last."""
-    return 1 + sum((n - 1) * step for n, step, _ in dimensions)
-
-
-def _is_compact(dimensions: list[_Dimension], size: int) -> bool:
-    """Whether there is no gap between the rows that would be worth skipping."""
-    return all((step - _span(dimensions[i + 1 :])) * size < _LEAST_GAP for i, (_, step, _) in enumerate(dimensions))
-
-
-def _pieces(
-    shape: tuple[int, ...], strides: tuple[int, ...], into: tuple[int, ...], most: int, size: int
-) -> Iterator[tuple[int, int, Region, Region]]:
-    """Cut a view: (first element, elements spanned, where they are in these, where they go), as far as they lie apart.
-
-    Args:
-        shape: of the view.
-        strides: in the source.
-        into: strides in the destination.
-        most: elements of a piece, and of the range that it spans.
-        size: bytes of an element.
-    """
-    if 0 in shape:
-        return
-    # A path of explicit frames would be longer: no view has more than a few dimensions.
-    yield from _divide(_dimensions(shape, strides, into), 0, 0, most, size)
-
-
-def _divide(
-    dimensions: list[_Dimension], at: int, to: int, most: int, size: int
-) -> Iterator[tuple[int, int, Region, Region]]:
-    span, count = _span(dimensions), 1
-    for n, _, _ in dimensions:
-        count *= n
-    if span <= most and count <= most and _is_compact(dimensions, size):
-        shape = tuple(n for n, _, _ in dimensions) or (1,)
-        source = tuple(step for _, step, _ in dimensions) or (1,)
-        into = tuple(step for _, _, step in dimensions) or (1,)
-        yield at, span, Region(0, shape, source), Region(to, shape, into)
-        return
-    (n, step, into_step), inner = dimensions[0], dimensions[1:]
-    width, held = _span(inner), count // n
-    take = 0
-    if width <= most and held <= most and (step - width) * size < _LEAST_GAP and _is_compact(inner, size):
-        take = min(most // held, 1 + (most - width) // step if step else n)
-    if take < 1:
-        for i in range(n):
-            yield from _divide(inner, at + i * step, to + i * into_step, most, size)
-        return
-    for i in range(0, n, take):
-        rows = [(min(take, n - i), step, into_step), *inner]
-        yield from _divide(rows, at + i * step, to + i * into_step, most, size)
-
-
-def bytes_to_read(entry: TensorEntry) -> int:
-    """Bytes of the file that a tensor takes: those that it spans, without large gaps between the rows of a view."""
-    if entry.strides is None or not entry.nbytes:
-        return entry.nbytes
-    return min(_spanned(entry.shape, entry.strides, itemsize(entry.dtype)), entry.nbytes)
-
-
-# The parts of many tensors are alike.
-@functools.lru_cache(maxsize=1024)
-def _spanned(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> int:
-    dimensions = _dimensions(shape, strides, row_major(shape))
-    width = needed = 1
-    for n, step, _ in reversed(dimensions):
-        apart = (step - width) * size >= _LEAST_GAP
-        needed = n * needed if apart else needed + (n - 1) * max(step - width + needed, 0)
-        width += (n - 1) * step
-    return needed * size
 
 
 def join(moves: Iterable[Move], each: int, most: int | None = None) -> Iterator[Read]:
@@ -422,8 +350,9 @@ def join(moves: Iterable[Move], each: int, most: int | None = None) -> Iterator[
     end = size = scratch = 0
     for move in moves:
         part = most is not None and move.nbytes < move.placement.source_bytes
+        alone = part or move.spread is not None
         if run and (
-            part
+            alone
             or move.offset != end
             or (move.file is not run[0].file and move.file != run[0].file)
             or size + move.nbytes > together
@@ -432,7 +361,7 @@ def join(moves: Iterable[Move], each: int, most: int | None = None) -> Iterator[
         ):
             yield Read(run[0].file, run[0].offset, size, tuple(run))
             run, size, scratch = [], 0, 0
-        if part:
+        if alone:
             yield Read(move.file, move.offset, move.nbytes, (move,))
             continue
         run.append(move)
