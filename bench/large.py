@@ -90,7 +90,7 @@ def deepseek_v3_fp8(layers: int = 61, experts: int = 256) -> Recipe:
     dtypes, tensors = dict(plain.dtypes), []
     for key, shape in plain.tensors:
         tensors.append((key, shape))
-        if key.endswith("_proj.weight") or key.endswith("_proj_with_mqa.weight") or key.endswith("_b_proj.weight"):
+        if key.endswith(("_proj.weight", "_proj_with_mqa.weight")):
             dtypes[key] = "float8_e4m3fn"
             dtypes[f"{key}_scale_inv"] = "float32"
             tensors.append((f"{key}_scale_inv", tuple(math.ceil(n / _BLOCK) for n in shape)))
