@@ -2,9 +2,11 @@
 
     recipe = llama_recipe(parse_size("1GiB"))
     write_checkpoint(recipe, "demo-model", max_shard_size=parse_size("256MiB"))
+    write_headers(recipe, "only-to-plan", max_shard_size=parse_size("256MiB"))  # holes instead of weights
 
 A `Recipe` says what a checkpoint holds. It comes from arithmetic (`llama_recipe`), from a transformers configuration
-(`recipe_from_config`), or from a list of one's own. `write_checkpoint` streams it to disk.
+(`recipe_from_config`), or from a list of one's own. `write_checkpoint` streams it to disk; `write_headers` writes all
+but the tensors, for models that no disk here would hold.
 """
 
 from __future__ import annotations
@@ -245,6 +247,7 @@ def _write_shards(
                 done += len(piece)
                 if progress is not None:
                     progress(done, total)
+            # What was not written is a hole.
             file.truncate(size)
         made.append(folder / name)
         hidden.rename(folder / name)
