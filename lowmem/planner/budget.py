@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +126,10 @@ def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float]
     rows = [row for p in moved for link in p.links if (row := p.row_of(link))]
     least = max((p.least_buffer() for p in moved), default=0) if rows else 0
     least += -least % ALIGNMENT
-    files: dict[Path, int] = defaultdict(int)
+    files: dict[Path, int] = {}
     for placement in moved:
         for link in placement.links:
-            files[link.entry.file] += link.entry.nbytes
+            files[link.entry.file] = files.get(link.entry.file, 0) + link.entry.nbytes
     total = sum(files.values())
     direct = any(may_read_directly(io, file) for file in files)
     workers = workers_here()
