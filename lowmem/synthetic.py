@@ -2,9 +2,11 @@
 
     recipe = llama_recipe(parse_size("1GiB"))
     write_checkpoint(recipe, "demo-model", max_shard_size=parse_size("256MiB"))
+    write_headers(recipe, "only-to-plan", max_shard_size=parse_size("256MiB"))  # holes instead of weights
 
 A `Recipe` says what a checkpoint holds. It comes from arithmetic (`llama_recipe`), from a transformers configuration
-(`recipe_from_config`), or from a list of one's own. `write_checkpoint` streams it to disk.
+(`recipe_from_config`), or from a list of one's own. `write_checkpoint` streams it to disk; `write_headers` writes all
+but the tensors, for models that no disk here would hold.
 """
 
 from __future__ import annotations
@@ -101,12 +103,45 @@ def write_checkpoint(
         OptionError: the recipe, the limit or the folder is not usable, or the disk has too little space left.
         OSError: writing failed.
     """
+    return _write(recipe, Path(folder), max_shard_size, lambda: _Data(recipe, seed), progress)
+
+
+def write_headers(recipe: Recipe, folder: str | Path, *, max_shard_size: int) -> Path:
+    """Write `recipe` as `write_checkpoint` does, but for the tensors: their place in each file is a hole.
+
+    Every header, the index and `config.json` are what the whole checkpoint would have, and so are the sizes of the
+    files, so that models too large for the disk can be looked at and planned. A hole takes no space (where the file
+    system has sparse files) and reads as zeros.
+
+    Args:
+        recipe: what to write.
+        folder: where to, new or empty; parents are made.
+        max_shard_size: bytes of tensors per file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: the recipe, the limit or the folder is not usable.
+        OSError: writing failed, or the file system has no files of such a size.
+    """
+    return _write(recipe, Path(folder), max_shard_size, None, None)
+
+
+def _write(
+    recipe: Recipe,
+    folder: Path,
+    max_shard_size: int,
+    make_data: Callable[[], _Data] | None,
+    progress: Callable[[int, int], None] | None,
+) -> Path:
+    """Everything in order; without `make_data` tensors are holes."""
     _check(recipe, max_shard_size)
-    folder = Path(folder)
     made: list[Path] = []
     try:
-        _claim(folder, recipe.nbytes, made)
-        weight_map = _write_shards(recipe, folder, max_shard_size, _Data(recipe, seed), progress, made)
+        _claim(folder, 0 if make_data is None else recipe.nbytes, made)
+        data = None if make_data is None else make_data()
+        weight_map = _write_shards(recipe, folder, max_shard_size, data, progress, made)
         _write_json(folder, "config.json", recipe.config, made)
         _write_json(folder, "generation_config.json", recipe.generation_config, made)
         # The index comes last: where there is one, all that it names is there.
@@ -187,11 +222,11 @@ def _write_shards(
     recipe: Recipe,
     folder: Path,
     max_shard_size: int,
-    data: _Data,
+    data: _Data | None,
     progress: Callable[[int, int], None] | None,
     made: list[Path],
 ) -> dict[str, str]:
-    """Write every shard; return key → file name."""
+    """Write every shard; return key → file name. Without `data` tensors are holes."""
     shapes = dict(recipe.tensors)
     shards = plan_shards(recipe, max_shard_size)
     total = recipe.nbytes
@@ -201,21 +236,30 @@ def _write_shards(
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         # The order of safetensors' save_file: wide dtypes first, so that each tensor is aligned; then by name.
         keys = sorted(shard, key=lambda key: (-itemsize(recipe.dtype_of(key)), key))
-        head, spans, _ = layout(((key, recipe.dtype_of(key), shapes[key]) for key in keys), {"format": "pt"})
+        head, spans, size = layout(((key, recipe.dtype_of(key), shapes[key]) for key in keys), {"format": "pt"})
         hidden = folder / f".{name}.tmp"
         made.append(hidden)
         with hidden.open("wb", buffering=MIB) as file:
             file.write(head)
-            for key in keys:
-                for piece in data.pieces(key, shapes[key], spans[key][1]):
-                    file.write(piece)
-                    done += len(piece)
-                    if progress is not None:
-                        progress(done, total)
+            pieces = () if data is None else _all_pieces(data, keys, shapes, spans)
+            for piece in pieces:
+                file.write(piece)
+                done += len(piece)
+                if progress is not None:
+                    progress(done, total)
+            # What was not written is a hole.
+            file.truncate(size)
         made.append(folder / name)
         hidden.rename(folder / name)
         weight_map.update(dict.fromkeys(keys, name))
     return weight_map
+
+
+def _all_pieces(
+    data: _Data, keys: list[str], shapes: Mapping[str, tuple[int, ...]], spans: Mapping[str, tuple[int, int]]
+) -> Iterator[memoryview]:
+    for key in keys:
+        yield from data.pieces(key, shapes[key], spans[key][1])
 
 
 def _write_json(folder: Path, name: str, value: Mapping[str, Any] | None, made: list[Path]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -51,7 +52,9 @@ def read_listing(found: Source) -> Listing | None:
     first: dict[str, str] = {}
     for key, name in weight_map.items():
         first.setdefault(name, key)
-    files = {name: _inside(found.index, found.folder, name, first[name]) for name in sorted(first)}
+    # Of hundreds of shards each would ask for the same.
+    roots = functools.cache(lambda: _roots(found.folder))
+    files = {name: _inside(found.index, found.folder, name, first[name], roots) for name in sorted(first)}
     return Listing(found.index, weight_map, files, total_size)
 
 
@@ -87,7 +90,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], Any]:
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
-def _inside(index: Path, folder: Path, name: str, key: str) -> Path:
+def _inside(index: Path, folder: Path, name: str, key: str, roots: Callable[[], tuple[Path, Path | None]]) -> Path:
     """The shard `name`, which must lie in the index's folder; a link may lead only where the hub's cache leads."""
     file = folder / name
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
@@ -99,12 +102,11 @@ def _inside(index: Path, folder: Path, name: str, key: str) -> Path:
             f"{index}: tensor {key!r}: expected in {short(name)}, which is missing in {folder}; download it again"
         )
     try:
-        root, real = folder.resolve(strict=True), file.resolve(strict=True)
+        (root, blobs), real = roots(), file.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{file}: tensor {key!r}: expected a file, found a link that leads nowhere; download it again"
         ) from error
-    blobs = _blobs(root)
     if not real.is_relative_to(root) and not (blobs and real.is_relative_to(blobs)):
         raise CheckpointError(
             f"{file}: tensor {key!r}: expected a file inside {folder}, found a link to {real}; "
@@ -113,12 +115,16 @@ def _inside(index: Path, folder: Path, name: str, key: str) -> Path:
     return file
 
 
-def _blobs(root: Path) -> Path | None:
-    """The hub's cache keeps `models--x/snapshots/<revision>/[folder/]<name>` as links into `models--x/blobs`."""
+def _roots(folder: Path) -> tuple[Path, Path | None]:
+    """Where shards may lie: the folder itself, and in the hub's cache the folder that its links lead to.
+
+    The cache keeps `models--x/snapshots/<revision>/[folder/]<name>` as links into `models--x/blobs`.
+    """
+    root = folder.resolve(strict=True)
     for revision in (root, *root.parents):
         if revision.parent.name == "snapshots":
-            return revision.parent.parent / "blobs"
-    return None
+            return root, revision.parent.parent / "blobs"
+    return root, None
 
 
 def check_keys(listing: Listing, entries: Mapping[str, TensorEntry], unreadable: Collection[str] = ()) -> list[str]:
@@ -154,12 +160,12 @@ def oddities(found: Source, listing: Listing, entries: Mapping[str, TensorEntry]
     odd = []
     if unlisted:
         odd.append(f"{len(unlisted)} tensors are in the shards but not in the index ({unlisted[0]}, …); they are used")
+    claimed = listing.total_size
     # A tensor that is there under two names may have been counted once or twice.
-    sizes = stored_bytes(entries.values()), sum(entry.nbytes for entry in entries.values())
-    if isinstance(listing.total_size, int | float) and listing.total_size not in sizes:
-        odd.append(
-            f"the index claims {short(listing.total_size)} bytes, the shards hold {sizes[0]}; the shards were believed"
-        )
+    if isinstance(claimed, int | float) and claimed != sum([entry.nbytes for entry in entries.values()]):
+        held = stored_bytes(entries.values())
+        if claimed != held:
+            odd.append(f"the index claims {short(claimed)} bytes, the shards hold {held}; the shards were believed")
     named = {file.name for file in listing.files.values()}
     stray = sorted(
         file.name for file in found.folder.iterdir() if is_weights(file.name, found.pickled) and file.name not in named
