@@ -10,15 +10,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 import torch.distributed as dist
+from rank_processes import Died, Raised, run_ranks
+from safetensors.torch import save_file
+from torch import nn
 
+import lowmem
 from lowmem import CheckpointError, OptionError, RankError
+from lowmem.engine import Installer, reading, run
 from lowmem.engine.crew import Crew
 from lowmem.ranks import Together, control, find_neighbours, gather, hosts, links
-from tests.rank_processes import Died, Raised, run_ranks
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -363,12 +369,43 @@ def test_who_does_not_come_is_not_waited_for_without_end(played: list[Any]) -> N
     assert saw(played, "nobody")[0] == "RankError: rank 6 has not come to the load within 0:00:00.300000"
 
 
+def test_the_engine_stops_when_its_watch_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it waits for reads that take long; nothing else is different."""
+    save_file({"weight": torch.ones(4, 4), "bias": torch.zeros(4)}, tmp_path / "model.safetensors")
+    plan = lowmem.plan(tmp_path / "model.safetensors", model=nn.Linear(4, 4, device="meta"), dtype="bfloat16")
+    model, looks = nn.Linear(4, 4, device="meta"), [0]
+    run(plan, Installer(model), watch=lambda: looks.append(1))
+    assert len(looks) > 1
+    assert model.weight.dtype == torch.bfloat16
+    assert model.weight.sum() == 16
+
+    told, fill = threading.Event(), reading.ShardReader.fill
+
+    def wait_and_fill(*args: Any) -> None:
+        assert told.wait(60)
+        fill(*args)
+
+    def watch() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            told.set()
+            raise RankError("rank 3: is gone", rank=3)
+
+    looks.clear()
+    monkeypatch.setattr(reading.ShardReader, "fill", wait_and_fill)
+    with pytest.raises(RankError, match="rank 3"):
+        run(plan, Installer(nn.Linear(4, 4, device="meta")), watch=watch)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowmem")]
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def be_killed(rank: int) -> Any:
     """Rank after rank dies, each in a load with ranks 0 and 1, which go on."""
+    # One that dies while it connects is missed when this is over.
+    links.CONNECTING = links.timedelta(seconds=5)
     results = []
     for victim, moment in ((5, "at start"), (4, "in the engine"), (3, "at the end"), (2, "gathering")):
         if rank in (0, 1, victim):
