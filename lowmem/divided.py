@@ -86,7 +86,7 @@ class Company:
 
 def is_divided(skeleton: Skeleton) -> bool:
     """Whether some of the model's tensors are DTensors, of which each rank holds a part."""
-    return any(target.sharding is not None for target in skeleton.targets.values())
+    return bool({target.sharding for target in skeleton.targets.values()} - {None})
 
 
 def known_members(asked: ModelRequest, request: LoadRequest) -> tuple[int, ...]:
