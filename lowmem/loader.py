@@ -98,6 +98,7 @@ def load(
     skip_modules: str | Iterable[str] | None = None,
     dequantize: bool = False,
     int8_threshold: float | None = None,
+    read: str = "auto",
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> LoadResult:
@@ -169,6 +170,9 @@ def load(
         dequantize: make floats of what is int8 in the checkpoint.
         int8_threshold: magnitude from which bitsandbytes computes activations in fp16 instead of int8. Default: that of
             the checkpoint's config, or 6.
+        read: of several ranks of torch.distributed, `"each"`: every one reads what it holds, or `"once"`: what ranks of
+            a host hold alike is read by one of them and given to the others; every rank must then call `load`. Default:
+            by what is shared, what the files lie on, and what the ranks talk by.
         trust_remote_code: whether Python files beside the checkpoint may run.
         progress: called with a `Progress` from the calling thread.
 
@@ -218,6 +222,7 @@ def load(
         skip_modules=skip_modules,
         dequantize=dequantize,
         int8_threshold=int8_threshold,
+        read=read,
     )
     if progress is not None and not callable(progress):
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
