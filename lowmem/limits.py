@@ -94,6 +94,16 @@ def device_memory() -> dict[str, int]:
     return free
 
 
+def shares_memory(device: str) -> bool:
+    """Whether a device such as `"cuda:0"` has no memory of its own and computes in the host's."""
+    torch = importlib.import_module("torch")
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count():
+        return kind == "mps"
+    # Of Jetson and the like. Where host and device reach each other's memory but have each their own, it is not set.
+    return bool(getattr(torch.cuda.get_device_properties(int(index or 0)), "is_integrated", False))
+
+
 def accelerators_here() -> set[str]:
     """Every accelerator that torch can use here."""
     torch = importlib.import_module("torch")
