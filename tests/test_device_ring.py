@@ -211,6 +211,22 @@ def test_parts_that_do_not_lie_one_behind_the_other_are_put_in_place_on_the_devi
     check_over(device)
 
 
+@pytest.mark.parametrize(("dtype", "chunks"), [("auto", 0), ("bfloat16", 0), ("float64", 2)])
+def test_the_device_holds_what_is_planned(
+    tmp_path: Path, fake: Callable[..., FakeDevice], dtype: str, chunks: int
+) -> None:
+    """What becomes smaller is cast on the way there, and what stays as it is goes right into its place."""
+    tensors = {str(n): torch.randn(5000) for n in range(12)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    for seed in SEEDS:
+        device = fake(seed)
+        plan, installer = loading(stream_plan(tmp_path / "m.safetensors", dtype))
+        planned = accelerators.chunks_on("cuda:0", plan.placements, plan.staging)
+        assert planned == chunks * plan.staging.each
+        run(plan, installer)
+        assert device.peak == sum(p.nbytes for p in plan.placements) + planned
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_int8_that_readers_make_arrives_with_its_scales(
     tmp_path: Path, fake: Callable[..., FakeDevice], monkeypatch: pytest.MonkeyPatch, seed: int

@@ -181,7 +181,7 @@ class Lane:
         self._slots = [Slot(part, work, self) for part in parts]
         self._turn = 0
         self._routes: dict[Accelerator, _Route] = {}
-        # Pinned once for all devices.
+        # Once for all devices. What is not pinned is copied more slowly, and in the same order.
         self._backend = next(iter(accelerators.values())).backend
         self._backend.enter()
         self._is_pinned = self._backend.pin(self._memory)
@@ -246,8 +246,6 @@ class Lane:
             for destination in route.fed:
                 destination.copied[route] = event
             route.fed.clear()
-        if not self._is_pinned:
-            slot.wait()
 
     def finish(self) -> None:
         """Wait for all copies.
