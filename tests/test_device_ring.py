@@ -24,6 +24,8 @@ from tiny_models import same
 from torch import nn
 
 import lowmem
+from bench.gpu.__main__ import as_markdown
+from bench.gpu.__main__ import main as bench_main
 from lowmem import limits
 from lowmem.checkpoint import inspect
 from lowmem.engine import accelerator, iterate
@@ -442,3 +444,18 @@ def test_memory_is_pinned_for_all_devices_on_the_one_that_is_used(
     monkeypatch.setattr(torch, "empty", blamed)
     assert not backend.pin(memory)
     assert swallowed == [torch.device("cuda:1")]
+
+
+def test_the_bench_says_that_it_cannot_measure_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it can")
+    assert bench_main(["--folder", str(tmp_path)]) == 0
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bench_tells_what_part_of_the_bus_a_load_uses() -> None:
+    row = {"loader": "lowmem", "dtype": "auto", "warm": [0.5, 0.25], "cold": [1.0], "bytes": 10**10, "pinned": 5e10}
+    told = as_markdown("auto", [row | {"peak": 3 * MIB, "resident": MIB}, row | {"warm": [], "reason": "no such"}])
+    assert "| lowmem | 0.250 | 40.0 | 80% | 1.000 | 10.0 | 2 |  |" in told
+    assert "| lowmem | - | - | - | 1.000 | 10.0 | - | no such |" in told
