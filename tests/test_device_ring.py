@@ -376,8 +376,11 @@ def test_a_device_in_host_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     for answer in (True, False):
         found = SimpleNamespace(is_integrated=answer)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, found=found: found)
+        monkeypatch.setattr(limits.platform, "machine", lambda: "aarch64")
         assert limits.shares_memory("cuda:0") is answer
         assert not limits.shares_memory("cuda:1")
+        monkeypatch.setattr(limits.platform, "machine", lambda: "x86_64")
+        assert not limits.shares_memory("cuda:0")
 
 
 # What torch is asked for.
