@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -73,6 +74,12 @@ class Company:
     def carrier(self) -> Carrier | None:
         """Brings tensors from rank to rank; None where there is none."""
         return self._carrier
+
+    def asked_about_ties(self) -> tuple[int | None, Callable[[list[str]], list[list[str]]] | None]:
+        """The rank whose parts of tied tensors are compared, and how the others learn of it; None for one process."""
+        if self.together is None:
+            return None, None
+        return self.together.rank, functools.partial(gather, self.together)
 
     def settle(self) -> None:
         """Wait until all ranks have everything in its place, as long as this one can still take it back.

@@ -410,13 +410,13 @@ def _prepare(
     with paused_collector():
         made = fit(found, origin, request, undo, clock)
         if company is not None:
-            made = made.without_ties(request)
+            if is_divided(made.skeleton):
+                company.join(members_of(made.skeleton))
+            made = made.without_ties(request, *company.asked_about_ties())
         skeleton, checkpoint = made.skeleton, made.checkpoint
         refuse(made.mapping, checkpoint.source, request.strict, request.keys)
         targets = skeleton.targets
         if is_divided(skeleton):
-            if company is not None:
-                company.join(members_of(skeleton))
             request = at_home(skeleton, request)
             made = made.on_rank(rank_here())
             skeleton = made.skeleton
