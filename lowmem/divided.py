@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from ._mounts import is_on_local_disk
-from ._page_cache import cached_share
+from ._page_cache import CachedPages, cached_share, give_back, look
 from .errors import BudgetError, ModelError, OptionError
 from .modeling.request import ModelRequest
 from .modeling.sharding import is_sharded, rank_here
@@ -44,6 +45,8 @@ class Company:
         self._stack = ExitStack()
         self.together: Together | None = None
         self._carrier: Carrier | None = None
+        # Which pages of files were in the page cache before, where this rank sees to what all of its host have read.
+        self._before: dict[Path, CachedPages] = {}
 
     def __enter__(self) -> Company:
         self._stack.__enter__()
@@ -89,6 +92,26 @@ class Company:
         """
         if self.together is not None:
             gather(self.together, None)
+            for file, before in self._before.items():
+                _drop_new(file, before)
+
+    def keep_pages(self, plan: LoadPlan, beside: tuple[int, ...]) -> LoadPlan:
+        """The plan, leaving in the page cache what ranks beside this one read too; all of it goes back when they are
+        done, except what was there before.
+        """
+        if plan.reading.keep_cache or len(beside) < 2:
+            return plan
+        if plan.bytes_read and self.together is not None and self.together.rank == beside[0]:
+            for shard in plan.checkpoint.shards:
+                with suppress(OSError), shard.file.open("rb", buffering=0) as file:
+                    self._before[shard.file] = look(file.fileno(), shard.size)
+        return replace(plan, reading=replace(plan.reading, keep_cache=True))
+
+
+def _drop_new(path: Path, before: CachedPages) -> None:
+    with suppress(OSError), path.open("rb", buffering=0) as file:
+        for begin, length in () if before.everything else before.absent(0, os.fstat(file.fileno()).st_size):
+            give_back(file.fileno(), begin, length)
 
 
 def is_divided(skeleton: Skeleton) -> bool:
@@ -156,20 +179,23 @@ def at_home(skeleton: Skeleton, request: LoadRequest) -> LoadRequest:
     return replace(request, device_map={"": f"{kind}:{getattr(torch, kind).current_device()}"})
 
 
-def agreed(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest, together: Together) -> LoadPlan:
+def agreed(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest, company: Company) -> LoadPlan:
     """The plan of this rank beside those of the others: who reads what, and whether all of a host fit into it.
 
     Args:
         plan: of this rank alone.
         targets: of the whole model.
         request: what was asked of this rank.
-        together: the ranks; each of them must call this.
+        company: the ranks; each of them must call this.
 
     Raises:
         ModelError: ranks load different models, or load them differently.
         BudgetError: the ranks of this host need more than it has.
         RankError: another rank has failed.
     """
+    together = company.together
+    if together is None:
+        return plan
     rank, beside = together.rank, find_neighbours(together).ranks
     said = {"asked": _digest(plan, targets, request), "once": _is_worth_reading_once(plan, targets, rank, beside)}
     answers = dict(zip(together.members, gather(together, said), strict=True))
@@ -182,6 +208,7 @@ def agreed(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest, 
     once = request.read == "once" or (request.read is None and all(answers[other]["once"] for other in beside))
     if once:
         plan = share_out(plan, targets, rank, beside)
+    plan = company.keep_pages(plan, beside)
     mapped = mapped_share(plan, targets, rank, beside)
     mine: dict[str, Any] = {
         "mapped": [mapped.numerator, mapped.denominator],

@@ -421,8 +421,8 @@ def _prepare(
             made = made.on_rank(rank_here())
             skeleton = made.skeleton
         plan = make_plan(checkpoint, skeleton, made.mapping, request)
-        if company is not None and company.together is not None:
-            plan = agreed(plan, targets, request, company.together)
+        if company is not None:
+            plan = agreed(plan, targets, request, company)
         return skeleton, replace(plan, warnings=(*skeleton.warnings, *plan.warnings)) if skeleton.warnings else plan
 
 

@@ -38,10 +38,14 @@ _DEFAULT_STACK = 2 * MIB
 
 
 def workers_here() -> int:
-    """Reader threads for what is in memory: the processors that this process may use, at most eight."""
+    """Reader threads for what is in memory: the processors that this process may use, at most eight.
+
+    Those of a host are divided among the processes that torchrun has started there.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(MAX_WORKERS, count))
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(MAX_WORKERS, count // max(1, int(beside) if beside.isdecimal() else 1)))
 
 
 @dataclass(frozen=True)
