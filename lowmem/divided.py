@@ -19,14 +19,17 @@ from torch import nn
 
 from ._mounts import is_on_local_disk
 from ._page_cache import CachedPages, cached_share, give_back, look
+from .engine import Installer
+from .engine.sharing import share
 from .errors import BudgetError, ModelError, OptionError
 from .modeling.request import ModelRequest
 from .modeling.sharding import is_sharded, rank_here
 from .modeling.skeleton import Skeleton
-from .modeling.targets import Target, walk
-from .planner import LoadPlan, LoadRequest
+from .modeling.targets import Target, tensor_of, walk
+from .planner import LoadPlan, LoadRequest, Placement
 from .planner.rank_records import RankShare
-from .planner.ranks import holders, mapped_share, share_out
+from .planner.ranks import held_alike, holders, mapped_share, share_out
+from .planner.records import Shared
 from .ranks import Together, find_neighbours, gather
 from .ranks.carrier import Carrier
 from .sizes import MIB, format_size, shown
@@ -47,6 +50,7 @@ class Company:
         self._carrier: Carrier | None = None
         # Which pages of files were in the page cache before, where this rank sees to what all of its host have read.
         self._before: dict[Path, CachedPages] = {}
+        self._alike: tuple[Shared, ...] = ()
 
     def __enter__(self) -> Company:
         self._stack.__enter__()
@@ -78,6 +82,23 @@ class Company:
         """Brings tensors from rank to rank; None where there is none."""
         return self._carrier
 
+    def initialised(self, plan: LoadPlan, targets: Mapping[str, Target]) -> None:
+        """Note what the model's own rule will initialise, and who holds the same of it."""
+        if self.together is not None:
+            fresh = [p for p in plan.placements if p.residency == "init" and p.nbytes]
+            self._alike = tuple(held_alike(fresh, targets, self.together.rank, self.together.members))
+
+    def make_alike(self, plan: LoadPlan, model: nn.Module) -> None:
+        """Give what the model's own rule has initialised, by chance on each rank, to all that hold the same of it.
+
+        Raises:
+            RankError: another rank has failed, or is gone.
+        """
+        if self._alike and self.together is not None and self._carrier is not None:
+            rank = self.together.rank
+            mine = {one.placement: local_of(model, one.placement) for one in self._alike if one.reader == rank}
+            share(self._alike, mine, Installer(model).install, self._carrier)
+
     def asked_about_ties(self) -> tuple[int | None, Callable[[list[str]], list[list[str]]] | None]:
         """The rank whose parts of tied tensors are compared, and how the others learn of it; None for one process."""
         if self.together is None:
@@ -106,6 +127,13 @@ class Company:
                 with suppress(OSError), shard.file.open("rb", buffering=0) as file:
                     self._before[shard.file] = look(file.fileno(), shard.size)
         return replace(plan, reading=replace(plan.reading, keep_cache=True))
+
+
+def local_of(model: nn.Module, placement: Placement) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    tensor: Any = tensor_of(model, placement.target)
+    local: torch.Tensor = tensor._local_tensor if is_sharded(tensor) else tensor
+    return local.detach().contiguous()
 
 
 def _drop_new(path: Path, before: CachedPages) -> None:
@@ -209,6 +237,7 @@ def agreed(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest, 
     if once:
         plan = share_out(plan, targets, rank, beside)
     plan = company.keep_pages(plan, beside)
+    company.initialised(plan, targets)
     mapped = mapped_share(plan, targets, rank, beside)
     mine: dict[str, Any] = {
         "mapped": [mapped.numerator, mapped.denominator],

@@ -466,6 +466,7 @@ def _execute(
         fresh = [name for p in plan.placements if p.residency == "init" for name in p.names]
         if fresh:
             skeleton.rules.initialise(fresh)
+            company.make_alike(plan, skeleton.model)
         if holding is not None:
             holding.finish(_unfed(plan))
         skeleton.rules.finish(_unfed(plan))
