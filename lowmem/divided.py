@@ -187,7 +187,7 @@ def at_home(skeleton: Skeleton, request: LoadRequest) -> LoadRequest:
     """Where the parts of a divided model go, if that is not said: to this process's own device of its meshes' kind.
 
     Raises:
-        OptionError: a device map that would be inferred, or several devices: the mesh says who holds what.
+        OptionError: a device map that would be inferred, several devices, or the disk: the mesh says who holds what.
         ModelError: nothing says which rank this is.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -195,10 +195,11 @@ def at_home(skeleton: Skeleton, request: LoadRequest) -> LoadRequest:
             "the model has DTensors, and no process group of torch.distributed runs here; lowmem.plan_ranks plans a "
             "load by several ranks without them"
         )
-    if isinstance(request.device_map, str) or len(set((request.device_map or {}).values())) > 1:
+    devices = set() if isinstance(request.device_map, str) else set((request.device_map or {}).values())
+    if isinstance(request.device_map, str) or len(devices) > 1 or "disk" in devices:
         raise OptionError(
-            f"device_map: expected one device, found {shown(request.device_map)}: the model is divided among ranks by "
-            "its DTensors, so that each process has one device; leave device_map out for the mesh's own"
+            f"device_map: expected one device with memory, found {shown(request.device_map)}: the model is divided "
+            "among ranks by its DTensors, so that each process has one device; leave device_map out for the mesh's own"
         )
     kinds = {target.sharding.mesh.device for target in skeleton.targets.values() if target.sharding is not None}
     if request.device_map is not None or kinds == {"cpu"}:
