@@ -134,8 +134,10 @@ def _planned(made: Fit, request: LoadRequest, paper: PaperMesh, beside: int) -> 
         here = range(host * beside, min((host + 1) * beside, paper.ranks))
         mapped[rank] = mapped_share(plan, targets, rank, here)
         warnings.update(dict.fromkeys(plan.warnings))
-        # Every rank has a place for every tensor, if only for nothing of it.
-        weights = sum(nbytes_of(targets[p.target].shape, p.dtype) for p in plan.placements)
+        # Every rank has a place for every tensor, if only for nothing of it. Tied ones that are divided differently
+        # have one each.
+        whole = {targets[p.target].tie: nbytes_of(targets[p.target].shape, p.dtype) for p in plan.placements}
+        weights = sum(whole.values())
     return RanksPlan(
         made.checkpoint.source,
         dict(zip(paper.mesh.names, paper.mesh.shape, strict=True)),
