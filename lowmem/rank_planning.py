@@ -42,6 +42,8 @@ def plan_ranks(
     config: Any = None,
     attn_implementation: str | Mapping[str, str] | None = None,
     experts_implementation: str | Mapping[str, str] | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     weights: str | None = None,
     ema: bool | None = None,
@@ -67,6 +69,8 @@ def plan_ranks(
         config: as in `load`.
         attn_implementation: as in `load`.
         experts_implementation: as in `load`.
+        num_classes: as in `load`.
+        in_chans: as in `load`.
         model_kwargs: as in `load`.
         weights: as in `load`.
         ema: as in `load`.
@@ -87,6 +91,8 @@ def plan_ranks(
         config=config,
         attn_implementation=attn_implementation,
         experts_implementation=experts_implementation,
+        num_classes=num_classes,
+        in_chans=in_chans,
         model_kwargs=model_kwargs,
         trust_remote_code=flag(trust_remote_code, "trust_remote_code"),
     )

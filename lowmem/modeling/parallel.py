@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -132,21 +133,27 @@ class PaperMesh:
         }
 
     def _sharding(self, target: Target, by_plan: tuple[Split | None, ...], inner: str | None) -> Sharding:
-        splits: list[Split | None] = []
         planned = by_plan[0] if by_plan else None
-        for name, count in zip(self.mesh.names, self.mesh.shape, strict=True):
-            if name == inner and (planned is not None or inner == "tp" or "fsdp" not in self.mesh.names):
+        # Ranks that have other experts are ranks of the data too, among all of which the rest is divided at once.
+        mesh = self._of_data if inner == "ep" and planned is None and "fsdp" in self.mesh.names else self.mesh
+        splits: list[Split | None] = []
+        for name, count in zip(mesh.names, mesh.shape, strict=True):
+            if name == inner:
                 splits.append(planned)
-            elif name == "ep" and target.kind == "parameter" and target.shape:
-                # Ranks that have other experts are ranks of the data too, among which the rest is divided.
-                splits.append(Split(0))
             elif name == "fsdp" and count > 1 and target.kind == "parameter" and target.shape:
                 # Of what the inner dimension leaves, which torch says by a split in groups.
                 inside = self.mesh.shape[self.mesh.names.index(inner)] if inner is not None else 1
                 splits.append(Split(0, inside if planned is not None and planned.dim == 0 else 1))
             else:
                 splits.append(None)
-        return Sharding(self.mesh, tuple(splits))
+        return Sharding(mesh, tuple(splits))
+
+    @functools.cached_property
+    def _of_data(self) -> Mesh:
+        """The mesh with its ranks of experts among those of `fsdp`, which are beside them."""
+        counts = dict(zip(self.mesh.names, self.mesh.shape, strict=True))
+        counts["fsdp"] *= counts.pop("ep")
+        return replace(self.mesh, shape=tuple(counts.values()), names=tuple(counts))
 
     def _by_plan(self, model: nn.Module, kind: str, borrowed: bool) -> dict[str, tuple[Split | None, ...]]:
         """How the model's own plan divides its tensors along one dimension of the mesh."""
