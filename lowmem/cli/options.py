@@ -287,7 +287,9 @@ def rank_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     if arguments.ranks is None and arguments.mesh is None:
         if arguments.ranks_per_host is not None:
-            raise OptionError("--ranks-per-host: expected --ranks or --mesh with it, which say how many ranks there are")
+            raise OptionError(
+                "--ranks-per-host: expected --ranks or --mesh with it, which say how many ranks there are"
+            )
         return {}
     for name in ("max_memory", "no_split"):
         if getattr(arguments, name) is not None:
