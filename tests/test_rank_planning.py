@@ -27,17 +27,15 @@ Saved = Callable[..., Path]
 CASES: list[tuple[str, dict[str, int]]] = [
     ("llama", {"fsdp": 3}),
     ("llama", {"tp": 3}),
-    ("llama", {"fsdp": 3, "tp": 2}),
-    ("llama", {"replicate": 2, "fsdp": 2, "tp": 2}),
+    ("llama", {"fsdp": 2, "tp": 2}),
+    ("llama", {"replicate": 2, "tp": 2}),
     ("llama-tied", {"fsdp": 2}),
     ("qwen3-moe", {"tp": 2}),
-    ("qwen3-moe", {"fsdp": 2, "tp": 2}),
     ("qwen3-moe", {"replicate": 2, "fsdp": 2}),
-    ("qwen3-moe", {"replicate": 2}),
     ("qwen3-moe", {"ep": 2}),
     ("qwen3-moe", {"fsdp": 1, "ep": 2}),
-    ("qwen3-moe", {"fsdp": 3, "ep": 2}),
-    ("qwen3-moe", {"replicate": 2, "fsdp": 2, "ep": 2}),
+    ("qwen3-moe", {"fsdp": 2, "ep": 2}),
+    ("qwen3-moe", {"replicate": 2, "fsdp": 1, "ep": 2}),
 ]
 
 

@@ -80,6 +80,9 @@ def of_rank(folder: str, mesh: dict[str, int], rank: int) -> dict[str, Any]:
 
 def main(cases: list[tuple[str, dict[str, int]]]) -> list[list[dict[str, Any]]]:
     """For each model and mesh, what each rank has."""
+    for folder in sorted({folder for folder, _ in cases}):
+        # Imports the model's module, which else each of the processes would.
+        lowmem.plan(Path(folder))
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         asked = [[(folder, mesh, rank) for rank in range(math.prod(mesh.values()))] for folder, mesh in cases]
         found = iter(pool.starmap(of_rank, [one for case in asked for one in case], chunksize=1))
