@@ -36,8 +36,14 @@ def settled(mesh: dict[str, int]) -> Any:
     if ep == 1:
         return DistributedConfig(fsdp_size=fsdp or 1, tp_size=tp, dp_replicate_size=replicas)
     if fsdp is None:
-        # Nothing but the experts is divided: a plan of tensor parallelism with nothing in it is refused as none.
-        nothing = {"model.norm": "replicated_with_grad_allreduce"}
+        # Nothing but the experts is divided. A plan of tensor parallelism without rules is refused, so all rules are
+        # there, and divide nothing.
+        rules = [
+            *(f"model.{name}" for name in transformers.Qwen3MoeConfig.base_model_tp_plan),
+            "model.embed_tokens",
+            "lm_head",
+        ]
+        nothing = dict.fromkeys(rules, "replicated_with_grad_allreduce")
         return DistributedConfig(tp_size=ep, ep_size=ep, tp_plan=nothing, dp_replicate_size=replicas)
     return DistributedConfig(fsdp_size=fsdp * ep, ep_size=ep, dp_replicate_size=replicas)
 
