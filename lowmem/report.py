@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .memory import Measurement
     from .planner import LoadPlan
-    from .planner.ranks import HostShare, RankPlan, RanksPlan
+    from .planner.rank_records import HostShare, RankPlan, RanksPlan
 
 T = TypeVar("T")
 # So many rows are read one by one; of more, equal ones become one.
