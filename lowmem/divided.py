@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
@@ -89,34 +89,39 @@ def is_divided(skeleton: Skeleton) -> bool:
     return bool({target.sharding for target in skeleton.targets.values()} - {None})
 
 
+def ranks_of(model: Any, distributed_config: Any) -> tuple[int, ...]:
+    """The ranks that load what is given as a model, as far as that can be seen from it; none where it cannot."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ()
+    if distributed_config is not None:
+        return tuple(range(torch.distributed.get_world_size()))
+    if not isinstance(model, nn.Module):
+        return ()
+    meshes = {
+        tensor.device_mesh
+        for _, module in walk(model)
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if is_sharded(tensor)
+    }
+    return tuple(sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}))
+
+
 def known_members(asked: ModelRequest, request: LoadRequest) -> tuple[int, ...]:
-    """The ranks that load together, as far as it is known before the model is built; none where it is not.
+    """The ranks that load together because of `read`, where the model does not say who: all that there are.
 
     Raises:
         OptionError: `read` is about several ranks, and torch.distributed does not run.
     """
-    running = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not running:
-        if request.read is not None and asked.distributed_config is None:
-            raise OptionError(
-                f"read: expected several ranks for {request.read!r}, found no process group of torch.distributed; "
-                "leave it out, or start the program by torchrun and call torch.distributed.init_process_group() before"
-            )
+    if request.read is None:
         return ()
-    found: set[int] = set()
-    if isinstance(asked.model, nn.Module):
-        for _, module in walk(asked.model):
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if is_sharded(tensor):
-                    found.update(_ranks_of(tensor))
-    if request.read is not None or asked.distributed_config is not None:
-        found.update(range(torch.distributed.get_world_size()))
-    return tuple(sorted(found))
-
-
-def _ranks_of(tensor: Any) -> Iterable[int]:
-    ranks: list[int] = tensor.device_mesh.mesh.flatten().tolist()
-    return ranks
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return tuple(range(torch.distributed.get_world_size()))
+    if asked.distributed_config is None:
+        raise OptionError(
+            f"read: expected several ranks for {request.read!r}, found no process group of torch.distributed; "
+            "leave it out, or start the program by torchrun and call torch.distributed.init_process_group() before"
+        )
+    return ()
 
 
 def members_of(skeleton: Skeleton) -> tuple[int, ...]:
@@ -242,4 +247,4 @@ def _is_worth_reading_once(plan: LoadPlan, targets: Mapping[str, Target], rank: 
     return all(not is_on_local_disk(file) and cached_share(file) < 0.5 for file in files)
 
 
-__all__ = ["Company", "agreed", "at_home", "is_divided", "known_members", "members_of", "rank_here"]
+__all__ = ["Company", "agreed", "at_home", "is_divided", "known_members", "members_of", "rank_here", "ranks_of"]
