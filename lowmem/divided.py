@@ -77,11 +77,13 @@ class Company:
     def settle(self) -> None:
         """Wait until all ranks have everything in its place, as long as this one can still take it back.
 
+        From then on the load has succeeded for all of them, whatever becomes of one.
+
         Raises:
             RankError: another rank has failed, or is gone.
         """
         if self.together is not None:
-            gather(self.together, None)
+            self.together.finish()
 
 
 def is_divided(skeleton: Skeleton) -> bool:
