@@ -99,12 +99,10 @@ def ranks_of(model: Any, distributed_config: Any) -> tuple[int, ...]:
         return tuple(range(torch.distributed.get_world_size()))
     if not isinstance(model, nn.Module):
         return ()
-    meshes = {
-        tensor.device_mesh
-        for _, module in walk(model)
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-        if is_sharded(tensor)
-    }
+    meshes: set[Any] = set()
+    for _, module in walk(model):
+        tensors: tuple[Any, ...] = (*module._parameters.values(), *module._buffers.values())
+        meshes.update(tensor.device_mesh for tensor in tensors if is_sharded(tensor))
     return tuple(sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}))
 
 
