@@ -136,6 +136,10 @@ def _serve(
     limit = timedelta(seconds=timeout)
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == store_at, wait_for_workers=False, timeout=limit)
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+    # Who is done before another has connected would end it.
+    store.add("connected", 1)
+    while store.add("connected", 0) < count:
+        time.sleep(0.01)
     try:
         result = function(rank, *args)
     except BaseException as error:
