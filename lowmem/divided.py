@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from fractions import Fraction
@@ -108,11 +108,13 @@ class Company:
     def settle(self) -> None:
         """Wait until all ranks have everything in its place, as long as this one can still take it back.
 
+        From then on the load has succeeded for all of them, whatever becomes of one.
+
         Raises:
             RankError: another rank has failed, or is gone.
         """
         if self.together is not None:
-            gather(self.together, None)
+            self.together.finish()
             for file, before in self._before.items():
                 _drop_new(file, before)
 
@@ -147,34 +149,35 @@ def is_divided(skeleton: Skeleton) -> bool:
     return bool({target.sharding for target in skeleton.targets.values()} - {None})
 
 
-def known_members(asked: ModelRequest, request: LoadRequest) -> tuple[int, ...]:
-    """The ranks that load together, as far as it is known before the model is built; none where it is not.
+def ranks_of(model: Any, distributed_config: Any, read: Any) -> tuple[int, ...]:
+    """The ranks that load together, as far as that can be seen from what was given; none where it cannot."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ()
+    everybody = tuple(range(torch.distributed.get_world_size()))
+    if isinstance(model, ModelRequest):
+        model, distributed_config = model.model, model.distributed_config
+    if distributed_config is not None:
+        return everybody
+    meshes: set[Any] = set()
+    for _, module in walk(model) if isinstance(model, nn.Module) else ():
+        tensors: tuple[Any, ...] = (*module._parameters.values(), *module._buffers.values())
+        meshes.update(tensor.device_mesh for tensor in tensors if is_sharded(tensor))
+    found = tuple(sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}))
+    return found or (everybody if read in ("each", "once") else ())
+
+
+def check_ranks(asked: ModelRequest, request: LoadRequest) -> None:
+    """Refuse what is said about several ranks to a single process.
 
     Raises:
         OptionError: `read` is about several ranks, and torch.distributed does not run.
     """
     running = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not running:
-        if request.read is not None and asked.distributed_config is None:
-            raise OptionError(
-                f"read: expected several ranks for {request.read!r}, found no process group of torch.distributed; "
-                "leave it out, or start the program by torchrun and call torch.distributed.init_process_group() before"
-            )
-        return ()
-    found: set[int] = set()
-    if isinstance(asked.model, nn.Module):
-        for _, module in walk(asked.model):
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if is_sharded(tensor):
-                    found.update(_ranks_of(tensor))
-    if request.read is not None or asked.distributed_config is not None:
-        found.update(range(torch.distributed.get_world_size()))
-    return tuple(sorted(found))
-
-
-def _ranks_of(tensor: Any) -> Iterable[int]:
-    ranks: list[int] = tensor.device_mesh.mesh.flatten().tolist()
-    return ranks
+    if request.read is not None and not running and asked.distributed_config is None:
+        raise OptionError(
+            f"read: expected several ranks for {request.read!r}, found no process group of torch.distributed; "
+            "leave it out, or start the program by torchrun and call torch.distributed.init_process_group() before"
+        )
 
 
 def members_of(skeleton: Skeleton) -> tuple[int, ...]:
@@ -306,4 +309,4 @@ def _is_worth_reading_once(plan: LoadPlan, targets: Mapping[str, Target], rank: 
     return all(not is_on_local_disk(file) and cached_share(file) < 0.5 for file in files)
 
 
-__all__ = ["Company", "agreed", "at_home", "is_divided", "known_members", "members_of", "rank_here"]
+__all__ = ["Company", "agreed", "at_home", "check_ranks", "is_divided", "members_of", "rank_here", "ranks_of"]

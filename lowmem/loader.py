@@ -15,7 +15,7 @@ from torch import nn
 from ._collector import paused_collector
 from .checkpoint import Wish, make_wish
 from .checkpoint.int8 import has_scales
-from .divided import Company, agreed, at_home, is_divided, known_members, members_of
+from .divided import Company, agreed, at_home, check_ranks, is_divided, members_of, ranks_of
 from .engine import Installer, Snapshot, run, undisturbed
 from .errors import OptionError, PlacementError
 from .fitting import Phases, fit
@@ -182,55 +182,57 @@ def load(
     Raises:
         LowmemError: see `lowmem.errors`; a failed load leaves no thread, no temporary file and no changed model.
     """
-    asked = make_model_request(
-        model,
-        auto_class=auto_class,
-        config=config,
-        attn_implementation=attn_implementation,
-        experts_implementation=experts_implementation,
-        model_kwargs=model_kwargs,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        distributed_config=distributed_config,
-        trust_remote_code=flag(trust_remote_code, "trust_remote_code"),
-    )
-    request = make_request(
-        dtype=dtype,
-        device_map=device_map,
-        max_memory=max_memory,
-        ram=ram,
-        offload_folder=offload_folder,
-        keep_fp32=keep_fp32,
-        residency=residency,
-        strict=strict,
-        staging=staging,
-        no_split=no_split,
-        io=io,
-        prefetch=prefetch,
-        keep_cache=keep_cache,
-        dispatch=dispatch,
-        prefix=prefix,
-        only=only,
-        skip=skip,
-        rename=rename,
-        reshape=reshape,
-        preset=preset,
-        filter_fn=filter_fn,
-        transforms=transforms,
-        ignore_mismatched_sizes=ignore_mismatched_sizes,
-        quantize=quantize,
-        skip_modules=skip_modules,
-        dequantize=dequantize,
-        int8_threshold=int8_threshold,
-        read=read,
-    )
-    if progress is not None and not callable(progress):
-        raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
-    if asked.int8 is not None:
-        request = replace(request, int8=asked.int8)
-    files: dict[str, Any] = {"variant": variant, "subfolder": subfolder, "revision": revision, "download": download}
     with Company() as company:
-        company.join(known_members(asked, request))
+        # Before anything can be refused: who waits for this rank must hear of it.
+        company.join(ranks_of(model, distributed_config, read))
+        asked = make_model_request(
+            model,
+            auto_class=auto_class,
+            config=config,
+            attn_implementation=attn_implementation,
+            experts_implementation=experts_implementation,
+            model_kwargs=model_kwargs,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            distributed_config=distributed_config,
+            trust_remote_code=flag(trust_remote_code, "trust_remote_code"),
+        )
+        request = make_request(
+            dtype=dtype,
+            device_map=device_map,
+            max_memory=max_memory,
+            ram=ram,
+            offload_folder=offload_folder,
+            keep_fp32=keep_fp32,
+            residency=residency,
+            strict=strict,
+            staging=staging,
+            no_split=no_split,
+            io=io,
+            prefetch=prefetch,
+            keep_cache=keep_cache,
+            dispatch=dispatch,
+            prefix=prefix,
+            only=only,
+            skip=skip,
+            rename=rename,
+            reshape=reshape,
+            preset=preset,
+            filter_fn=filter_fn,
+            transforms=transforms,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            quantize=quantize,
+            skip_modules=skip_modules,
+            dequantize=dequantize,
+            int8_threshold=int8_threshold,
+            read=read,
+        )
+        if progress is not None and not callable(progress):
+            raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
+        if asked.int8 is not None:
+            request = replace(request, int8=asked.int8)
+        files: dict[str, Any] = {"variant": variant, "subfolder": subfolder, "revision": revision, "download": download}
+        check_ranks(asked, request)
         return _load(source, asked, request, make_wish(weights, ema), files, progress, company)
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -47,6 +47,7 @@ def run_ranks(
     timeout: float = 120,
     backend: str = "gloo",
     store_at: int | None = None,
+    preload: Sequence[str] = (),
 ) -> list[Any]:
     """Call `function(rank, *args)` in `count` new processes with a default process group.
 
@@ -57,13 +58,17 @@ def run_ranks(
         timeout: seconds for all of it. Where a process still is then is written to stderr.
         backend: of the default process group.
         store_at: the rank that holds the store, as without torchrun; None for this process, as with torchrun.
+        preload: modules that are imported once for all processes, which are then forked from one that has done nothing
+            else. The first call that names some decides which.
 
     Returns:
         For each rank what the function gave, or `Raised`, `Died` or `Hung`. No process is left.
     """
     own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if store_at is None else None
     port = _free_port() if own is None else own.port
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver" if preload else "spawn")
+    if preload:
+        context.set_forkserver_preload(list(preload))
     ends: list[Connection] = []
     processes = []
     try:
@@ -131,6 +136,10 @@ def _serve(
     limit = timedelta(seconds=timeout)
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == store_at, wait_for_workers=False, timeout=limit)
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+    # Who is done before another has connected would end it.
+    store.add("connected", 1)
+    while store.add("connected", 0) < count:
+        time.sleep(0.01)
     try:
         result = function(rank, *args)
     except BaseException as error:

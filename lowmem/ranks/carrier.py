@@ -38,6 +38,7 @@ class Carrier:
     def __init__(self, together: Together) -> None:
         self._together = together
         self._groups: dict[tuple[int, ...], Any] = {}
+        self._met: set[tuple[int, ...]] = set()
         self._under_way: deque[tuple[Any, int, Callable[[], None]]] = deque()
 
     @property
@@ -110,12 +111,37 @@ class Carrier:
     def _broadcast(self, data: torch.Tensor, reader: int, ranks: tuple[int, ...]) -> Any:
         import torch.distributed as dist
 
+        self._meet(ranks)
         if data.device.type != "cpu":
             return dist.broadcast(data, reader, group=device_group(ranks), async_op=True)
         options = dist.BroadcastOptions()
         options.rootRank = ranks.index(reader)
         options.rootTensor = 0
         return self._host_group(ranks).broadcast([data], options)
+
+    def _meet(self, ranks: tuple[int, ...]) -> None:
+        """Wait for all of these ranks before the first broadcast among them.
+
+        Who makes a group waits for the others in torch, where nothing ends it, with torch's store locked, so that even
+        news of a failure waits. So only those make one who are all there.
+
+        Raises:
+            RankError: another rank has failed, or is gone.
+        """
+        if ranks in self._met:
+            return
+        store, pause = self._space(ranks), _SHORTEST_PAUSE
+        count = store.add("met", 1)
+        while count < len(ranks):
+            self._together.check()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            count = store.add("met", 0)
+        self._met.add(ranks)
+
+    def _space(self, ranks: tuple[int, ...]) -> Any:
+        name = hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()
+        return self._together.name_space(f"carrier/{name}")
 
     def _host_group(self, ranks: tuple[int, ...]) -> Any:
         """A gloo context of these ranks alone, made for this load (see links.py: torch's own groups have names that
@@ -124,10 +150,8 @@ class Carrier:
         if ranks not in self._groups:
             import torch.distributed as dist
 
-            name = hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()
-            store = self._together.name_space(f"carrier/{name}")
             at = ranks.index(self._together.rank)
-            self._groups[ranks] = dist.ProcessGroupGloo(store, at, len(ranks), SILENCE)
+            self._groups[ranks] = dist.ProcessGroupGloo(self._space(ranks), at, len(ranks), SILENCE)
         return self._groups[ranks]
 
 

@@ -99,7 +99,7 @@ class Together:
     ) -> None:
         if error is None:
             try:
-                self._round(Kind.DONE, None)
+                self.finish()
             except BaseException as late:
                 self._end(late)
                 raise
@@ -124,6 +124,15 @@ class Together:
             ValueError: it contains itself.
         """
         return self._round(Kind.FACTS, json.loads(json.dumps(value)))
+
+    def finish(self) -> None:
+        """Wait until all members are done: what becomes of one after that ends nothing. Leaving the block does it too.
+
+        Raises:
+            RankError: another member has failed, or is gone.
+        """
+        if not self._is_over:
+            self._round(Kind.DONE, None)
 
     def name_space(self, name: str) -> Store:
         """A store of this load, which all members share: for connections of their own."""
