@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem.checkpoint import TensorEntry
-from lowmem.mapping.narrowing import narrowed
+from lowmem.mapping.narrowing import Cutter
 from lowmem.mapping.records import Link, Region, whole
 from lowmem.modeling.sharding import Mesh, Sharding, Split
 
@@ -111,10 +111,11 @@ def test_narrowed_links_feed_what_slicing_gives(
     sharding = data.draw(shardings(len(shape)))
     for rank in sharding.mesh.ranks:
         part = sharding.part(shape, rank)
+        cutter = Cutter(shape, part)
         found = torch.full(part.shape, -1, dtype=torch.int64)
         elements = 0
         for link, _ in links:
-            for narrow in narrowed(link, shape, part):
+            for narrow in cutter.cut(link):
                 entry, region = narrow.entry, narrow.region
                 strides = entry.strides or torch.empty(entry.shape, device="meta").stride()
                 source = file.as_strided(entry.shape, strides, entry.offset // 8)
