@@ -13,8 +13,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,6 +68,71 @@ def plan_by_phase(source: Path, **options: Any) -> tuple[Any, dict[str, float]]:
         clock.end("place")
     clock.end("collector")
     return plan, clock.seconds
+
+
+@dataclass(frozen=True)
+class OfRank:
+    """One rank's plan.
+
+    Attributes:
+        rank: its number.
+        plan: what it reads and holds.
+        targets: the whole model's.
+        seconds: of `narrow` (the mapping to its part), `place` (its plan) and `share` (what of its pages others map).
+    """
+
+    rank: int
+    plan: Any
+    targets: Mapping[str, Any]
+    seconds: dict[str, float]
+
+
+def plans_of_ranks(source: Path, mesh: str, clock: Any, beside: int = 8, **options: Any) -> Iterator[OfRank]:
+    """What `lowmem.plan_ranks` plans, rank for rank.
+
+    Args:
+        source: a checkpoint.
+        mesh: as there.
+        clock: gets the seconds of what is done once: `headers`, `config`, `build`, `map` and `divide`.
+        beside: ranks of a host.
+        options: of `lowmem.plan`, but for those of the model.
+    """
+    from lowmem._collector import paused_collector
+    from lowmem.checkpoint import make_wish
+    from lowmem.fitting import Phases, fit
+    from lowmem.limits import HostMemory
+    from lowmem.mapping import refuse
+    from lowmem.modeling.parallel import PaperMesh, parse_mesh
+    from lowmem.modeling.request import make_model_request
+    from lowmem.modeling.skeleton import find_origin
+    from lowmem.planner import make_plan
+    from lowmem.planner.ranks import mapped_share
+    from lowmem.planner.request import make_request
+    from lowmem.sources import look_at
+
+    request, wish = make_request(**options), make_wish(None, None)
+    paper, memory = PaperMesh(parse_mesh(mesh)), HostMemory(sys.maxsize, "a simulation", {})
+    with paused_collector(), ExitStack() as undo:
+        found = look_at(source, rules=request.keys, wish=wish)
+        glance = found.glance()
+        clock.end("headers")
+        origin = find_origin(glance, make_model_request(None))
+        clock.end("config")
+        made = fit(found, origin, request, undo, clock)
+        refuse(made.mapping, made.checkpoint.source, request.strict, request.keys)
+        clock.end("map")
+        targets = paper.divide(made.skeleton.model, made.skeleton.targets, made.skeleton.borrowed)
+        made = replace(made, skeleton=replace(made.skeleton, targets=targets))
+        clock.end("divide")
+        for rank in range(paper.ranks):
+            own = Phases()
+            local = made.on_rank(rank)
+            own.end("narrow")
+            plan = make_plan(local.checkpoint, local.skeleton, local.mapping, request, memory)
+            own.end("place")
+            mapped_share(plan, targets, rank, range(rank // beside * beside, rank // beside * beside + beside))
+            own.end("share")
+            yield OfRank(rank, plan, targets, own.seconds)
 
 
 def on_a_large_machine() -> Any:
