@@ -156,19 +156,20 @@ def _part(placements: list[Placement]) -> list[str]:
     """Let tensors that lie over each other in the checkpoint, and are not tied, have memory of their own: in place;
     returns warnings. Whoever changes one that is mapped would change the other.
     """
-    mapped = [(i, p) for i, p in enumerate(placements) if p.residency == "map" and p.nbytes]
+    mapped = [(p.links[0].entry.offset, i, p) for i, p in enumerate(placements) if p.residency == "map" and p.nbytes]
     # The parts of a tensor are in the order in which the model takes them.
-    mapped.sort(key=lambda row: row[1].links[0].entry.offset)
+    mapped.sort()
     reached: dict[Path, tuple[int, Placement]] = {}
     apart = []
-    for i, placement in mapped:
+    for _, i, placement in mapped:
         entry = placement.links[0].entry
+        behind = entry.end
         end, other = reached.get(entry.file, (0, placement))
         if entry.offset < end:
             placements[i] = replace(placement, residency="copy")
             apart.append(f"{placement.target!r} and {other.target!r}")
-        if entry.end > end:
-            reached[entry.file] = entry.end, placement
+        if behind > end:
+            reached[entry.file] = behind, placement
     if not apart:
         return []
     return [

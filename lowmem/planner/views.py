@@ -65,12 +65,13 @@ def _least_step(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> 
     return least
 
 
-def _parted(entry: TensorEntry, into: tuple[int, ...]) -> tuple[list[_Dimension], list[_Dimension]]:
-    """The dimensions of a view between whose rows nothing is read, and those that are read whole."""
-    assert entry.strides is not None
-    dimensions = dimensions_of(entry.shape, entry.strides, into)
-    # What is packed is unpacked with its gaps.
-    least = 0 if entry.packed else _least_step(entry.shape, entry.strides, itemsize(entry.dtype))
+def _parted(
+    shape: tuple[int, ...], strides: tuple[int, ...], into: tuple[int, ...], least: int
+) -> tuple[list[_Dimension], list[_Dimension]]:
+    """The dimensions of a view between whose rows nothing is read, from the step `least` on if it is not 0, and those
+    that are read whole.
+    """
+    dimensions = dimensions_of(shape, strides, into)
     first = sum(step >= least for _, step, _ in dimensions) if least else 0
     return dimensions[:first], dimensions[first:]
 
@@ -98,9 +99,13 @@ def pieces(entry: TensorEntry, into: tuple[int, ...], most: int) -> Iterator[Pie
     """
     if 0 in entry.shape:
         return
-    rows, inner = _parted(entry, into)
+    assert entry.strides is not None
+    size = itemsize(entry.dtype)
+    # What is packed is unpacked with its gaps.
+    least = 0 if entry.packed else _least_step(entry.shape, entry.strides, size)
+    rows, inner = _parted(entry.shape, entry.strides, into, least)
     # A path of explicit frames would be longer: no view has more than a few dimensions.
-    yield from _skip(rows, inner, 0, 0, most, itemsize(entry.dtype))
+    yield from _skip(rows, inner, 0, 0, most, size)
 
 
 def _skip(rows: list[_Dimension], inner: list[_Dimension], at: int, to: int, most: int, size: int) -> Iterator[Piece]:
@@ -194,7 +199,13 @@ def lands_dense(entry: TensorEntry) -> bool:
         return True
     if entry.packed or 0 in entry.shape:
         return False
-    rows, inner = _parted(entry, row_major(entry.shape))
+    return _lands_dense(entry.shape, entry.strides, itemsize(entry.dtype))
+
+
+# Each link of a plan asks, and those of experts are alike.
+@functools.lru_cache(maxsize=1024)
+def _lands_dense(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> bool:
+    rows, inner = _parted(shape, strides, row_major(shape), _least_step(shape, strides, size))
     dimensions = [*rows, *inner]
     in_order = Region(0, tuple(n for n, _, _ in dimensions), tuple(step for _, _, step in dimensions)).dense
     return in_order and _span(inner) == math.prod(n for n, _, _ in inner)
