@@ -13,7 +13,7 @@ from .engine import same_bytes
 from .errors import KeysError, UnsupportedError
 from .mapping import KeyMapping, Link, check_stays_int8, choose_layers, match, whole
 from .mapping.int8 import check_formats
-from .mapping.narrowing import narrow, narrowed
+from .mapping.narrowing import Cutter, narrow
 from .mapping.opened import Opened
 from .modeling.int8 import says_int8
 from .modeling.int8_choice import Int8Request
@@ -195,8 +195,8 @@ def _parts_of(a: TensorEntry, b: TensorEntry, target: Target, rank: int) -> list
     """What one rank holds of two entries that would feed the same target."""
     if target.sharding is None or not a.shape == b.shape == target.shape:
         return [(a, b)]
-    part = target.sharding.part(target.shape, rank)
-    some, others = (narrowed(Link(one, target.name, whole(target.shape)), target.shape, part) for one in (a, b))
+    cutter = Cutter(target.shape, target.sharding.part(target.shape, rank))
+    some, others = (cutter.cut(Link(one, target.name, whole(target.shape))) for one in (a, b))
     empty = replace(a, shape=(0,), strides=None, nbytes=0)
     return _paired(some, others) if some else [(empty, empty)]
 

@@ -142,7 +142,9 @@ def _within(
     # Rows that are wholly inside stay one part.
     low = max(0, -((at - begin) // step))
     high = min(n, max(low, (end - 1 - span - at) // step + 1))
-    rows = [*range(low), *range(high, n)]
+    # Of those that are partly inside; all others have nothing there.
+    first, stop = max(0, -((at + span - begin) // step)), min(n, -((at - end) // step))
+    rows = [*range(first, low), *range(high, stop)]
     parts = [part for i in rows for part in _within(inner, at + i * step, moved + i * there, begin, end)]
     if high > low:
         parts.append((at + low * step, moved + low * there, ((high - low, step, there), *inner)))
