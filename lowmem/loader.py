@@ -27,7 +27,7 @@ from .modeling.int8 import bitsandbytes_here, finish_layers, mark
 from .modeling.int8_choice import NO_INT8, Int8Request
 from .modeling.meta_kernels import bytes_of_imports
 from .modeling.request import ModelRequest, ModelSource, make_model_request
-from .modeling.sharding import rank_here
+from .modeling.sharding import rank_here, reshard, retake
 from .modeling.skeleton import Origin, Skeleton, find_origin
 from .offload import attach, bring_weights, comes_at_use, give_up
 from .planner import LoadPlan, LoadRequest, ProgressCallback, make_plan
@@ -183,6 +183,7 @@ def load(
         LowmemError: see `lowmem.errors`; a failed load leaves no thread, no temporary file and no changed model.
     """
     with Company() as company:
+        reshard(model)
         # Before anything can be refused: who waits for this rank must hear of it.
         company.join(ranks_of(model, distributed_config, read))
         asked = make_model_request(
@@ -479,6 +480,7 @@ def _execute(
         # What fails leaves no mark on a model's config.
         mark(skeleton.model, skeleton.int8, int8)
         company.settle()
+        retake(skeleton.model)
     except BaseException:
         if brought is not None:
             undisturbed(functools.partial(give_up, skeleton.model, brought))

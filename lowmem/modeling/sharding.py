@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from .._strides import Shape
 from ..errors import ModelError
@@ -230,3 +231,37 @@ def wrapped(local: torch.Tensor, like: Any) -> Any:
     # Given itself, torch would move it to the mesh's kind of device; where layers wait in host memory for their use
     # (FSDP's CPUOffloadPolicy), parameters are not there.
     return type(like)(local, made._spec, requires_grad=False)
+
+
+def _outermost_of_fsdp(model: nn.Module) -> list[Any]:
+    """Modules that `fully_shard` was applied to, without those inside of them."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(module, "FSDPModule", None)
+    if kind is None:
+        return []
+    found: list[Any] = []
+    waiting = [model]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, kind):
+            found.append(one)
+        else:
+            waiting += one.children()
+    return found
+
+
+def reshard(model: Any) -> None:
+    """Let `fully_shard` take its parameters back to what each rank holds, where a forward has left them whole."""
+    for outer in _outermost_of_fsdp(model) if isinstance(model, nn.Module) else ():
+        for module in outer.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
+
+def retake(model: nn.Module) -> None:
+    """Let `fully_shard` take the parameters that are there now for its own; after a forward it has others in mind.
+
+    `_apply` is where it looks (`FSDPModule._apply`), as it does when a model is moved.
+    """
+    for outer in _outermost_of_fsdp(model):
+        outer._apply(lambda tensor: tensor)

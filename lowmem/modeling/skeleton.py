@@ -19,6 +19,7 @@ from .hf_rules import TransformersRules
 from .int8 import Int8Layers, swap
 from .request import ModelRequest
 from .rules import Rules
+from .sharding import reshard
 from .targets import Target, dtype_name, join_declared, read_targets
 from .timm import TimmBlueprint, TimmModel, build_timm, is_timm_config, read_timm_blueprint
 from .timm_rules import TimmRules
@@ -113,6 +114,8 @@ def make_skeleton(
     module = build(origin, checkpoint, dtype) if timm is None else timm.model
     if arrange is not None:
         arrange(module)
+    if isinstance(source, nn.Module):
+        reshard(module)
     with real_tensors():
         transformers = hf.is_transformers_model(module)
         targets = read_targets(checked_modules(module, transformers))
