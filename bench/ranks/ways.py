@@ -1,0 +1,105 @@
+"""Ways to load on several ranks: lowmem's, transformers', and torch's own tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import lowmem
+
+from .cases import Order
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and what its loader tells of the load: `read` and `mapped` bytes, seconds of its `phases`."""
+
+    model: Any
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+Way = Callable[[Order], Loaded]
+
+
+def by_lowmem(order: Order, **options: Any) -> Loaded:
+    result = lowmem.load(
+        order.folder, dtype=order.dtype, ram=order.ram, distributed_config=_division(order) or None, **options
+    )
+    told = {
+        "read": sum(result.report.read.values()),
+        "mapped": result.plan.host.mapped,
+        "phases": dict(result.report.phases),
+    }
+    return Loaded(result.model, told)
+
+
+def by_transformers(order: Order) -> Loaded:
+    divided = _division(order)
+    config = {"distributed_config": DistributedConfig(**divided)} if divided else {}
+    dtype = getattr(torch, order.dtype)
+    return Loaded(AutoModelForCausalLM.from_pretrained(order.folder, dtype=dtype, **config).eval())
+
+
+def by_torch(order: Order) -> Loaded:
+    """Rank 0 reads everything and gives it out, tensor after tensor."""
+    model = _empty(order)
+    state: dict[str, torch.Tensor] = {}
+    if dist.get_rank() == 0:
+        for file in _shards(order.folder):
+            state |= load_file(file)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return Loaded(model)
+
+
+def by_torch_each(order: Order) -> Loaded:
+    """Each rank copies every shard."""
+    model = _empty(order)
+    for file in _shards(order.folder):
+        model.load_state_dict(load_file(file), strict=False)
+    return Loaded(model)
+
+
+def _empty(order: Order) -> Any:
+    """The model with memory and without values, but for its rotary tables."""
+    config = AutoConfig.from_pretrained(order.folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, order.dtype))
+    if order.division == "fsdp":
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    # Its buffers are in no file.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    return model.eval()
+
+
+def _division(order: Order) -> dict[str, int]:
+    return {} if order.division == "replicated" else {f"{order.division}_size": dist.get_world_size()}
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+WAYS: dict[str, Way] = {
+    "lowmem": by_lowmem,
+    "lowmem-copy": partial(by_lowmem, residency="copy"),
+    "lowmem-once": partial(by_lowmem, residency="copy", read="once"),
+    "lowmem-each": partial(by_lowmem, residency="copy", read="each"),
+    "transformers": by_transformers,
+    "torch": by_torch,
+    "torch-each": by_torch_each,
+}
