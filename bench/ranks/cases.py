@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TITLES = {
-    "lowmem": "lowmem, mapped",
+    "lowmem": "lowmem",
     "lowmem-copy": "lowmem, residency=copy",
     "lowmem-once": "lowmem, copy, read=once",
     "lowmem-each": "lowmem, copy, read=each",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 import lowmem
 from bench.child import release
@@ -28,7 +29,7 @@ def join(member: Member) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(member.port)}
     torch.set_num_threads(1)
     limit = timedelta(seconds=member.seconds)
-    store = dist.TCPStore("127.0.0.1", member.port, is_master=False, wait_for_workers=False, timeout=limit)
+    store = TCPStore("127.0.0.1", member.port, is_master=False, wait_for_workers=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=member.rank, world_size=member.count, timeout=limit)
     # Connections are made at the first use.
     dist.barrier()
@@ -59,13 +60,16 @@ class Runner:
         return {"seconds": seconds, **told}
 
     def look(self, order: Order) -> dict[str, Any]:
-        """One load under a measure: its anonymous `peak` above what was there, and what `check` finds."""
+        """One load under a measure: `seconds`, its anonymous `peak` above what was there, and what `check` finds."""
         release()
         dist.barrier()
         with lowmem.measure() as memory:
+            started = time.perf_counter()
             loaded = WAYS[order.way](order)
+            seconds = time.perf_counter() - started
         # Nobody may end while another is still given something.
         dist.barrier()
         release()
         kept = max(0, anonymous_memory() - memory.baseline)
-        return {"peak": memory.peak, "kept": kept, **check(loaded.model, order.folder, order.dtype)}
+        found = {"seconds": seconds, "peak": memory.peak, "kept": kept}
+        return {**found, **check(loaded.model, order.folder, order.dtype)}

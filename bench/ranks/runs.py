@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from bench.forward.children import Child
 from bench.page_cache import warm
@@ -79,10 +80,10 @@ class Ranks:
         self._pool.shutdown()
 
 
-def _members(count: int, seconds: float) -> tuple[dist.TCPStore, list[Member]]:
+def _members(count: int, seconds: float) -> tuple[TCPStore, list[Member]]:
     """The store, which lives as long as somebody holds it, and who may use it."""
     limit = timedelta(seconds=seconds)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit)
     return store, [Member(rank, count, store.port, seconds) for rank in range(count)]
 
 
@@ -94,14 +95,19 @@ def run(plan: Plan, context: ForkServerContext, done: Callable[[Row], None], tel
             orders = [Order(way, case.division, case.dtype, plan.folder) for way in case.ways]
             name = f"{case.name}, {count} ranks"
             rows = {order.way: row for order, row in zip(orders, _blank(case, count, orders), strict=True)}
-            _take_turns(plan, context, orders, rows, lambda text, name=name: tell(f"{name}, {text}"))
-            _look(plan, context, orders, rows, lambda text, name=name: tell(f"{name}, {text}"))
+            say = partial(_say, tell, name)
+            _take_turns(plan, context, orders, rows, say)
+            _look(plan, context, orders, rows, say)
             if plan.limits:
                 if count not in idle:
                     idle[count] = _idle(plan, orders[0], count)
-                _limit(plan, orders, rows, idle[count], lambda text, name=name: tell(f"{name}, {text}"))
+                _limit(plan, orders, rows, idle[count], say)
             for row in rows.values():
                 done(_summed_up(row))
+
+
+def _say(tell: Tell, name: str, text: str) -> None:
+    tell(f"{name}, {text}")
 
 
 def _blank(case: Case, count: int, orders: Iterable[Order]) -> Iterator[Row]:
@@ -157,6 +163,7 @@ def _look(plan: Plan, context: ForkServerContext, orders: list[Order], rows: dic
         if _is_fine(row, answers):
             peaks = [answer["peak"] for answer in answers]
             row |= {"peak_sum": sum(peaks), "peak_most": max(peaks), "kept_sum": sum(a["kept"] for a in answers)}
+            row |= {"first": max(a["seconds"] for a in answers)}
             row |= {"held": max(a["held"] for a in answers), "equal": min(a["equal"] for a in answers)}
         tell(f"{order.way}: measured, {row['status']} {row['reason']}")
 
@@ -174,9 +181,9 @@ def _limit(plan: Plan, orders: list[Order], rows: dict[str, Row], idle: Row, tel
         if held is None or idle["status"] != "ok":
             row["limited"] = {"status": "cannot", "reason": "nothing to compare with"}
             continue
-        with _Store(order_count := row["ranks"], plan.seconds) as members:
+        with _Store(row["ranks"], plan.seconds) as members:
             row["limited"] = run_limited(order, members, held, idle["interpreter"], plan.seconds)
-        tell(f"{order.way}: under a limit, {order_count} ranks: {row['limited']['status']} {row['limited']['reason']}")
+        tell(f"{order.way}: under a limit, {row['limited']['status']} {row['limited']['reason']}")
 
 
 class _Store:
@@ -184,7 +191,7 @@ class _Store:
 
     def __init__(self, count: int, seconds: float) -> None:
         self._count, self._seconds = count, seconds
-        self._stores: list[dist.TCPStore] = []
+        self._stores: list[TCPStore] = []
 
     def __enter__(self) -> Callable[[], list[Member]]:
         return self._make
@@ -205,7 +212,7 @@ def _summed_up(row: Row) -> Row:
     if row["status"] != "ok":
         return kept
     times = [max(answer["seconds"] for answer in turn) for turn in turns]
-    found: Row = {"least": min(times), "median": statistics.median(times), "first": times[0], "times": times}
+    found: Row = {"least": min(times), "median": statistics.median(times), "times": times}
     last = turns[-1]
     if "read" in last[0]:
         found["read"] = sum(answer["read"] for answer in last)

@@ -10,11 +10,12 @@ from .cases import CASES, TITLES
 _COLUMNS = {
     "s, least": ("least", 1, 3),
     "median": ("median", 1, 3),
-    "first": ("first", 1, 3),
+    "first, new process": ("first", 1, 3),
     "peak of all, MiB": ("peak_sum", MIB, 0),
     "of one": ("peak_most", MIB, 0),
-    "held by one, MiB": ("held", MIB, 0),
-    "read by all, MiB": ("read", MIB, 0),
+    "part of one": ("held", MIB, 0),
+    "mapped by one": ("mapped", MIB, 0),
+    "read by all": ("read", MIB, 0),
     "tensors equal": ("equal", 1, 0),
 }
 _PHASES = ("inspect", "import", "build", "plan", "weights")

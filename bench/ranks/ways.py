@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -19,6 +20,9 @@ from transformers.distributed import DistributedConfig
 import lowmem
 
 from .cases import Order
+
+# Its methods have no types.
+_AUTO: Any = AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,15 @@ def by_lowmem(order: Order, **options: Any) -> Loaded:
 
 def by_transformers(order: Order) -> Loaded:
     divided = _division(order)
-    config = {"distributed_config": DistributedConfig(**divided)} if divided else {}
-    dtype = getattr(torch, order.dtype)
-    return Loaded(AutoModelForCausalLM.from_pretrained(order.folder, dtype=dtype, **config).eval())
+    # Not by keywords: mypy would have each of them fit every parameter.
+    config = {"distributed_config": DistributedConfig.from_dict(divided)} if divided else {}
+    return Loaded(_AUTO.from_pretrained(order.folder, dtype=getattr(torch, order.dtype), **config).eval())
 
 
 def by_torch(order: Order) -> Loaded:
     """Rank 0 reads everything and gives it out, tensor after tensor."""
     model = _empty(order)
-    state: dict[str, torch.Tensor] = {}
+    state: dict[str, Any] = {}
     if dist.get_rank() == 0:
         for file in _shards(order.folder):
             state |= load_file(file)
@@ -74,9 +78,9 @@ def _empty(order: Order) -> Any:
     """The model with memory and without values, but for its rotary tables."""
     config = AutoConfig.from_pretrained(order.folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, order.dtype))
+        model = _AUTO.from_config(config, dtype=getattr(torch, order.dtype))
     if order.division == "fsdp":
-        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
