@@ -1,1 +1,1 @@
-"""Loads by several ranks of torch.distributed, beside transformers' and torch's own: `python -m bench.ranks`."""
+"""Loads by several ranks, beside those of transformers, torch and accelerate: `python -m bench.ranks`."""

@@ -3,8 +3,8 @@
 The ranks are processes of torch.distributed with gloo, one thread each, as torchrun makes them. They have imported
 everything, all ways take turns in them, the model is dropped between, and the least is compared: the seconds of the
 slowest rank from a barrier on. One more load of each way, the first of new processes, is measured, and what each rank
-holds is compared with the part that torch would give it of the checkpoint. Then each way loads once in processes that
-a memory cgroup allows the interpreter, what the rank holds of the model, and 80 MiB.
+holds is compared with the part that torch would give it of the checkpoint. Then each way loads once in processes in a
+memory cgroup that allows for each of them the interpreter, what the rank holds of the model, and 80 MiB.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowmem.sizes import parse_size
 from .cases import CASES, find_cases
 from .tables import as_markdown
 
-_PACKAGES = ("lowmem", "torch", "transformers", "safetensors")
+_PACKAGES = ("lowmem", "torch", "transformers", "accelerate", "safetensors")
 
 
 def parser() -> argparse.ArgumentParser:

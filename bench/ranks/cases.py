@@ -13,6 +13,7 @@ TITLES = {
     "lowmem-each": "lowmem, copy, read=each",
     "transformers": "transformers from_pretrained",
     "torch": "torch: rank 0 reads all, set_model_state_dict",
+    "accelerate": "accelerate: fsdp2_load_full_state_dict",
     "torch-each": "torch: each rank load_file, load_state_dict",
 }
 
@@ -37,8 +38,10 @@ class Case:
 
 
 CASES = (
-    Case("fsdp-bf16", "FSDP, bf16", "fsdp", "bfloat16", ("lowmem", "lowmem-copy", "transformers", "torch")),
-    Case("fsdp-fp32", "FSDP, bf16 → fp32", "fsdp", "float32", ("lowmem", "transformers", "torch")),
+    Case(
+        "fsdp-bf16", "FSDP, bf16", "fsdp", "bfloat16", ("lowmem", "lowmem-copy", "transformers", "torch", "accelerate")
+    ),
+    Case("fsdp-fp32", "FSDP, bf16 → fp32", "fsdp", "float32", ("lowmem", "transformers", "torch", "accelerate")),
     Case("tp-bf16", "TP, bf16", "tp", "bfloat16", ("lowmem", "lowmem-copy", "transformers")),
     Case("tp-fp32", "TP, bf16 → fp32", "tp", "float32", ("lowmem", "transformers")),
     Case(

@@ -1,8 +1,8 @@
-"""A rank that the kernel allows so much memory: `python -m bench.ranks.limited JSON`.
+"""A rank of a group that the kernel allows so much memory: `python -m bench.ranks.limited JSON`.
 
-The process enters a memory cgroup of its own before it imports anything, so the group pays for the interpreter, what
-it imports, its part of the model, and the process that samples memory. The files are warm: their pages are paid for
-elsewhere.
+All ranks are in one memory cgroup, as in a container, which each enters before it imports anything. So the group pays
+for the interpreters, what they import, the parts of the model, and the processes that sample memory. The files are
+warm: their pages are paid for elsewhere.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.forward.limited import ask
-from bench.kernel_limits import cgroup_kind, enter, find_limit
+from bench.kernel_limits import cgroup_kind, find_limit
 from bench.page_cache import warm
 from bench.results import Row
 from lowmem.sizes import MIB
 
 from .cases import Member, Order
+from .group import group
 
 # Beside the interpreter and what the rank holds of the model.
 SHARE = 80 * MIB
@@ -33,29 +34,31 @@ Members = Callable[[], list[Member]]
 
 def interpreter(order: Order, members: Members, seconds: float) -> Row:
     """Bytes of anonymous memory of a rank that has imported everything and loaded nothing: the most of them."""
-    rows = _ask_all(order, members(), 0, None, seconds, loads=False)
+    rows = _ask_all(order, members(), None, seconds, loads=False)
     return {**_together(rows), "interpreter": max((row.get("interpreter", 0) for row in rows), default=0)}
 
 
 def run_limited(order: Order, members: Members, held: int, idle: int, seconds: float) -> Row:
-    """What became of one load under the limit of what a rank `held`, the `idle` interpreter and `SHARE`."""
+    """What became of one load under the limit of what a rank `held`, the `idle` interpreter and `SHARE`, for each."""
     kind = cgroup_kind()
     if kind is None:
         return {"status": "cannot", "reason": "this process may make no memory cgroup"}
-    limit = find_limit(SHARE + held, idle)
+    limit = find_limit(SHARE + held, idle).size
     warm(sorted(order.folder.glob("*.safetensors")))
-    rows = _ask_all(replace(order, ram=SHARE + held), members(), limit.size, limit.kind, seconds)
+    them = members()
+    with group(kind, limit * len(them)) as folder:
+        rows = _ask_all(replace(order, ram=SHARE + held), them, folder, seconds)
     peaks = [row["group_peak"] for row in rows if row.get("group_peak")]
-    return {**_together(rows), "kind": kind, "limit": limit.size, "group_peak": max(peaks, default=None)}
+    row = {**_together(rows), "kind": kind, "limit": limit, "group_limit": limit * len(them)}
+    return {**row, "group_peak": max(peaks, default=None)}
 
 
-def _ask_all(
-    order: Order, members: list[Member], limit: int, kind: str | None, seconds: float, loads: bool = True
-) -> list[Row]:
+def _ask_all(order: Order, members: list[Member], folder: Path | None, seconds: float, loads: bool = True) -> list[Row]:
     wanted = {**asdict(order), "folder": str(order.folder)}
-    orders = [{"limit": limit, "member": asdict(member), "order": wanted, "loads": loads} for member in members]
+    common = {"group": None if folder is None else str(folder), "order": wanted, "loads": loads}
+    orders = [{**common, "member": asdict(member)} for member in members]
     with ThreadPoolExecutor(len(members)) as pool:
-        return list(pool.map(lambda one: ask("bench.ranks.limited", one, kind, seconds), orders))
+        return list(pool.map(lambda one: ask("bench.ranks.limited", one, None, seconds), orders))
 
 
 def _together(rows: list[Row]) -> Row:
@@ -70,8 +73,8 @@ def _together(rows: list[Row]) -> Row:
 def main() -> int:
     """One load; prints a line of JSON."""
     asked = json.loads(sys.argv[1])
-    if asked["limit"]:
-        enter(asked["limit"])
+    if asked["group"]:
+        (Path(asked["group"]) / "cgroup.procs").write_text(str(os.getpid()), encoding="utf-8")
     # What libraries print must not mix with the answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -92,7 +95,9 @@ def main() -> int:
         started = time.perf_counter()
         loaded = WAYS[order.way](order)
         found["seconds"] = time.perf_counter() - started
-        found["group_peak"] = group_peak() if asked["limit"] else None
+        # The others' peaks too.
+        dist.barrier()
+        found["group_peak"] = group_peak() if asked["group"] else None
         found |= check(loaded.model, order.folder, order.dtype)
     # Nobody may end while another is still given something.
     dist.barrier()

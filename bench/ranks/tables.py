@@ -37,7 +37,7 @@ def as_markdown(results: Results) -> str:
 
 
 def _table(rows: list[Row], limit: int | None) -> list[str]:
-    last = "under the limit" if limit is None else f"under {limit / MIB:.0f} MiB a rank"
+    last = "under the limit" if limit is None else f"under {limit / MIB:.0f} MiB for each"
     lines = [f"| loader | {' | '.join(_COLUMNS)} | {last} |", f"|---|{'---:|' * len(_COLUMNS)}---|"]
     for row in rows:
         if row["status"] == "ok":
@@ -52,7 +52,7 @@ def _verdict(limited: Row | None) -> str:
     if limited is None:
         return "-"
     if limited["status"] == "ok":
-        return f"passes, {limited['group_peak'] / MIB:.0f} MiB" if limited.get("group_peak") else "passes"
+        return f"passes, {limited['group_peak'] / MIB:.0f} MiB in all" if limited.get("group_peak") else "passes"
     return "killed" if limited["status"] == "killed" else _escaped(f"{limited['status']}: {limited['reason']}")
 
 

@@ -1,15 +1,17 @@
-"""Ways to load on several ranks: lowmem's, transformers', and torch's own tools."""
+"""Ways to load on several ranks: lowmem's, transformers', accelerate's, and torch's own tools."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -66,6 +68,15 @@ def by_torch(order: Order) -> Loaded:
     return Loaded(model)
 
 
+def by_accelerate(order: Order) -> Loaded:
+    """What `Accelerator.prepare` does with `cpu_ram_efficient_loading`, but on the CPU: rank 0 has the whole model."""
+    first = dist.get_rank() == 0
+    state = by_transformers(replace(order, division="replicated")).model.state_dict() if first else {}
+    model = _on_meta(order)
+    fsdp2_load_full_state_dict(SimpleNamespace(is_main_process=first), model, state)
+    return Loaded(_finished(model))
+
+
 def by_torch_each(order: Order) -> Loaded:
     """Each rank copies every shard."""
     model = _empty(order)
@@ -76,6 +87,11 @@ def by_torch_each(order: Order) -> Loaded:
 
 def _empty(order: Order) -> Any:
     """The model with memory and without values, but for its rotary tables."""
+    return _finished(_on_meta(order).to_empty(device="cpu"))
+
+
+def _on_meta(order: Order) -> Any:
+    """The model without memory, and divided."""
     config = AutoConfig.from_pretrained(order.folder)
     with torch.device("meta"):
         model = _AUTO.from_config(config, dtype=getattr(torch, order.dtype))
@@ -84,7 +100,10 @@ def _empty(order: Order) -> Any:
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    model.to_empty(device="cpu")
+    return model
+
+
+def _finished(model: Any) -> Any:
     # Its buffers are in no file.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     return model.eval()
@@ -105,5 +124,6 @@ WAYS: dict[str, Way] = {
     "lowmem-each": partial(by_lowmem, residency="copy", read="each"),
     "transformers": by_transformers,
     "torch": by_torch,
+    "accelerate": by_accelerate,
     "torch-each": by_torch_each,
 }
