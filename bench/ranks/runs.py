@@ -13,17 +13,26 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch._C._distributed_c10d import TCPStore
 
 from bench.forward.children import Child
 from bench.page_cache import warm
 from bench.results import Row
+from lowmem.sizes import MIB
 
 from .cases import Case, Member, Order
 from .child import Runner
 from .limited import interpreter, run_limited
 
 Tell = Callable[[str], None]
+
+# What a rank's imports take, and what must be left to others.
+_INTERPRETER = 300 * MIB
+_SPARE = 1024 * MIB
+# How often a way holds what the ranks hold together, at its worst moment; measured.
+_TIMES = {"torch": 2, "accelerate": 3}
+_MAPS = ("lowmem", "transformers")
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,8 @@ def run(plan: Plan, context: ForkServerContext, done: Callable[[Row], None], tel
             name = f"{case.name}, {count} ranks"
             rows = {order.way: row for order, row in zip(orders, _blank(case, count, orders), strict=True)}
             say = partial(_say, tell, name)
+            for order in orders:
+                rows[order.way] |= _room(order, count)
             _take_turns(plan, context, orders, rows, say)
             _look(plan, context, orders, rows, say)
             if plan.limits:
@@ -108,6 +119,21 @@ def run(plan: Plan, context: ForkServerContext, done: Callable[[Row], None], tel
 
 def _say(tell: Tell, name: str, text: str) -> None:
     tell(f"{name}, {text}")
+
+
+def _room(order: Order, count: int) -> Row:
+    """The status of a way that this machine has no memory for: the kernel would kill whatever is largest."""
+    whole = sum(file.stat().st_size for file in order.folder.glob("*.safetensors"))
+    if order.dtype == "float32":
+        whole *= 2
+    elif order.way in _MAPS:
+        # TP copies what is divided by columns.
+        whole = whole // 2 if order.division == "tp" else 0
+    parts = whole * (count if order.division == "replicated" else 1) * _TIMES.get(order.way, 1)
+    needed, free = parts + count * _INTERPRETER + _SPARE, psutil.virtual_memory().available
+    if needed <= free:
+        return {}
+    return {"status": "cannot", "reason": f"it takes about {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} are free"}
 
 
 def _blank(case: Case, count: int, orders: Iterable[Order]) -> Iterator[Row]:
@@ -178,6 +204,8 @@ def _limit(plan: Plan, orders: list[Order], rows: dict[str, Row], idle: Row, tel
     held = max((row["held"] for row in rows.values() if "held" in row), default=None)
     for order in orders:
         row = rows[order.way]
+        if row["status"] == "cannot":
+            continue
         if held is None or idle["status"] != "ok":
             row["limited"] = {"status": "cannot", "reason": "nothing to compare with"}
             continue
