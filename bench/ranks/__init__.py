@@ -1,0 +1,1 @@
+"""Loads by several ranks, beside those of transformers, torch and accelerate: `python -m bench.ranks`."""
