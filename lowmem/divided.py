@@ -22,6 +22,7 @@ from ._page_cache import CachedPages, cached_share, give_back, look
 from .engine import Installer
 from .engine.sharing import share
 from .errors import BudgetError, ModelError, OptionError
+from .limits import host_memory
 from .modeling.request import ModelRequest
 from .modeling.sharding import is_sharded, rank_here
 from .modeling.skeleton import Skeleton
@@ -247,30 +248,48 @@ def agreed(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest, 
         "mapped": [mapped.numerator, mapped.denominator],
         "reads": plan.bytes_read,
         "peak": plan.host.peak,
-        "available": plan.host.available,
+        "limits": _shared_limits(),
     }
     facts = dict(zip(together.members, gather(together, mine), strict=True))
-    here = [facts[other] for other in beside]
+    here = {other: facts[other] for other in beside}
+    _check_host(here)
     share = RankShare(
         rank=rank,
         members=len(together.members),
         beside=beside,
         read="once" if once else "each",
         shared=sum(one.placement.nbytes for one in plan.shared),
-        mapped=round(sum((Fraction(*fact["mapped"]) for fact in here), Fraction(0))),
-        reads=sum(fact["reads"] for fact in here),
-        peak=sum(fact["peak"] for fact in here),
+        mapped=round(sum((Fraction(*fact["mapped"]) for fact in here.values()), Fraction(0))),
+        reads=sum(fact["reads"] for fact in here.values()),
+        peak=sum(fact["peak"] for fact in here.values()),
     )
-    available = min(fact["available"] for fact in here)
-    if share.peak > available:
-        raise BudgetError(
-            f"the ranks of this host ({', '.join(map(str, beside))}) need {format_size(share.peak)} of host memory "
-            f"together ({share.peak} bytes), and {plan.host.bound_by} allows {format_size(available)}. What helps: map "
-            "instead of copying (residency='map', --residency map), fewer ranks on a host, or less staging",
-            required=share.peak,
-            limit=available,
-        )
     return replace(plan, rank=share)
+
+
+def _shared_limits() -> dict[str, int]:
+    """What this host leaves under each limit that other processes may be under too."""
+    memory = host_memory()
+    return {name: left for name, left in memory.limits.items() if name not in memory.rlimits}
+
+
+def _check_host(facts: Mapping[int, Mapping[str, Any]]) -> None:
+    """Refuse ranks that need more together than a limit leaves which they are all under: a cgroup, or the machine.
+
+    Raises:
+        BudgetError: they do.
+    """
+    for name in sorted({name for fact in facts.values() for name in fact["limits"]}):
+        under = {rank: fact for rank, fact in facts.items() if name in fact["limits"]}
+        need = sum(fact["peak"] for fact in under.values())
+        left = min(fact["limits"][name] for fact in under.values())
+        if need > left:
+            raise BudgetError(
+                f"the ranks of this host ({', '.join(map(str, under))}) need {format_size(need)} of host memory "
+                f"together ({need} bytes), and {name} allows {format_size(left)}. What helps: map instead of copying "
+                "(residency='map', --residency map), fewer ranks on a host, or less staging",
+                required=need,
+                limit=left,
+            )
 
 
 def _digest(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest) -> str:
