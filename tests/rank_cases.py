@@ -98,6 +98,9 @@ def check_training(ranks: Ranks, model: Any, folder: str) -> None:
         parameter.requires_grad_(flags[name])
     for each in (whole, model):
         each.train()
+        for module in each.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         each(ids(), labels=ids()).loss.backward()
     wanted = dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
@@ -182,7 +185,7 @@ def _by_the_plans_of_transformers(ranks: Ranks, folder: str, config: dict[str, i
     source = ranks.folders[folder]
     theirs = like_theirs(ranks, folder, config)
     if way == "drop-in":
-        model = lowmem.from_pretrained(source, dtype=torch.float32, distributed_config=asked)
+        model = lowmem.from_pretrained(type(theirs), source, dtype=torch.float32, distributed_config=asked)
     else:
         result = ranks.load(source, distributed_config=asked, residency="copy")
         model = result.model
@@ -211,7 +214,7 @@ class Odd(nn.Module):
         self.none = nn.Parameter(torch.zeros(0, 3))
         self.cube = nn.Parameter(torch.zeros(6, 5, 3), requires_grad=False)
         self.wave = nn.Parameter(torch.zeros(6, 3, dtype=torch.complex64))
-        self.counts = nn.Parameter(torch.zeros(9, dtype=torch.int16), requires_grad=False)
+        self.counts = nn.Parameter(torch.zeros(9, dtype=torch.int32), requires_grad=False)
         self.register_buffer("mask", torch.zeros(7, 2, dtype=torch.bool))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("table", torch.zeros(5, 7, dtype=torch.float64))
