@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,15 +18,18 @@ import torch
 from torch import nn
 
 from ._mounts import is_on_local_disk
-from ._page_cache import cached_share
+from ._page_cache import CachedPages, cached_share, give_back, look
+from .engine import Installer
+from .engine.sharing import share
 from .errors import BudgetError, ModelError, OptionError
 from .modeling.request import ModelRequest
 from .modeling.sharding import is_sharded, rank_here
 from .modeling.skeleton import Skeleton
-from .modeling.targets import Target, walk
-from .planner import LoadPlan, LoadRequest
+from .modeling.targets import Target, tensor_of, walk
+from .planner import LoadPlan, LoadRequest, Placement
 from .planner.rank_records import RankShare
-from .planner.ranks import holders, mapped_share, share_out
+from .planner.ranks import held_alike, holders, mapped_share, share_out
+from .planner.records import Shared
 from .ranks import Together, find_neighbours, gather
 from .ranks.carrier import Carrier
 from .sizes import MIB, format_size, shown
@@ -43,6 +48,9 @@ class Company:
         self._stack = ExitStack()
         self.together: Together | None = None
         self._carrier: Carrier | None = None
+        # Which pages of files were in the page cache before, where this rank sees to what all of its host have read.
+        self._before: dict[Path, CachedPages] = {}
+        self._alike: tuple[Shared, ...] = ()
 
     def __enter__(self) -> Company:
         self._stack.__enter__()
@@ -74,6 +82,29 @@ class Company:
         """Brings tensors from rank to rank; None where there is none."""
         return self._carrier
 
+    def initialised(self, plan: LoadPlan, targets: Mapping[str, Target]) -> None:
+        """Note what the model's own rule will initialise, and who holds the same of it."""
+        if self.together is not None:
+            fresh = [p for p in plan.placements if p.residency == "init" and p.nbytes]
+            self._alike = tuple(held_alike(fresh, targets, self.together.rank, self.together.members))
+
+    def make_alike(self, plan: LoadPlan, model: nn.Module) -> None:
+        """Give what the model's own rule has initialised, by chance on each rank, to all that hold the same of it.
+
+        Raises:
+            RankError: another rank has failed, or is gone.
+        """
+        if self._alike and self.together is not None and self._carrier is not None:
+            rank = self.together.rank
+            mine = {one.placement: local_of(model, one.placement) for one in self._alike if one.reader == rank}
+            share(self._alike, mine, Installer(model).install, self._carrier)
+
+    def asked_about_ties(self) -> tuple[int | None, Callable[[list[str]], list[list[str]]] | None]:
+        """The rank whose parts of tied tensors are compared, and how the others learn of it; None for one process."""
+        if self.together is None:
+            return None, None
+        return self.together.rank, functools.partial(gather, self.together)
+
     def settle(self) -> None:
         """Wait until all ranks have everything in its place, as long as this one can still take it back.
 
@@ -82,11 +113,38 @@ class Company:
         """
         if self.together is not None:
             gather(self.together, None)
+            for file, before in self._before.items():
+                _drop_new(file, before)
+
+    def keep_pages(self, plan: LoadPlan, beside: tuple[int, ...]) -> LoadPlan:
+        """The plan, leaving in the page cache what ranks beside this one read too; all of it goes back when they are
+        done, except what was there before.
+        """
+        if plan.reading.keep_cache or len(beside) < 2:
+            return plan
+        if plan.bytes_read and self.together is not None and self.together.rank == beside[0]:
+            for shard in plan.checkpoint.shards:
+                with suppress(OSError), shard.file.open("rb", buffering=0) as file:
+                    self._before[shard.file] = look(file.fileno(), shard.size)
+        return replace(plan, reading=replace(plan.reading, keep_cache=True))
+
+
+def local_of(model: nn.Module, placement: Placement) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    tensor: Any = tensor_of(model, placement.target)
+    local: torch.Tensor = tensor._local_tensor if is_sharded(tensor) else tensor
+    return local.detach().contiguous()
+
+
+def _drop_new(path: Path, before: CachedPages) -> None:
+    with suppress(OSError), path.open("rb", buffering=0) as file:
+        for begin, length in () if before.everything else before.absent(0, os.fstat(file.fileno()).st_size):
+            give_back(file.fileno(), begin, length)
 
 
 def is_divided(skeleton: Skeleton) -> bool:
     """Whether some of the model's tensors are DTensors, of which each rank holds a part."""
-    return any(target.sharding is not None for target in skeleton.targets.values())
+    return bool({target.sharding for target in skeleton.targets.values()} - {None})
 
 
 def known_members(asked: ModelRequest, request: LoadRequest) -> tuple[int, ...]:
@@ -129,7 +187,7 @@ def at_home(skeleton: Skeleton, request: LoadRequest) -> LoadRequest:
     """Where the parts of a divided model go, if that is not said: to this process's own device of its meshes' kind.
 
     Raises:
-        OptionError: a device map that would be inferred, or several devices: the mesh says who holds what.
+        OptionError: a device map that would be inferred, several devices, or the disk: the mesh says who holds what.
         ModelError: nothing says which rank this is.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -137,10 +195,11 @@ def at_home(skeleton: Skeleton, request: LoadRequest) -> LoadRequest:
             "the model has DTensors, and no process group of torch.distributed runs here; lowmem.plan_ranks plans a "
             "load by several ranks without them"
         )
-    if isinstance(request.device_map, str) or len(set((request.device_map or {}).values())) > 1:
+    devices = set() if isinstance(request.device_map, str) else set((request.device_map or {}).values())
+    if isinstance(request.device_map, str) or len(devices) > 1 or "disk" in devices:
         raise OptionError(
-            f"device_map: expected one device, found {shown(request.device_map)}: the model is divided among ranks by "
-            "its DTensors, so that each process has one device; leave device_map out for the mesh's own"
+            f"device_map: expected one device with memory, found {shown(request.device_map)}: the model is divided "
+            "among ranks by its DTensors, so that each process has one device; leave device_map out for the mesh's own"
         )
     kinds = {target.sharding.mesh.device for target in skeleton.targets.values() if target.sharding is not None}
     if request.device_map is not None or kinds == {"cpu"}:
@@ -149,20 +208,23 @@ def at_home(skeleton: Skeleton, request: LoadRequest) -> LoadRequest:
     return replace(request, device_map={"": f"{kind}:{getattr(torch, kind).current_device()}"})
 
 
-def agreed(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest, together: Together) -> LoadPlan:
+def agreed(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest, company: Company) -> LoadPlan:
     """The plan of this rank beside those of the others: who reads what, and whether all of a host fit into it.
 
     Args:
         plan: of this rank alone.
         targets: of the whole model.
         request: what was asked of this rank.
-        together: the ranks; each of them must call this.
+        company: the ranks; each of them must call this.
 
     Raises:
         ModelError: ranks load different models, or load them differently.
         BudgetError: the ranks of this host need more than it has.
         RankError: another rank has failed.
     """
+    together = company.together
+    if together is None:
+        return plan
     rank, beside = together.rank, find_neighbours(together).ranks
     said = {"asked": _digest(plan, targets, request), "once": _is_worth_reading_once(plan, targets, rank, beside)}
     answers = dict(zip(together.members, gather(together, said), strict=True))
@@ -175,6 +237,8 @@ def agreed(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest, 
     once = request.read == "once" or (request.read is None and all(answers[other]["once"] for other in beside))
     if once:
         plan = share_out(plan, targets, rank, beside)
+    plan = company.keep_pages(plan, beside)
+    company.initialised(plan, targets)
     mapped = mapped_share(plan, targets, rank, beside)
     mine: dict[str, Any] = {
         "mapped": [mapped.numerator, mapped.denominator],

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from .checkpoint import Checkpoint, TensorEntry
 from .engine import same_bytes
-from .errors import KeysError
-from .mapping import KeyMapping, Link, check_stays_int8, choose_layers, match
+from .errors import KeysError, UnsupportedError
+from .mapping import KeyMapping, Link, check_stays_int8, choose_layers, match, whole
 from .mapping.int8 import check_formats
-from .mapping.narrowing import narrow
+from .mapping.narrowing import narrow, narrowed
 from .mapping.opened import Opened
 from .modeling.int8 import says_int8
 from .modeling.int8_choice import Int8Request
 from .modeling.skeleton import Origin, Skeleton, make_skeleton, with_int8
+from .modeling.targets import Target
 from .planner import LoadRequest
 from .planner.placing import layers_not_by_rows
 from .sources import Found
@@ -57,15 +58,25 @@ class Fit:
     mapping: KeyMapping
     parts: tuple[Opened, ...]
 
-    def without_ties(self, request: LoadRequest) -> Fit:
+    def without_ties(
+        self, request: LoadRequest, rank: int | None = None, agree: Callable[[list[str]], list[list[str]]] | None = None
+    ) -> Fit:
         """With tied tensors apart that the checkpoint holds twice, with other values: they are read to be compared.
+
+        Args:
+            request: how files are read.
+            rank: of several, which each compare the parts that they hold; None for all of the tensors.
+            agree: tells the other ranks what differs here, and gives what differs on each.
 
         Raises:
             KeysError: a plain module cannot hold two values in one tensor.
         """
         if not self.mapping.doubled:
             return self
-        untied = _differing(self, request)
+        untied = _differing(self, request, rank)
+        if agree is not None:
+            untied = {name for names in agree(sorted(untied)) for name in names}
+            _check_unties(self, untied, "differ")
         return replace(self, mapping=match(self.checkpoint, self.skeleton, untied, request.keys, self.parts))
 
     def on_rank(self, rank: int) -> Fit:
@@ -91,6 +102,7 @@ def fit(found: Found, origin: Origin, request: LoadRequest, undo: ExitStack, clo
     mapping = match_with(skeleton)
     choice = choose_layers(checkpoint, skeleton, mapping, request.int8, request.keep_fp32)
     plain, names, warnings = skeleton, list(choice.names), [*skeleton.warnings, *choice.warnings]
+    _refuse_divided(skeleton, names)
     while names:
         skeleton = with_int8(plain, names)
         assert skeleton.int8 is not None
@@ -113,6 +125,22 @@ def fit(found: Found, origin: Origin, request: LoadRequest, undo: ExitStack, clo
     return Fit(replace(skeleton, warnings=tuple(warnings)), checkpoint, mapping, parts)
 
 
+def _refuse_divided(skeleton: Skeleton, names: Iterable[str]) -> None:
+    """Layers become int8 by an exchange of modules, of which those that divide a model among ranks know nothing.
+
+    Raises:
+        UnsupportedError: one of them is divided.
+    """
+    for name in names:
+        target = skeleton.targets.get(f"{name}.weight")
+        if target is not None and target.sharding is not None and not target.scales:
+            raise UnsupportedError(
+                f"module {name!r} would become int8, and its weight is divided among ranks already: expected "
+                "lowmem.Int8Linear there before the model is divided, with a checkpoint that is int8 (lowmem convert "
+                "--quantize int8 writes one); or give dequantize=True, or leave out quantize"
+            )
+
+
 def _about_int8(skeleton: Skeleton, mapping: KeyMapping, request: Int8Request) -> list[str]:
     """What was said about int8 and means nothing here."""
     warnings = []
@@ -127,8 +155,8 @@ def _about_int8(skeleton: Skeleton, mapping: KeyMapping, request: Int8Request) -
     return warnings
 
 
-def _differing(fit: Fit, request: LoadRequest) -> set[str]:
-    """Names that are tied in the model but have values of their own in the checkpoint."""
+def _differing(fit: Fit, request: LoadRequest, rank: int | None) -> set[str]:
+    """Names that are tied in the model but have values of their own in the checkpoint, where this rank looks."""
     checkpoint, skeleton, mapping = fit.checkpoint, fit.skeleton, fit.mapping
     keys = mapping.sources
     shards = {shard.file: shard for shard in checkpoint.shards}
@@ -139,18 +167,38 @@ def _differing(fit: Fit, request: LoadRequest) -> set[str]:
             parts[link.target].append(link)
     for name, leader in mapping.doubled.items():
         a, b = checkpoint[keys[name]], checkpoint[keys[leader]]
-        pairs = [(a, b)]
+        pairs = [(a, b)] if rank is None else _parts_of(a, b, skeleton.targets[leader], rank)
         if not mapping.converted.isdisjoint((name, leader)):
             pairs = _paired(parts[name], parts[leader])
         if not pairs or not all(same_bytes(*pair, shards, keep_cache=request.keep_cache) for pair in pairs):
-            if not skeleton.rules.unties:
-                why = "differ" if pairs else "are made in ways that cannot be compared"
-                raise KeysError(
-                    f"{a.file}: {a.key!r} and {b.key!r} {why}, and the model ties them to one tensor; untie them in "
-                    "the model, bring the checkpoint that belongs to it, or leave one of them out by skip="
-                )
+            _check_unties(fit, {name}, "differ" if pairs else "are made in ways that cannot be compared")
             differing.add(name)
     return differing
+
+
+def _check_unties(fit: Fit, names: Iterable[str], why: str) -> None:
+    """Refuse values of their own where the model cannot have them.
+
+    Raises:
+        KeysError: it is no model of transformers.
+    """
+    for name in () if fit.skeleton.rules.unties else sorted(names):
+        keys = fit.mapping.sources
+        a, b = (fit.checkpoint[keys[n]] for n in (name, fit.mapping.doubled[name]))
+        raise KeysError(
+            f"{a.file}: {a.key!r} and {b.key!r} {why}, and the model ties them to one tensor; untie them in "
+            "the model, bring the checkpoint that belongs to it, or leave one of them out by skip="
+        )
+
+
+def _parts_of(a: TensorEntry, b: TensorEntry, target: Target, rank: int) -> list[tuple[TensorEntry, TensorEntry]]:
+    """What one rank holds of two entries that would feed the same target."""
+    if target.sharding is None or not a.shape == b.shape == target.shape:
+        return [(a, b)]
+    part = target.sharding.part(target.shape, rank)
+    some, others = (narrowed(Link(one, target.name, whole(target.shape)), target.shape, part) for one in (a, b))
+    empty = replace(a, shape=(0,), strides=None, nbytes=0)
+    return _paired(some, others) if some else [(empty, empty)]
 
 
 def _paired(some: Sequence[Link], others: Sequence[Link]) -> list[tuple[TensorEntry, TensorEntry]]:

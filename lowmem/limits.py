@@ -7,6 +7,7 @@ kernel's `Documentation/admin-guide/cgroup-v1/memory.rst`, `.../cgroup-v2.rst` a
 from __future__ import annotations
 
 import importlib
+import platform
 import posixpath
 import re
 import sys
@@ -92,6 +93,22 @@ def device_memory() -> dict[str, int]:
                 f"cuda:{index}: its free memory cannot be read ({error}); leave the device out of CUDA_VISIBLE_DEVICES"
             ) from error
     return free
+
+
+def shares_memory(device: str) -> bool:
+    """Whether a device such as `"cuda:0"` has no memory of its own and computes in the host's."""
+    torch = importlib.import_module("torch")
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return kind == "mps"
+    # To ask initialises CUDA, after which a process cannot fork: not where there are no such devices of NVIDIA.
+    if torch.version.hip is None and platform.machine() not in ("aarch64", "arm64"):
+        return False
+    number = int(index or 0)
+    if not torch.cuda.is_available() or number >= torch.cuda.device_count():
+        return False
+    # Where host and device reach each other's memory but have each their own, it is not set.
+    return bool(getattr(torch.cuda.get_device_properties(number), "is_integrated", False))
 
 
 def accelerators_here() -> set[str]:

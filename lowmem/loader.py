@@ -98,6 +98,7 @@ def load(
     skip_modules: str | Iterable[str] | None = None,
     dequantize: bool = False,
     int8_threshold: float | None = None,
+    read: str = "auto",
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> LoadResult:
@@ -169,6 +170,9 @@ def load(
         dequantize: make floats of what is int8 in the checkpoint.
         int8_threshold: magnitude from which bitsandbytes computes activations in fp16 instead of int8. Default: that of
             the checkpoint's config, or 6.
+        read: of several ranks of torch.distributed, `"each"`: every one reads what it holds, or `"once"`: what ranks of
+            a host hold alike is read by one of them and given to the others; every rank must then call `load`. Default:
+            by what is shared, what the files lie on, and what the ranks talk by.
         trust_remote_code: whether Python files beside the checkpoint may run.
         progress: called with a `Progress` from the calling thread.
 
@@ -218,6 +222,7 @@ def load(
         skip_modules=skip_modules,
         dequantize=dequantize,
         int8_threshold=int8_threshold,
+        read=read,
     )
     if progress is not None and not callable(progress):
         raise OptionError(f"progress: expected a function of one Progress, found {shown(progress)}")
@@ -405,19 +410,19 @@ def _prepare(
     with paused_collector():
         made = fit(found, origin, request, undo, clock)
         if company is not None:
-            made = made.without_ties(request)
+            if is_divided(made.skeleton):
+                company.join(members_of(made.skeleton))
+            made = made.without_ties(request, *company.asked_about_ties())
         skeleton, checkpoint = made.skeleton, made.checkpoint
         refuse(made.mapping, checkpoint.source, request.strict, request.keys)
         targets = skeleton.targets
         if is_divided(skeleton):
-            if company is not None:
-                company.join(members_of(skeleton))
             request = at_home(skeleton, request)
             made = made.on_rank(rank_here())
             skeleton = made.skeleton
         plan = make_plan(checkpoint, skeleton, made.mapping, request)
-        if company is not None and company.together is not None:
-            plan = agreed(plan, targets, request, company.together)
+        if company is not None:
+            plan = agreed(plan, targets, request, company)
         return skeleton, replace(plan, warnings=(*skeleton.warnings, *plan.warnings)) if skeleton.warnings else plan
 
 
@@ -461,6 +466,7 @@ def _execute(
         fresh = [name for p in plan.placements if p.residency == "init" for name in p.names]
         if fresh:
             skeleton.rules.initialise(fresh)
+            company.make_alike(plan, skeleton.model)
         if holding is not None:
             holding.finish(_unfed(plan))
         skeleton.rules.finish(_unfed(plan))

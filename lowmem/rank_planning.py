@@ -43,6 +43,8 @@ def plan_ranks(
     config: Any = None,
     attn_implementation: str | Mapping[str, str] | None = None,
     experts_implementation: str | Mapping[str, str] | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     weights: str | None = None,
     ema: bool | None = None,
@@ -68,6 +70,8 @@ def plan_ranks(
         config: as in `load`.
         attn_implementation: as in `load`.
         experts_implementation: as in `load`.
+        num_classes: as in `load`.
+        in_chans: as in `load`.
         model_kwargs: as in `load`.
         weights: as in `load`.
         ema: as in `load`.
@@ -88,6 +92,8 @@ def plan_ranks(
         config=config,
         attn_implementation=attn_implementation,
         experts_implementation=experts_implementation,
+        num_classes=num_classes,
+        in_chans=in_chans,
         model_kwargs=model_kwargs,
         trust_remote_code=flag(trust_remote_code, "trust_remote_code"),
     )
@@ -137,8 +143,10 @@ def _planned(made: Fit, request: LoadRequest, paper: PaperMesh, beside: int) -> 
         rows.append(rank_plan(plan, rank, dict(zip(paper.mesh.names, coordinate, strict=True)), host))
         mapped[rank] = mapped_share(plan, targets, rank, here)
         warnings.update(dict.fromkeys(plan.warnings))
-        # Every rank has a place for every tensor, if only for nothing of it.
-        weights = sum(nbytes_of(targets[p.target].shape, p.dtype) for p in plan.placements)
+        # Every rank has a place for every tensor, if only for nothing of it. Tied ones that are divided differently
+        # have one each.
+        whole = {targets[p.target].tie: nbytes_of(targets[p.target].shape, p.dtype) for p in plan.placements}
+        weights = sum(whole.values())
     return RanksPlan(
         made.checkpoint.source,
         dict(zip(paper.mesh.names, paper.mesh.shape, strict=True)),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import plots
 from .sizes import format_size
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .memory import Measurement
     from .planner import LoadPlan
+    from .planner.ranks import HostShare, RankPlan, RanksPlan
+
+T = TypeVar("T")
+# So many rows are read one by one; of more, equal ones become one.
+_MANY_ROWS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +237,70 @@ def plan_tables(plan: LoadPlan) -> Iterator[Table]:
         asked.add_row("keep_cache", "on")
     if asked.row_count:
         yield asked
+
+
+def ranks_tables(plan: RanksPlan) -> Iterator[Table]:
+    """A plan of several ranks for people: each of them, each host, all together."""
+    mesh = " x ".join(f"{name} {count}" for name, count in plan.mesh.items())
+    ranks = _table(f"{plan.source}: {len(plan.ranks)} ranks, {mesh or 'no mesh'}")
+    for title in ("rank", "in the mesh", "host", "holds", "mapped", "copies", "reads", "staging", "peak"):
+        ranks.add_column(title, justify="left" if title in ("rank", "in the mesh", "host") else "right")
+    for same in _folded(plan.ranks, _sizes_of_rank):
+        at = " ".join(f"{name}={_spans(rank.at[name] for rank in same)}" for name in plan.mesh)
+        hosts = _spans(rank.host for rank in same)
+        ranks.add_row(_spans(r.rank for r in same), at, hosts, *map(format_size, _sizes_of_rank(same[0])))
+    yield ranks
+    hosts_ = _table(None)
+    for title in ("host", "ranks", "mapped once", "reads", "sum of peaks"):
+        hosts_.add_column(title, justify="left" if title in ("host", "ranks") else "right")
+    for some in _folded(plan.hosts, _sizes_of_host):
+        numbers = _spans(number for host in some for number in host.ranks)
+        hosts_.add_row(_spans(host.host for host in some), numbers, *map(format_size, _sizes_of_host(some[0])))
+    yield hosts_
+    total = _table(None)
+    total.add_column("all ranks")
+    total.add_column("bytes", justify="right")
+    total.add_column("of the model", justify="right")
+    held, reads = sum(rank.weights for rank in plan.ranks), sum(host.reads for host in plan.hosts)
+    mapped = sum(host.mapped for host in plan.hosts)
+    for name, size in (
+        ("the whole model", plan.weights),
+        ("held", held),
+        ("to read now", reads),
+        ("to map, once on each host", mapped),
+        ("to read and to map", reads + mapped),
+    ):
+        total.add_row(name, format_size(size), f"{size / max(plan.weights, 1):.2f}x")
+    yield total
+
+
+def _sizes_of_rank(rank: RankPlan) -> tuple[int, ...]:
+    return rank.weights, rank.mapped, rank.resident, rank.reads, rank.staging, rank.peak
+
+
+def _sizes_of_host(host: HostShare) -> tuple[int, ...]:
+    return host.mapped, host.reads, host.peak
+
+
+def _folded(rows: Sequence[T], value: Callable[[T], Hashable]) -> list[list[T]]:
+    """The rows in groups of one row of the table each: those of equal values, where there are many."""
+    if len(rows) <= _MANY_ROWS:
+        return [[row] for row in rows]
+    groups: dict[Hashable, list[T]] = {}
+    for row in rows:
+        groups.setdefault(value(row), []).append(row)
+    return list(groups.values())
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """`"0-3,8"` for 0, 1, 2, 3 and 8."""
+    spans: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def _dtype_table(plan: LoadPlan) -> Table:

@@ -50,7 +50,8 @@ class FakeBackend:
         self.random = random.Random(seed)
         self.immediate = immediate
         self.room = room
-        self.streams: dict[str, deque[tuple[str, Any]]] = {_SIDE: deque()}
+        self.side = _SIDE
+        self.streams: dict[str, deque[tuple[str, Any]]] = {self.side: deque()}
         self.user = "user"
         self.held = self.peak = self.copies = self.pinned_bytes = 0
         self.blocks: list[_Block] = []
@@ -95,8 +96,8 @@ class FakeBackend:
     def record(self, stream: str | None) -> Event:
         """At the end of the stream."""
         with self.lock:
-            name = stream or _SIDE
-            if self.immediate and name != _SIDE:
+            name = stream or self.side
+            if self.immediate and name != self.side:
                 return Event(name, done=True)
             event = Event(name)
             self.streams.setdefault(name, deque()).append(("record", event))
@@ -105,8 +106,8 @@ class FakeBackend:
     def wait(self, stream: str | None, event: Event) -> None:
         """Where users compute at once, they wait at once."""
         with self.lock:
-            name = stream or _SIDE
-            if self.immediate and name != _SIDE:
+            name = stream or self.side
+            if self.immediate and name != self.side:
                 self.finish(event)
             else:
                 self.streams.setdefault(name, deque()).append(("wait", event))
@@ -142,7 +143,7 @@ class FakeBackend:
     def submit(self, stream: str | None, work: Callable[[], object]) -> None:
         """Ask a stream for something."""
         with self.lock:
-            self.streams.setdefault(stream or _SIDE, deque()).append(("run", work))
+            self.streams.setdefault(stream or self.side, deque()).append(("run", work))
 
     def stir(self) -> None:
         """Some streams do some of their work."""
@@ -172,3 +173,143 @@ class FakeBackend:
         elif kind == "run":
             what()
         return True
+
+
+class FakeDevice:
+    """What the fake streams of several readers have in common: their queues, the device's memory, and pinned memory.
+
+    Memory is given out again as soon as it is let go of, to the stream that it belonged to. What a stream does with
+    memory that was let go of, or is not pinned any more, is told in `faults`.
+
+    Args:
+        seed: of what is done when.
+        pins: whether host memory can be pinned.
+        room: bytes of device memory; None for no bound.
+    """
+
+    def __init__(self, seed: int = 0, *, pins: bool = True, room: int | None = None) -> None:
+        self.lock = threading.RLock()
+        self.random = random.Random(seed)
+        self.streams: dict[str, deque[tuple[str, Any]]] = {}
+        self.pins = pins
+        self.room = room
+        self.pinned: dict[int, int] = {}
+        self.most_pinned = self.held = self.peak = self.copies = 0
+        self.faults: list[str] = []
+        self.fails_at: int | None = None
+        self.blocks: dict[int, tuple[Any, int, list[int]]] = {}
+        self.free: dict[int, list[int]] = {}
+
+    def open(self, name: str) -> FakeStreams:
+        """In place of `lowmem.engine.accelerator.open_backend`."""
+        return FakeStreams(self, name)
+
+    def allocate(self, nbytes: int) -> Any:
+        """Memory with an owner, at whose end it is free."""
+        with self.lock:
+            if self.room is not None and self.held + nbytes > self.room:
+                raise torch.OutOfMemoryError("out of memory")
+            if self.free.get(nbytes):
+                address = self.free[nbytes].pop()
+            else:
+                memory = ctypes.create_string_buffer(b"\xaa" * nbytes, nbytes)
+                address = ctypes.addressof(memory)
+                self.blocks[address] = (memory, nbytes, [0])
+            self.held += nbytes
+            self.peak = max(self.peak, self.held)
+        owner = (ctypes.c_char * nbytes).from_address(address)
+        weakref.finalize(owner, self._let_go, address).atexit = False
+        return owner
+
+    def _let_go(self, address: int) -> None:
+        with self.lock:
+            _, nbytes, generation = self.blocks[address]
+            generation[0] += 1
+            self.held -= nbytes
+            self.free.setdefault(nbytes, []).append(address)
+
+    def state_of(self, address: int) -> tuple[str, int]:
+        """What memory there is at an address, and whose it is."""
+        for begin, (_, nbytes, generation) in self.blocks.items():
+            if begin <= address < begin + nbytes:
+                return "device", generation[0]
+        pinned = any(begin <= address < begin + nbytes for begin, nbytes in self.pinned.items())
+        return ("pinned", 0) if pinned else ("host", 0)
+
+
+class FakeStreams(FakeBackend):
+    """A stream of its own on a `FakeDevice`."""
+
+    def __init__(self, shared: FakeDevice, name: str) -> None:
+        super().__init__(immediate=False)
+        self.shared, self.lock, self.random, self.streams = shared, shared.lock, shared.random, shared.streams
+        with self.lock:
+            self.side = f"{name}/{len(self.streams)}"
+            self.streams[self.side] = deque()
+            self.user = f"{name}/home"
+            self.streams.setdefault(self.user, deque())
+
+    def enter(self) -> None:
+        """There is only one."""
+
+    def empty(self, stream: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Of a device whose memory all belongs to the streams of the caller."""
+        assert stream.endswith("/home")
+        count = torch.Size(shape).numel()
+        return torch.frombuffer(self.shared.allocate(count * dtype.itemsize), dtype=dtype).view(shape)
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        """Noted."""
+        with self.lock:
+            if self.shared.pins:
+                self.shared.pinned[memory.data_ptr()] = memory.nbytes
+                self.shared.most_pinned = max(self.shared.most_pinned, sum(self.shared.pinned.values()))
+            return self.shared.pins
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Noted."""
+        with self.lock:
+            del self.shared.pinned[memory.data_ptr()]
+
+    def finish(self, event: Event) -> None:
+        """Or fail, as a device does that failed before."""
+        with self.lock:
+            if self.shared.fails_at is not None and self.shared.copies >= self.shared.fails_at:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        super().finish(event)
+
+    def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
+        """By address, later, with a cast where the device has both."""
+        assert into.shape == source.shape
+        ends = [_Lies(into), _Lies(source)]
+        with self.lock:
+            self.shared.copies += 1
+            states = [self.shared.state_of(one.address) for one in ends]
+            assert states[0][0] == "device"
+            if states[1][0] != "device":
+                # Else torch would make temporary memory, and wait.
+                assert into.is_contiguous()
+                assert source.is_contiguous()
+                assert into.dtype == source.dtype
+
+            def work() -> None:
+                if [self.shared.state_of(one.address) for one in ends] != states:
+                    self.shared.faults.append("memory was let go of before its use")
+                    return
+                ends[0].tensor().copy_(ends[1].tensor())
+
+            self.submit(None, work)
+            self.stir()
+
+
+class _Lies:
+    """Where a tensor lies, and no hold on it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.address, self.dtype = tensor.data_ptr(), tensor.dtype
+        self.shape, self.strides = tuple(tensor.shape), tensor.stride()
+        self.span = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+
+    def tensor(self) -> torch.Tensor:
+        memory = (ctypes.c_char * (self.span * self.dtype.itemsize)).from_address(self.address)
+        return torch.frombuffer(memory, dtype=self.dtype).as_strided(self.shape, self.strides)

@@ -44,7 +44,7 @@ def run_ranks(
     count: int,
     function: Callable[..., Any],
     *args: Any,
-    timeout: float = 60,
+    timeout: float = 120,
     backend: str = "gloo",
     store_at: int | None = None,
 ) -> list[Any]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lowmem
+from lowmem.engine.streams import StreamBackend
 from lowmem.sizes import MIB
 from lowmem.synthetic import llama_recipe, write_checkpoint
 
@@ -43,6 +44,179 @@ def test_every_weight_arrives_on_the_device(llama: Path, dtype: str) -> None:
         assert torch.equal(state[key].cpu(), wanted)
     assert all(buffer.device.type == "cuda" for buffer in result.model.buffers())
     assert result.report.peak <= result.plan.host.peak
+
+
+def mixed(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of several dtypes, of many chunks, of odd sizes and of a few bytes; written there."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(1,), (7, 3), (1000,), (1025, 1023), (3, 1 << 20), (5000, 4099)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int64]
+    made = {}
+    for n, shape in enumerate(shape for _ in dtypes for shape in sizes):
+        dtype = dtypes[(n + n // len(sizes)) % len(dtypes)]
+        made[f"t{n:02d}"] = torch.randn(shape, generator=generator).mul(50).to(dtype)
+    save_file(made, path)
+    return made
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("io", ["buffered", "direct"])
+@pytest.mark.parametrize("staging", [None, "1MiB", "16MiB"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float64"])
+def test_a_stream_gives_tensors_that_are_there(tmp_path: Path, dtype: str, staging: str | None, io: str) -> None:
+    made = mixed(tmp_path / "m.safetensors")
+    options: dict[str, Any] = {"device": "cuda:0", "staging": staging, "io": io}
+    seen = 0
+    for key, tensor in lowmem.stream(tmp_path / "m.safetensors", dtype=dtype, **options):
+        # On another stream, which nobody told to wait.
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = tensor.cpu()
+        wanted = made[key]
+        if dtype != "auto" and wanted.is_floating_point():
+            wanted = wanted.to(getattr(torch, dtype))
+        assert found.dtype == wanted.dtype
+        assert torch.equal(bits(found), bits(wanted)), key
+        seen += 1
+        # Its memory is given out again at once, while this stream still works with it.
+        torch.cuda._sleep(100_000)
+        tensor.float().mul_(2)
+    assert seen == len(made)
+
+
+def test_memory_that_is_still_computed_with_is_not_filled_before_that(llama: Path) -> None:
+    """The caller lets go of a tensor, and loads into its memory before the device has done what it was asked for."""
+    expected = reference(llama)
+    for _ in range(5):
+        old = [torch.ones(t.shape, dtype=t.dtype, device="cuda:0") for t in expected.values()]
+        torch.cuda._sleep(200_000_000)
+        for one in old:
+            one.fill_(7)
+        del one
+        old.clear()
+        state = lowmem.load(llama, device_map="cuda:0").model.state_dict()
+        assert all(torch.equal(state[key].cpu(), tensor) for key, tensor in expected.items())
+
+
+def test_a_load_on_a_stream_of_ones_own_is_right(llama: Path) -> None:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        state = lowmem.load(llama, device_map="cuda:0", dtype="float32").model.state_dict()
+        sums = {key: tensor.double().sum() for key, tensor in state.items()}
+    stream.synchronize()
+    for key, tensor in reference(llama).items():
+        assert torch.equal(state[key].cpu(), tensor.float())
+        assert torch.isfinite(sums[key])
+
+
+@pytest.fixture(scope="module")
+def gigabyte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu") / "gigabyte"
+    return write_checkpoint(llama_recipe(1024 * MIB), folder, max_shard_size=400 * MIB)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
+def test_a_load_takes_little_besides_its_weights(gigabyte: Path, dtype: str) -> None:
+    lowmem.load(gigabyte, device_map="cuda:0", dtype=dtype)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(0)
+    torch.cuda.reset_peak_memory_stats(0)
+    with lowmem.measure() as memory:
+        result = lowmem.load(gigabyte, device_map="cuda:0", dtype=dtype)
+    plan = result.plan
+    assert plan.staging.slots > 1
+    assert plan.staging.total <= 256 * MIB
+    # What CUDA takes for itself was taken by the first load.
+    assert memory.peak <= plan.host.peak + 16 * MIB
+    added = torch.cuda.max_memory_allocated(0) - before
+    rounded = 1024 * len(plan.placements)
+    assert added <= plan.devices["cuda:0"].peak + rounded
+    assert added <= plan.devices["cuda:0"].resident + 64 * MIB + rounded
+    # What torch's cache took of the device is no more than pieces that do not fit.
+    assert torch.cuda.max_memory_reserved(0) <= before + plan.devices["cuda:0"].resident * 1.1 + 128 * MIB
+    state = result.model.state_dict()
+    for key, tensor in reference(gigabyte).items():
+        wanted = tensor if dtype == "auto" else tensor.to(getattr(torch, dtype))
+        assert torch.equal(bits(state[key]), bits(wanted)), key
+
+
+def test_pinned_memory_goes_back_when_a_load_ends(llama: Path) -> None:
+    """Also after an error: else the kernel would not give these addresses out again."""
+    from lowmem.memory import anonymous_memory
+
+    lowmem.load(llama, device_map="cuda:0")
+    gc.collect()
+    before = anonymous_memory()
+    for _ in range(20):
+        lowmem.load(llama, device_map="cuda:0")
+        tensors = lowmem.stream(llama, device="cuda:0")
+        next(tensors)
+        tensors.close()
+    gc.collect()
+    assert anonymous_memory() - before <= 32 * MIB
+
+
+def test_memory_that_cannot_be_pinned_serves_as_well(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StreamBackend, "pin", lambda self, memory: False)
+    state = lowmem.load(llama, device_map="cuda:0", dtype="float32").model.state_dict()
+    assert all(torch.equal(state[key].cpu(), tensor.float()) for key, tensor in reference(llama).items())
+
+
+def test_a_refusal_to_pin_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = StreamBackend(torch.device("cuda", 0), torch.cuda, patient=True)
+    memory = torch.empty(8 * MIB, dtype=torch.uint8)
+    assert backend.pin(memory)
+    # Twice is one of the things that CUDA refuses.
+    assert not backend.pin(memory)
+    assert torch.ones(3, device="cuda:0").sum().item() == 3
+    backend.unpin(memory)
+    backend.unpin(memory)
+    assert torch.ones(3, device="cuda:0").sum().item() == 3
+
+
+def test_a_device_that_is_full_is_told_of_and_left_as_it_was(llama: Path) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(0)
+    taken = torch.cuda.mem_get_info(0)
+    torch.cuda.set_per_process_memory_fraction((before + 40 * MIB) / taken[1], 0)
+    try:
+        with pytest.raises(lowmem.BudgetError, match="cuda:0 refused"):
+            lowmem.load(llama, device_map="cuda:0", dtype="float32")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+    gc.collect()
+    assert torch.cuda.memory_allocated(0) - before <= MIB
+    assert lowmem.load(llama, device_map="cuda:0").model is not None
+
+
+def test_only_the_devices_that_are_filled_are_used(llama: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    state = lowmem.load(llama, device_map="cuda:1", dtype="float32").model.state_dict()
+    assert all(torch.equal(state[key].cpu(), tensor.float()) for key, tensor in reference(llama).items())
+    assert all(tensor.device == torch.device("cuda", 1) for tensor in state.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_fused_experts_are_put_together_on_the_device(saved: Callable[..., Path], dtype: str) -> None:
+    folder = saved("qwen3-moe", "float32", "20KB")
+    there = lowmem.load(folder, device_map="cuda:0", dtype=dtype).model.state_dict()
+    here = lowmem.load(folder, dtype=dtype, residency="copy").model.state_dict()
+    assert all(torch.equal(bits(there[name]), bits(tensor)) for name, tensor in here.items())
+
+
+def test_views_of_a_pickle_are_gathered_on_the_device(tmp_path: Path) -> None:
+    made = {"t": torch.randn(700, 900).t(), "s": torch.randn(900, 1000)[:, ::3], "b": torch.randn(64, 3, 5, 7)}
+    made["b"] = made["b"].to(memory_format=torch.channels_last)
+    torch.save(made, tmp_path / "m.bin")
+    for dtype in ("auto", "float64", "float16"):
+        for key, tensor in lowmem.stream(tmp_path / "m.bin", device="cuda:0", dtype=dtype):
+            wanted = made[key] if dtype == "auto" else made[key].to(getattr(torch, dtype))
+            assert torch.equal(tensor.cpu(), wanted), key
 
 
 def test_device_memory_stays_within_the_plan(llama: Path) -> None:

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 import torch.distributed as dist
+from rank_processes import Died, Raised, run_ranks
+from safetensors.torch import save_file
+from torch import nn
 
+import lowmem
 from lowmem import CheckpointError, OptionError, RankError
+from lowmem.engine import Installer, reading, run
 from lowmem.engine.crew import Crew
 from lowmem.ranks import Together, control, find_neighbours, gather, hosts, links
-from tests.rank_processes import Died, Raised, run_ranks
 
 pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"),
 ]
 
-ALL = range(7)
+ALL = range(5)
 LONG = "ü€😀" * 3000
 NO_WORD = "ended without a word (killed, or its machine is gone)"
 
@@ -222,7 +229,7 @@ SCENARIOS: dict[str, tuple[list[int], Callable[..., Any]]] = {
     "alone": ([3], all_well),
     "pair": ([0, 1], all_well),
     "four": ([0, 1, 2, 3], all_well),
-    "subset": ([2, 4, 6], all_well),
+    "subset": ([1, 2, 4], all_well),
     "all": (list(ALL), all_well),
     "many rounds": ([0, 1, 2, 3], many_rounds),
     "at once": ([0, 1, 2, 3], one_fails_at_once),
@@ -231,7 +238,7 @@ SCENARIOS: dict[str, tuple[list[int], Callable[..., Any]]] = {
     "while done": ([0, 1, 2, 3], one_fails_while_others_are_done),
     "before": ([0, 1, 2, 3], one_fails_before_others_come),
     "again": ([0, 1, 2, 3], all_well),
-    "missed": ([1, 3, 5], one_misses_the_load),
+    "missed": ([0, 3, 4], one_misses_the_load),
     "two": ([0, 1, 2, 3], two_fail),
     "everyone": ([0, 1, 2, 3], all_fail),
     "long": ([0, 1, 2, 3], long_text),
@@ -240,12 +247,12 @@ SCENARIOS: dict[str, tuple[list[int], Callable[..., Any]]] = {
     "interrupted when done": ([0, 1, 2, 3], interrupted_when_done),
     "steps": ([0, 1, 2], different_steps),
     "no json": ([0, 1], no_json),
-    "neighbours": ([0, 2, 4, 6], neighbours),
-    "any order": ([1, 2, 5], in_any_order),
+    "neighbours": ([0, 1, 2, 4], neighbours),
+    "any order": ([1, 2, 4], in_any_order),
     "not a member": ([1], not_a_member),
     "deep": (list(ALL), deep),
     "beats": ([0, 1, 2], beats),
-    "nobody": ([0, 6], nobody_comes),
+    "nobody": ([0, 4], nobody_comes),
     "at last": (list(ALL), all_well),
 }
 
@@ -256,11 +263,25 @@ def play_all(rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def played() -> list[Any]:
-    """What each of seven processes saw, scenario after scenario."""
-    answers = run_ranks(len(ALL), play_all, timeout=120)
+def played(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of five processes saw, scenario after scenario; played once for all workers of pytest-xdist."""
+    run_id = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    shared = tmp_path_factory.getbasetemp().parent / f"played-{run_id}.pickle"
+    if run_id is None:
+        answers = run_ranks(len(ALL), play_all, timeout=150)
+    else:
+        try:
+            shared.with_suffix(".mine").touch(exist_ok=False)
+        except FileExistsError:
+            while not shared.exists():
+                time.sleep(0.1)
+        else:
+            made = shared.with_suffix(".made")
+            made.write_bytes(pickle.dumps(run_ranks(len(ALL), play_all, timeout=150)))
+            made.rename(shared)
+        answers = pickle.loads(shared.read_bytes())
     assert all(isinstance(answer, dict) for answer in answers), answers
-    return answers
+    return list(answers)
 
 
 def facts(members: list[int]) -> list[Any]:
@@ -301,8 +322,8 @@ def test_an_error_of_one_ends_all_with_its_text(played: list[Any], name: str, cu
 
 
 def test_who_misses_a_load_that_failed_is_told_at_the_next(played: list[Any]) -> None:
-    well = facts([1, 3, 5])
-    assert saw(played, "missed") == [well, ["rank 1: CheckpointError: without me", well], well]
+    well = facts([0, 3, 4])
+    assert saw(played, "missed") == [well, ["rank 0: CheckpointError: without me", well], well]
 
 
 def test_two_errors_each_keep_their_own_and_the_others_get_one_of_them(played: list[Any]) -> None:
@@ -333,26 +354,26 @@ def test_facts_without_a_form_in_json_end_all(played: list[Any]) -> None:
 
 
 def test_neighbours_are_those_of_one_host(played: list[Any]) -> None:
-    assert saw(played, "neighbours") == [[(0, 4, 6), 0, 3], [(2,), 0, 1], [(0, 4, 6), 1, 3], [(0, 4, 6), 2, 3]]
+    assert saw(played, "neighbours") == [[(0, 2, 4), 0, 3], [(1,), 0, 1], [(0, 2, 4), 1, 3], [(0, 2, 4), 2, 3]]
 
 
 def test_members_are_a_set(played: list[Any]) -> None:
-    assert saw(played, "any order") == [[1, 2, 5]] * 3
+    assert saw(played, "any order") == [[1, 2, 4]] * 3
     assert "rank 1 is not among those that are to load together ([2])" in saw(played, "not a member")[0]
 
 
 def test_a_tree_of_several_levels_behaves_the_same(played: list[Any]) -> None:
     results = [list(column) for column in zip(*saw(played, "deep"), strict=True)]
     well, once, later, two, rounds, every, done, again = results
-    assert well == again == [facts(list(ALL))] * 7
-    assert once == ["RankError: rank 6: CheckpointError: a.safetensors: ended at byte 7"] * 6 + [
+    assert well == again == [facts(list(ALL))] * 5
+    assert once == ["RankError: rank 4: CheckpointError: a.safetensors: ended at byte 7"] * 4 + [
         "CheckpointError: a.safetensors: ended at byte 7"
     ]
-    assert later[1:] == ["RankError: rank 0: CheckpointError: a.safetensors: ended at byte 8"] * 6
-    assert {*two[1:-1]} <= {f"RankError: rank {rank}: CheckpointError: of {rank}" for rank in (0, 6)}
-    assert rounds == [rounds[0]] * 7
+    assert later[1:] == ["RankError: rank 0: CheckpointError: a.safetensors: ended at byte 8"] * 4
+    assert {*two[1:-1]} <= {f"RankError: rank {rank}: CheckpointError: of {rank}" for rank in (0, 4)}
+    assert rounds == [rounds[0]] * 5
     assert every == [f"CheckpointError: of {rank}" for rank in ALL]
-    assert done[:-1] == ["RankError: rank 6: CheckpointError: last"] * 6
+    assert done[:-1] == ["RankError: rank 4: CheckpointError: last"] * 4
 
 
 def test_beats_are_not_messages(played: list[Any]) -> None:
@@ -360,7 +381,36 @@ def test_beats_are_not_messages(played: list[Any]) -> None:
 
 
 def test_who_does_not_come_is_not_waited_for_without_end(played: list[Any]) -> None:
-    assert saw(played, "nobody")[0] == "RankError: rank 6 has not come to the load within 0:00:00.300000"
+    assert saw(played, "nobody")[0] == "RankError: rank 4 has not come to the load within 0:00:00.300000"
+
+
+def test_the_engine_stops_when_its_watch_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it waits for reads that take long; nothing else is different."""
+    save_file({"weight": torch.ones(4, 4), "bias": torch.zeros(4)}, tmp_path / "model.safetensors")
+    plan = lowmem.plan(tmp_path / "model.safetensors", model=nn.Linear(4, 4, device="meta"), dtype="bfloat16")
+    model, looks = nn.Linear(4, 4, device="meta"), [0]
+    run(plan, Installer(model), watch=lambda: looks.append(1))
+    assert len(looks) > 1
+    assert model.weight.dtype == torch.bfloat16
+    assert model.weight.sum() == 16
+
+    told, fill = threading.Event(), reading.ShardReader.fill
+
+    def wait_and_fill(*args: Any) -> None:
+        assert told.wait(60)
+        fill(*args)
+
+    def watch() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            told.set()
+            raise RankError("rank 3: is gone", rank=3)
+
+    looks.clear()
+    monkeypatch.setattr(reading.ShardReader, "fill", wait_and_fill)
+    with pytest.raises(RankError, match="rank 3"):
+        run(plan, Installer(nn.Linear(4, 4, device="meta")), watch=watch)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowmem")]
 
 
 def die() -> None:
@@ -369,8 +419,10 @@ def die() -> None:
 
 def be_killed(rank: int) -> Any:
     """Rank after rank dies, each in a load with ranks 0 and 1, which go on."""
+    # One that dies while it connects is missed when this is over.
+    links.CONNECTING = links.timedelta(seconds=5)
     results = []
-    for victim, moment in ((5, "at start"), (4, "in the engine"), (3, "at the end"), (2, "gathering")):
+    for victim, moment in ((4, "at start"), (3, "in the engine"), (2, "at the end")):
         if rank in (0, 1, victim):
             results.append(attempt(_be_killed, rank, victim, moment))
     results.append(attempt(all_well, [0, 1], rank))
@@ -384,20 +436,18 @@ def _be_killed(rank: int, victim: int, moment: str) -> None:
         if rank == victim:
             time.sleep(0.0 if moment == "at start" else 0.3)
             die()
-        if moment == "gathering":
-            gather(together, None)
-        elif moment != "at the end":
+        if moment != "at the end":
             look(together)
 
 
 def test_a_killed_rank_ends_the_others_and_they_can_load_again() -> None:
-    seen = run_ranks(6, be_killed, timeout=100)
-    assert seen[2:] == [Died(-signal.SIGKILL)] * 4
+    seen = run_ranks(5, be_killed)
+    assert seen[2:] == [Died(-signal.SIGKILL)] * 3
     for rank in (0, 1):
         at_start, *others, again = seen[rank]
         # Before it was connected it cannot be known whether it was killed.
-        assert at_start.startswith("RankError: rank 5 ")
-        assert others == [f"RankError: rank {victim} {NO_WORD}" for victim in (4, 3, 2)]
+        assert at_start.startswith("RankError: rank 4 ")
+        assert others == [f"RankError: rank {victim} {NO_WORD}" for victim in (3, 2)]
         assert again == facts([0, 1])
 
 

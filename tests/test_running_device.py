@@ -23,10 +23,11 @@ from torch import nn
 
 import lowmem
 from lowmem import loader
+from lowmem.engine.streams import PlainBackend, StreamBackend
 from lowmem.errors import BudgetError, PlacementError, RunningError
 from lowmem.int8 import Int8Linear
 from lowmem.offload import aligning, attaching
-from lowmem.offload.accelerators import AcceleratorPlace, PlainBackend, StreamBackend
+from lowmem.offload.accelerators import AcceleratorPlace
 from lowmem.offload.runtime import Runtime
 from lowmem.offload.weights import OffloadedParameter
 from lowmem.planner import plan as planning

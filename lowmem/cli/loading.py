@@ -11,11 +11,13 @@ from .options import (
     add_fit_options,
     add_load_options,
     add_plot,
+    add_rank_options,
     add_source,
     draw,
     fit_options,
     options,
     picture_of,
+    rank_options,
     source_options,
     sources,
 )
@@ -37,6 +39,7 @@ def add_plan(verbs: Any) -> None:
     """`lowmem plan`."""
     parser = verb(verbs, "plan", "show what a load would do and need; reads no tensor byte", _plan)
     add_load_options(parser)
+    add_rank_options(parser)
 
 
 def add_diff(verbs: Any) -> None:
@@ -70,6 +73,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    several = rank_options(arguments)
+    if several:
+        return _plan_ranks(arguments, several)
     from ..loader import plan
 
     decided = plan(sources(arguments), **options(arguments))
@@ -80,6 +86,20 @@ def _plan(arguments: argparse.Namespace) -> int:
     from ..report import plan_tables
 
     show(*plan_tables(decided))
+    return FINE
+
+
+def _plan_ranks(arguments: argparse.Namespace, several: dict[str, Any]) -> int:
+    from ..rank_planning import plan_ranks
+
+    decided = plan_ranks(sources(arguments), **several, **options(arguments))
+    warn(decided.warnings)
+    if arguments.json:
+        print_json(decided.to_dict())
+        return FINE
+    from ..report import ranks_tables
+
+    show(*ranks_tables(decided))
     return FINE
 
 

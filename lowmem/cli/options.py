@@ -256,6 +256,56 @@ def int8_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """A load by several ranks, on paper."""
+    add = parser.add_argument
+    add(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="plan for so many ranks, none of which need be there; without --mesh: dp=N",
+    )
+    add(
+        "--mesh",
+        metavar="DIM=N,...",
+        help="how these divide the model, such as dp=2,tp=4: dp as fully_shard, tp and ep by the model's own plans, "
+        "replicate not at all; without --ranks: as many as it has",
+    )
+    add(
+        "--ranks-per-host",
+        type=int,
+        metavar="N",
+        help="neighbours that share a host and its page cache (default: all)",
+    )
+
+
+def rank_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `plan_ranks` that `add_rank_options` stands for; none where one process is meant.
+
+    Raises:
+        OptionError: options that do not fit each other.
+    """
+    if arguments.ranks is None and arguments.mesh is None:
+        if arguments.ranks_per_host is not None:
+            raise OptionError(
+                "--ranks-per-host: expected --ranks or --mesh with it, which say how many ranks there are"
+            )
+        return {}
+    for name in ("max_memory", "no_split"):
+        if getattr(arguments, name) is not None:
+            raise OptionError(
+                f"--{name.replace('_', '-')}: is for device maps that are inferred, and with --ranks or --mesh the "
+                "mesh says who holds what; leave it out (--ram bounds the host memory of each rank)"
+            )
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise OptionError(f"--ranks: expected a number of ranks, found {arguments.ranks}")
+    return {
+        "mesh": f"dp={arguments.ranks}" if arguments.mesh is None else arguments.mesh,
+        "ranks": arguments.ranks,
+        "ranks_per_host": arguments.ranks_per_host,
+    }
+
+
 def options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `load` and `plan` that the arguments stand for.
 

@@ -17,6 +17,7 @@ from ..errors import BudgetError
 from ..planner import LoadPlan, Placement
 from ..planner.moves import Read
 from ..sizes import KIB, format_size
+from .accelerator import Lane
 from .cleanup import let_go, undisturbed
 from .destinations import Destination, Scratch
 from .feed import Feed, Job
@@ -137,12 +138,24 @@ class Crew:
 
     def _read_all(self) -> None:
         """Read after read, through buffers that end with this call."""
-        scratch, bounce = self._make_buffers()
+        buffers, bounce = self._make_buffers()
+        try:
+            self._read_through(buffers, bounce)
+        finally:
+            if isinstance(buffers, Lane):
+                buffers.close()
+
+    def _read_through(self, buffers: Scratch | Lane, bounce: memoryview | None) -> None:
         finished: list[Done] = []
         reported = time.monotonic()
         while (job := self._feed.take()) is not None:
             try:
-                self._carry_out(job, scratch, bounce)
+                if isinstance(buffers, Lane):
+                    slot = buffers.take()
+                    self._carry_out(job, slot, bounce)
+                    buffers.sent(slot)
+                else:
+                    self._carry_out(job, buffers, bounce)
                 finished.append(Done(job.read, self._feed.done(job)))
             finally:
                 self._feed.give_back(job)
@@ -151,13 +164,18 @@ class Crew:
             if time.monotonic() - reported >= self._patience:
                 self._events.put(finished)
                 finished, reported = [], time.monotonic()
+        if isinstance(buffers, Lane):
+            buffers.finish()
         if finished:
             self._events.put(finished)
 
-    def _make_buffers(self) -> tuple[Scratch, memoryview | None]:
-        staging = self._plan.staging
+    def _make_buffers(self) -> tuple[Scratch | Lane, memoryview | None]:
+        staging, accelerators = self._plan.staging, self._feed.accelerators
         try:
-            return Scratch(staging.each, staging.work), Scratch(staging.bounce).memory if staging.bounce else None
+            bounce = Scratch(staging.bounce).memory if staging.bounce else None
+            if accelerators:
+                return Lane(accelerators, staging), bounce
+            return Scratch(staging.each, staging.work), bounce
         except (OSError, MemoryError) as error:
             raise BudgetError(
                 f"the system refused {format_size(staging.total // staging.workers)} for a reader's buffer ({error}); "

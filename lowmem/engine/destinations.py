@@ -32,10 +32,12 @@ class Scratch:
     Args:
         size: bytes of the buffer.
         work: bytes of another, for arithmetic.
+        memory: the buffer, where it is part of another one.
     """
 
-    def __init__(self, size: int, work: int = 0) -> None:
-        memory = anonymous_map(size) if size else bytearray()
+    def __init__(self, size: int, work: int = 0, memory: Any = None) -> None:
+        if memory is None:
+            memory = anonymous_map(size) if size else bytearray()
         # Of the mapping and not of the tensor, so that whoever has the one keeps the other.
         self.memory = memoryview(memory)
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
@@ -74,8 +76,11 @@ class Destination(Protocol):
     def end(self, move: Move, scratch: Scratch, at: int) -> None:
         """They are there: put them in their place."""
 
-    def put(self, region: Region, source: torch.Tensor) -> None:
-        """Elements of the final dtype, dense and on the CPU, into a region that is dense or of their shape."""
+    def put(self, region: Region, source: torch.Tensor, scratch: Scratch | None = None) -> None:
+        """Elements of the final dtype, dense and on the CPU, into a region that is dense or of their shape.
+
+        With `scratch`, the elements are in this buffer of the calling thread, and stay there while they are needed.
+        """
 
 
 class MemoryDestination:
@@ -99,15 +104,17 @@ class MemoryDestination:
         """Cast or copy out of the buffer."""
         if not move.scratch:
             return
-        source = scratch.elements(move, scratch.place_of(move, at))
-        if self.tensor.is_cuda and (move.source is not None or source.dtype != self.tensor.dtype):
-            # torch would cast or gather it on the CPU, in memory that nobody counts. Other devices lack some dtypes.
-            source = source.to(self.tensor.device)
-        fill(self.tensor, move.region, viewed(source, move.source))
+        fill(self.tensor, move.region, viewed(scratch.elements(move, scratch.place_of(move, at)), move.source))
 
-    def put(self, region: Region, source: torch.Tensor) -> None:
+    def put(self, region: Region, source: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Copy."""
         fill(self.tensor, region, source)
+
+    def order(self) -> None:
+        """What the calling thread asks for from now on finds the values: they are there when `end` comes back."""
+
+    def finish(self) -> None:
+        """Wait for the values."""
 
 
 class FileDestination:
@@ -137,7 +144,7 @@ class FileDestination:
         else:
             self._scatter(move.region, source)
 
-    def put(self, region: Region, source: torch.Tensor) -> None:
+    def put(self, region: Region, source: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Write."""
         if region.dense:
             self._write(memory_of(source), self._offset + region.offset * self._dtype.itemsize)
@@ -186,14 +193,19 @@ def fill(tensor: torch.Tensor, region: Region, source: torch.Tensor) -> None:
 
     A source that is not contiguous has the shape of the region, or the region is dense.
     """
+    into, source = matched(tensor, region, source)
+    into.copy_(source)
+
+
+def matched(tensor: torch.Tensor, region: Region, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The region and the source, as `fill` takes them, as views of one shape."""
     # torch counts from the beginning of the memory, and the tensor may lie behind others there.
     offset = tensor.storage_offset() + region.offset
     if source.shape == region.shape:
-        tensor.as_strided(region.shape, region.strides, offset).copy_(source)
-    elif source.is_contiguous():
-        tensor.as_strided(region.shape, region.strides, offset).copy_(source.view(region.shape))
-    else:
-        tensor.as_strided((region.count,), (1,), offset).view(source.shape).copy_(source)
+        return tensor.as_strided(region.shape, region.strides, offset), source
+    if source.is_contiguous():
+        return tensor.as_strided(region.shape, region.strides, offset), source.view(region.shape)
+    return tensor.as_strided((region.count,), (1,), offset).view(source.shape), source
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
@@ -244,12 +256,17 @@ def allocate(placement: Placement, *, in_place: bool = False) -> torch.Tensor:
             return _map_apart(placement, _begin_in_block(placement) if in_place else 0)
         return torch.empty(placement.shape, dtype=getattr(torch, placement.dtype), device=placement.device)
     except (MemoryError, RuntimeError, OSError) as error:
-        raise BudgetError(
-            f"tensor {placement.target!r}: {placement.device} refused {format_size(placement.nbytes)}: {error}; "
-            "others took memory since the plan was made; lower ram or max_memory, or free memory",
-            required=placement.nbytes,
-            limit=0,
-        ) from error
+        raise refusal(placement, error) from error
+
+
+def refusal(placement: Placement, error: Exception) -> BudgetError:
+    """What is said when there is no memory for a tensor."""
+    return BudgetError(
+        f"tensor {placement.target!r}: {placement.device} refused {format_size(placement.nbytes)}: {error}; "
+        "others took memory since the plan was made; lower ram or max_memory, or free memory",
+        required=placement.nbytes,
+        limit=0,
+    )
 
 
 def _map_apart(placement: Placement, begin: int) -> torch.Tensor:

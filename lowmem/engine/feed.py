@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from ..planner import LoadPlan, Placement
 from ..planner.moves import Read
 from ..planner.records import may_read_directly
+from .accelerator import AcceleratorDestination, accelerators_of
 from .destinations import Destination, MemoryDestination
 from .int8 import MeasuringDestination, RowsDestination, Scales
 from .reading import ShardReader
@@ -84,6 +85,8 @@ class Feed:
         self._rewritten: list[Path] = []
         self._stopped = False
         self.ways = Ways(plan.reading.io) if ways is None else ways
+        # Here, where the streams of the caller are the current ones.
+        self.accelerators = accelerators_of(plan)
 
     def prepare(self) -> None:
         """Allocate the large destinations of a load, which are address space until they are filled.
@@ -156,6 +159,9 @@ class Feed:
         if placement.residency == "write":
             assert self._writer is not None
             return self._writer.destination(placement)
+        accelerator = self.accelerators.get(placement.device)
+        if accelerator is not None:
+            return AcceleratorDestination(placement, accelerator)
         return MemoryDestination(placement, in_place=self._plan.reading.in_place)
 
     def done(self, job: Job) -> list[tuple[Placement, Destination]]:
@@ -218,3 +224,5 @@ class Feed:
             reader.close()
             del self._open[reader]
         self._destinations.clear()
+        for accelerator in self.accelerators.values():
+            accelerator.close()

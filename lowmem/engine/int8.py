@@ -52,6 +52,12 @@ class RowsDestination:
         pairs = zip([self._placement, self._placement.scales], self.places, strict=False)
         return [(p, place.tensor) for p, place in pairs if p is not None and isinstance(place, MemoryDestination)]
 
+    def order(self) -> None:
+        """What the calling thread asks for from now on finds the values."""
+        for place in self.places:
+            if isinstance(place, MemoryDestination):
+                place.order()
+
     def begin(self, move: Move, scratch: Scratch, at: int) -> memoryview:
         """Behind the room for the result, if that is not worked out into its place."""
         if not move.row:
@@ -92,11 +98,11 @@ class RowsDestination:
             self._check(move, rows, grid)
             self._made.put(Region(grid.rows.start, tuple(rows.shape), (1,)), rows)
         if room:
-            self._base.put(grid.region, result)
+            self._base.put(grid.region, result, scratch)
 
-    def put(self, region: Region, source: torch.Tensor) -> None:
+    def put(self, region: Region, source: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Results that are there already."""
-        self._base.put(region, source)
+        self._base.put(region, source, scratch)
 
     def _room(self, move: Move) -> int:
         """Bytes of the buffer for the result."""

@@ -108,6 +108,8 @@ def _collect(finished: list[Done] | None, whole: dict[Placement, torch.Tensor]) 
     for done in finished:
         for placement, destination in done.whole:
             assert isinstance(destination, MemoryDestination)
+            # The caller may use it on any stream, and let go of it whenever he likes.
+            destination.finish()
             whole[placement] = destination.tensor
 
 
@@ -214,7 +216,8 @@ class _Run:
         sources = [read.pop(p) if p.is_fed else allocate(p) for p in group.sources]
         for placement, tensor in compute(group, sources, self._plan.checkpoint.source):
             if placement.residency == "copy":
-                self._installer.install(placement, tensor.to(placement.device))
+                there = tensor if placement.device == "cpu" else allocate(placement).copy_(tensor)
+                self._installer.install(placement, there)
             elif writer is not None:
                 # Without one it is in the folder already.
                 writer.store(placement, tensor)
@@ -255,6 +258,8 @@ class _Run:
         with feed.turn:
             for done in finished:
                 for placement, destination in done.whole:
+                    if isinstance(destination, MemoryDestination | RowsDestination):
+                        destination.order()
                     if isinstance(destination, MemoryDestination):
                         keep(placement, destination.tensor)
                     elif isinstance(destination, RowsDestination):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import OptionError
+from ..errors import ModelError, OptionError
 from .empty import real_tensors
 from .failures import refusing
 from .sharding import Mesh, Sharding, Split, sharding_of
@@ -132,21 +133,29 @@ class PaperMesh:
         }
 
     def _sharding(self, target: Target, by_plan: tuple[Split | None, ...], inner: str | None) -> Sharding:
-        splits: list[Split | None] = []
         planned = by_plan[0] if by_plan else None
-        for name, count in zip(self.mesh.names, self.mesh.shape, strict=True):
-            if name == inner and (planned is not None or inner == "tp" or "fsdp" not in self.mesh.names):
+        # Ranks that have other experts are ranks of the data too, among all of which the rest is divided at once.
+        mesh = self._of_data if inner == "ep" and planned is None and "fsdp" in self.mesh.names else self.mesh
+        splits: list[Split | None] = []
+        for name, count in zip(mesh.names, mesh.shape, strict=True):
+            if name == inner:
                 splits.append(planned)
-            elif name == "ep" and target.kind == "parameter" and target.shape:
-                # Ranks that have other experts are ranks of the data too, among which the rest is divided.
-                splits.append(Split(0))
             elif name == "fsdp" and count > 1 and target.kind == "parameter" and target.shape:
                 # Of what the inner dimension leaves, which torch says by a split in groups.
                 inside = self.mesh.shape[self.mesh.names.index(inner)] if inner is not None else 1
                 splits.append(Split(0, inside if planned is not None and planned.dim == 0 else 1))
             else:
                 splits.append(None)
-        return Sharding(self.mesh, tuple(splits))
+        sharding = Sharding(mesh, tuple(splits))
+        _check_what_is_held(target, sharding)
+        return sharding
+
+    @functools.cached_property
+    def _of_data(self) -> Mesh:
+        """The mesh with its ranks of experts among those of `fsdp`, which are beside them."""
+        counts = dict(zip(self.mesh.names, self.mesh.shape, strict=True))
+        counts["fsdp"] *= counts.pop("ep")
+        return replace(self.mesh, shape=tuple(counts.values()), names=tuple(counts))
 
     def _by_plan(self, model: nn.Module, kind: str, borrowed: bool) -> dict[str, tuple[Split | None, ...]]:
         """How the model's own plan divides its tensors along one dimension of the mesh."""
@@ -173,6 +182,40 @@ class PaperMesh:
             if sharding is not None:
                 found[name] = sharding.splits
         return found
+
+
+def _check_what_is_held(target: Target, sharding: Sharding) -> None:
+    """Refuse what `sharding_of` would: torch's placements say otherwise than `fully_shard` leaves on a rank.
+
+    That divides what the inner dimension has left on each rank, and the placements have the inner one divide later.
+
+    Raises:
+        ModelError: on some rank they are of different sizes.
+    """
+    splits = [split for split in sharding.splits if split is not None and split.dim == 0]
+    if len(splits) < 2:
+        return
+    outer, inner = (n for n, s in zip(sharding.mesh.shape, sharding.splits, strict=True) if s in splits and s)
+    rows = target.shape[0]
+    if rows % (outer * inner) == 0:
+        return
+    for rank in sharding.mesh.ranks:
+        at = sharding.mesh.coordinate(rank)
+        assert at is not None
+        i, j = (index for index, split in zip(at, sharding.splits, strict=True) if split is not None and split.dim == 0)
+        left = _chunk(rows, inner, j)
+        said = sharding.part(target.shape, rank).shape[0]
+        if said != (held := _chunk(left, outer, i)):
+            raise ModelError(
+                f"mesh: tensor {target.name!r} of {rows} rows: torch's placements say that rank {rank} holds {said} of "
+                f"them, and fully_shard leaves it {held}; take sizes of the mesh that divide {rows}"
+            )
+
+
+def _chunk(length: int, count: int, index: int) -> int:
+    """Elements of one of the chunks that `torch.chunk` makes."""
+    each = -(-length // count)
+    return max(0, min(length, (index + 1) * each) - index * each)
 
 
 def _plan_of(model: Any, kind: str) -> dict[str, str]:

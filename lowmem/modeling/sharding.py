@@ -223,7 +223,10 @@ def _split_of(placement: Any, dims: int, name: str) -> Split | None:
 
 
 def wrapped(local: torch.Tensor, like: Any) -> Any:
-    """A rank's part as a DTensor of the same mesh, placements and whole as `like`."""
-    return type(like).from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    """A rank's part as a DTensor of the same mesh, placements and whole as `like`, wherever it lies."""
+    made = type(like).from_local(
+        local.to("meta"), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+    # Given itself, torch would move it to the mesh's kind of device; where layers wait in host memory for their use
+    # (FSDP's CPUOffloadPolicy), parameters are not there.
+    return type(like)(local, made._spec, requires_grad=False)

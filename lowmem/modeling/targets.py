@@ -12,7 +12,10 @@ from torch import nn
 from .._records import cheap_init
 from ..errors import ModelError
 from ..int8 import Int8Linear
-from .sharding import Sharding, is_sharded, sharding_of
+from .sharding import Sharding, sharding_of
+
+# Nearly all tensors are of these, and are not asked how they are divided.
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 @cheap_init
@@ -58,7 +61,7 @@ def read_targets(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Target]:
     ) -> None:
         tie = first.setdefault(id(tensor), name)
         dtype, real = dtype_name(tensor.dtype), not tensor.is_meta
-        sharding = sharding_of(tensor, name) if is_sharded(tensor) else None
+        sharding = None if type(tensor) in _PLAIN else sharding_of(tensor, name)
         targets[name] = Target(
             name, tuple(tensor.shape), dtype, kind, persistent, tie, real, scales, turned=turned, sharding=sharding
         )

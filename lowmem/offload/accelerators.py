@@ -14,10 +14,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from ..engine.streams import Backend, PlainBackend, StreamBackend, has_streams
 from ..errors import BudgetError
 from ..planner.running import PIECES, Running
 from ..sizes import format_size
@@ -25,124 +26,6 @@ from .places import Recipe
 
 # Where a weight begins in pinned memory: any dtype can be read there, and none shares a line of the cache.
 _ALIGNMENT = 64
-_NEEDED = ("Stream", "Event", "stream", "current_stream")
-
-
-class Backend(Protocol):
-    """Streams, events and memory of one device. The side stream is where weights are copied; None names it."""
-
-    device: torch.device
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """A flat uint8 tensor on the device, that the side stream uses first. RuntimeError where there is no room."""
-
-    def pinned(self, nbytes: int) -> torch.Tensor:
-        """A flat uint8 tensor in host memory that copies are made of without waiting for them, if that can be had."""
-
-    def current(self) -> Any:
-        """The stream that the calling thread computes on."""
-
-    def record(self, stream: Any) -> Any:
-        """An event: all that a stream was asked for until now is done."""
-
-    def wait(self, stream: Any, event: Any) -> None:
-        """What a stream is asked for from now on waits for an event."""
-
-    def finish(self, event: Any) -> None:
-        """The calling thread waits for an event."""
-
-    def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
-        """Ask the side stream for a copy of host memory, without waiting for it."""
-
-    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Memory that is let go of is nobody else's before a stream has done what it was asked for until then."""
-
-
-class StreamBackend:
-    """A kind of device whose module in torch has streams, as `torch.cuda`, `torch.xpu` and `torch.npu` have.
-
-    Args:
-        device: with its index.
-        api: that module.
-    """
-
-    def __init__(self, device: torch.device, api: Any) -> None:
-        self.device = device
-        self._api = api
-        self._side = api.Stream(device=device)
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Memory belongs to the stream on which it is allocated: what it is first used by."""
-        with self._api.stream(self._side):
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-
-    def pinned(self, nbytes: int) -> torch.Tensor:
-        """Where the system refuses to pin, ordinary memory, from which torch copies more slowly."""
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-        except RuntimeError:
-            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-
-    def current(self) -> Any:
-        """The current stream of the device."""
-        return self._api.current_stream(self.device)
-
-    def record(self, stream: Any) -> Any:
-        """A new event."""
-        event = self._api.Event()
-        event.record(self._side if stream is None else stream)
-        return event
-
-    def wait(self, stream: Any, event: Any) -> None:
-        """The host goes on."""
-        (self._side if stream is None else stream).wait_event(event)
-
-    def finish(self, event: Any) -> None:
-        """Without the interpreter's lock."""
-        event.synchronize()
-
-    def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
-        """On the side stream."""
-        with self._api.stream(self._side):
-            into.copy_(source, non_blocking=True)
-
-    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Tell torch's allocator."""
-        tensor.record_stream(stream)
-
-
-class PlainBackend:
-    """A device without streams, such as MPS: it does what it is asked for in one order, and copies are waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """There."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-
-    def pinned(self, nbytes: int) -> torch.Tensor:
-        """Ordinary memory."""
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-
-    def current(self) -> None:
-        """The only one."""
-
-    def record(self, stream: Any) -> None:
-        """Nothing."""
-
-    def wait(self, stream: Any, event: Any) -> None:
-        """Nothing."""
-
-    def finish(self, event: Any) -> None:
-        """Nothing."""
-
-    def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
-        """Done when it comes back."""
-        into.copy_(source)
-
-    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Nothing."""
 
 
 class _Slot:
@@ -312,6 +195,6 @@ def accelerator_place(device: str, running: Running) -> AcceleratorPlace:
     found = torch.device(device)
     api = getattr(torch, found.type, None)
     backend: Backend = PlainBackend(found)
-    if all(hasattr(api, name) for name in _NEEDED):
+    if has_streams(api):
         backend = StreamBackend(found, api)
     return AcceleratorPlace(backend, running.piece, large=running.pinned - PIECES * running.piece)

@@ -13,6 +13,7 @@ from ..checkpoint import Checkpoint
 from ..errors import BudgetError
 from ..int8 import least_work, work_size
 from ..sizes import KIB, MIB, format_size
+from .accelerators import slots_for
 from .moves import ALIGNMENT, BLOCK, MOST_ROWS, Placement
 from .records import IO, OffloadPlan, Staging, may_read_directly
 
@@ -37,10 +38,14 @@ _DEFAULT_STACK = 2 * MIB
 
 
 def workers_here() -> int:
-    """Reader threads for what is in memory: the processors that this process may use, at most eight."""
+    """Reader threads for what is in memory: the processors that this process may use, at most eight.
+
+    Those of a host are divided among the processes that torchrun has started there.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(MAX_WORKERS, count))
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(MAX_WORKERS, count // max(1, int(beside) if beside.isdecimal() else 1)))
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Need:
         work: bytes that the arithmetic of int8 takes in each reader.
         least: bytes of a reader's buffer without which it cannot work, because a row of int8 must come whole.
         least_work: bytes for its arithmetic without which it cannot work.
+        slots: buffers of that size that one reader could use in turn.
+        most: bytes of all buffers, unless the user bounds them.
     """
 
     each: int
@@ -64,6 +71,8 @@ class Need:
     work: int = 0
     least: int = 0
     least_work: int = 0
+    slots: int = 1
+    most: int = MAX_STAGING
 
 
 def fit_staging(room: int, wanted: int | None, need: Need) -> Staging:
@@ -78,7 +87,7 @@ def fit_staging(room: int, wanted: int | None, need: Need) -> Staging:
         BudgetError: the user's bound is less than a row of int8 needs.
     """
     workers = need.workers
-    most = MAX_STAGING if wanted is None else wanted
+    most = need.most if wanted is None else wanted
     fewest = need.least + need.least_work
     if wanted is not None and fewest > wanted:
         raise BudgetError(
@@ -103,9 +112,20 @@ def fit_staging(room: int, wanted: int | None, need: Need) -> Staging:
     share -= work
     # Set aside first: a cast takes all that it is given, and direct reads would be lost to it.
     aside = min(_BOUNCE, share // 8) if need.direct and share // 8 >= _LEAST_BOUNCE else 0
-    each = max(need.least, min(need.each, share - aside) // ALIGNMENT * ALIGNMENT)
-    bounce = min(_BOUNCE, max(0, share - each)) // BLOCK * BLOCK if need.direct else 0
-    return Staging(workers, each, bounce if bounce >= _LEAST_BOUNCE else 0, work)
+    slots = _slots(share - aside, need)
+    # Each reader has as much on an accelerator, which is not what `wanted` bounds.
+    fits = (share - aside) // slots if slots == 1 else min((share - aside) // slots, MAX_STAGING // workers)
+    each = max(need.least, min(need.each, fits) // ALIGNMENT * ALIGNMENT)
+    bounce = min(_BOUNCE, max(0, share - slots * each)) // BLOCK * BLOCK if need.direct else 0
+    return Staging(workers, each, bounce if bounce >= _LEAST_BOUNCE else 0, work, slots)
+
+
+def _slots(share: int, need: Need) -> int:
+    """How many buffers a reader has: rather two smaller ones than one, and more only of full size."""
+    if need.slots == 1:
+        return 1
+    two = 2 if share >= 2 * max(need.least, min(need.each, _MIN_BUFFER)) else 1
+    return min(need.slots, max(two, share // max(need.least, need.each)))
 
 
 def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float], *, free_address_space: bool) -> Need:
@@ -140,7 +160,9 @@ def needs_of(moved: Sequence[Placement], io: IO, cached: Callable[[Path], float]
     measured = [p.shape[0] for p in moved if p.measures or p.is_measured]
     kept = 4 * max([MOST_ROWS, *measured])
     work, fewest = (work_size(max(rows)) + kept, least_work(max(rows)) + kept) if rows else (0, 0)
-    return Need(each, direct, workers, direct and free_address_space and (cold or io == "direct"), work, least, fewest)
+    in_place = direct and free_address_space and (cold or io == "direct")
+    slots, most = slots_for(moved, workers, each)
+    return Need(each, direct, workers, in_place, work, least, fewest, slots, most or MAX_STAGING)
 
 
 def mapped_files(

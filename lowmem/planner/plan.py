@@ -20,6 +20,7 @@ from ..modeling.skeleton import Skeleton
 from ..modeling.targets import uses_of
 from ..sizes import KIB, MIB, format_size
 from . import budget
+from .accelerators import chunks_on
 from .computed import about, maker_of, price
 from .devices import OFFLOADED, STRATEGIES, DeviceMap, check_complete, default_max_memory, disjoint, infer, pinned
 from .final_dtypes import final_dtypes, nbytes_of
@@ -398,8 +399,7 @@ def _devices(placements: Sequence[Placement], staging: Staging, host: HostPlan) 
         elif name == "disk":
             devices[name] = DevicePlan(size, 0, size, 0, size)
         else:
-            # Each reader's chunk arrives there in the file's dtype before it is cast into its place.
-            chunks = min(staging.workers * staging.each, size)
+            chunks = chunks_on(name, placements, staging)
             devices[name] = DevicePlan(size, 0, size, chunks, size + chunks)
     return devices
 

@@ -49,7 +49,7 @@ class RankPlan:
         host: number of its host.
         weights: what it holds of the model, mapped or not.
         mapped: of this, file pages, which ranks of one host share.
-        resident: what stays as its own, in host memory or on a device.
+        resident: what stays as its own, in host memory, on a device or, of weights on disk, in files.
         reads: what it reads into these; mapped pages are read when they are used.
         staging: buffers in flight.
         peak: of its anonymous host memory.
@@ -113,12 +113,18 @@ class RanksPlan:
     hosts: tuple[HostShare, ...]
     warnings: tuple[str, ...] = ()
 
+    @property
+    def amplification(self) -> float:
+        """How often the whole model is read: what all ranks read, and what they map, once on each host."""
+        return sum(host.reads + host.mapped for host in self.hosts) / max(self.weights, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values, as `lowmem plan --ranks --json` prints it. Sizes in bytes."""
         return {
             "source": self.source,
             "mesh": dict(self.mesh),
             "weights": self.weights,
+            "amplification": self.amplification,
             "ranks": [rank.to_dict() for rank in self.ranks],
             "hosts": [host.to_dict() for host in self.hosts],
             "warnings": list(self.warnings),

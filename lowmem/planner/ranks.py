@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -66,6 +66,17 @@ def holders(sharding: Sharding | None, shape: Shape, rank: int, ranks: tuple[int
         return ranks
     mine = sharding.part(shape, rank)
     return tuple(other for other in ranks if sharding.part(shape, other) == mine)
+
+
+def held_alike(
+    placements: Iterable[Placement], targets: Mapping[str, Target], rank: int, ranks: tuple[int, ...]
+) -> Iterator[Shared]:
+    """Those that other ranks hold too, by name; the first that holds one gives it to the others."""
+    for placement in sorted(placements, key=lambda p: p.target):
+        target = targets[placement.target]
+        alike = holders(target.sharding, target.shape, rank, ranks)
+        if len(alike) > 1:
+            yield Shared(placement, alike[0], alike)
 
 
 def share_out(plan: LoadPlan, targets: Mapping[str, Target], rank: int, beside: Iterable[int]) -> LoadPlan:

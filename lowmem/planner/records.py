@@ -128,17 +128,20 @@ class Staging:
         each: bytes of the buffer for moves that change on the way; 0 when every byte is read into its place.
         bounce: bytes of the buffer for direct reads, whose ends are not where the moves' are; 0 without direct reads.
         work: bytes for the arithmetic of int8; 0 without any.
+        slots: buffers of `each` bytes that a reader fills in turn: several where bytes go to an accelerator, which
+            copies out of one while the next is filled.
     """
 
     workers: int
     each: int
     bounce: int = 0
     work: int = 0
+    slots: int = 1
 
     @property
     def total(self) -> int:
         """Bytes of all buffers."""
-        return self.workers * (self.each + self.bounce + self.work)
+        return self.workers * (self.each * self.slots + self.bounce + self.work)
 
 
 @dataclass(frozen=True, slots=True)

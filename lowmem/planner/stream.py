@@ -10,6 +10,7 @@ from ..mapping import KeyMapping, Link, whole
 from ..mapping.names import named_entries
 from ..sizes import KIB, MIB, format_size
 from . import budget
+from .accelerators import chunks_on
 from .final_dtypes import check_cast, nbytes_of
 from .moves import Placement
 from .records import DevicePlan, HostPlan, LoadPlan, Reading, Staging, StreamRequest
@@ -104,5 +105,5 @@ def _device(placements: tuple[Placement, ...], staging: Staging, host: HostPlan,
     if device == "cpu":
         return DevicePlan(weights, 0, 0, host.staging, host.peak)
     largest = max((p.nbytes for p in placements), default=0)
-    chunks = staging.workers * staging.each
+    chunks = chunks_on(device, placements, staging)
     return DevicePlan(weights, 0, 0, chunks, max(host.staging, largest) + chunks)

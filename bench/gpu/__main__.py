@@ -1,0 +1,202 @@
+"""Time loads into a CUDA device: `python -m bench.gpu --folder DIR`.
+
+In one process, by turns, warm and, unless told otherwise, with the files out of the page cache; the least of each is
+compared, after a load that does not count. The rate of the bus is measured between the rounds: pinned memory to the
+device. A time counts only when all tensors are, bit for bit, those of safetensors and torch. Without a CUDA device it
+says so and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.arguments import names, positive
+from bench.results import Results, describe_machine, versions, write
+
+_PACKAGES = ("lowmem", "torch", "transformers", "safetensors", "fastsafetensors", "instanttensor")
+_MIB = 1 << 20
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is written, and stays")
+    parser.add_argument("--size", type=positive, metavar="MIB", default=8192, help="of it, in bf16 (default: 8192)")
+    parser.add_argument("--dtypes", metavar="A,B", default="auto,float32,float16", help="(default: %(default)s)")
+    parser.add_argument("--loaders", metavar="A,B", help="names of loaders (default: all that are installed)")
+    parser.add_argument("--device", default="cuda:0", help="(default: cuda:0)")
+    parser.add_argument("--rounds", type=positive, metavar="N", default=5, help="turns of each loader (default: 5)")
+    parser.add_argument("--warm-only", action="store_true", help="leave the files in the page cache")
+    default = Path(__file__).parent.parent / "gpu.json"
+    parser.add_argument("--output", type=Path, default=default, help="of the figures (default: bench/gpu.json)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("bench.gpu: there is no CUDA device here, so nothing was measured", file=sys.stderr)
+        return 0
+    from lowmem.synthetic import llama_recipe, write_checkpoint
+
+    folder: Path = options.folder.resolve() / f"llama-{options.size}"
+    if not (folder / "config.json").exists():
+        write_checkpoint(llama_recipe(options.size * _MIB), folder, max_shard_size=2048 * _MIB)
+    results: Results = {
+        "machine": {**describe_machine(folder, versions(_PACKAGES)), "gpu": torch.cuda.get_device_name(options.device)},
+        "options": {"rounds": options.rounds, "size": options.size, "device": options.device},
+        "rows": [],
+    }
+    for dtype in names(options.dtypes):
+        results["rows"] += _Case(folder, dtype, options).run()
+        write(results, options.output)
+        print(as_markdown(results["rows"][-1]["dtype"], results["rows"]), flush=True)
+    return 1 if any(row["status"] == "differs" for row in results["rows"]) else 0
+
+
+class _Case:
+    """All loaders by turns, with one dtype."""
+
+    def __init__(self, folder: Path, dtype: str, options: argparse.Namespace) -> None:
+        from .loaders import LOADERS, shards
+
+        wanted = names(options.loaders)
+        self._loaders = [one for one in LOADERS if one.is_here and (not wanted or one.name in wanted)]
+        self._folder, self._dtype, self._options = folder, dtype, options
+        self._shards = shards(folder)
+        self._size = sum(shard.stat().st_size for shard in self._shards)
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._rates: list[float] = []
+
+    def run(self) -> list[dict[str, Any]]:
+        from bench.page_cache import drop, warm
+
+        for loader in self._loaders:
+            row: dict[str, Any] = {"loader": loader.name, "dtype": self._dtype, "status": "ok", "warm": [], "cold": []}
+            self._rows[loader.name] = row
+            # Once for the imports, the device's context and the caches, and to compare.
+            self._try(loader, row, None)
+        for _ in range(self._options.rounds):
+            self._rates.append(pinned_rate(self._options.device))
+            for kind in ["warm"] if self._options.warm_only else ["warm", "cold"]:
+                for loader in self._loaders:
+                    row = self._rows[loader.name]
+                    if row["status"] != "ok":
+                        continue
+                    release()
+                    if kind == "warm":
+                        warm(self._shards)
+                    elif drop(self._shards):
+                        row["cold_failed"] = "pages stayed in the page cache"
+                        continue
+                    self._try(loader, row, kind)
+        for row in self._rows.values():
+            row.update(pinned=max(self._rates), bytes=self._size)
+        return list(self._rows.values())
+
+    def _try(self, loader: Any, row: dict[str, Any], kind: str | None) -> None:
+        """One load; of `kind` None it is compared and its memory is measured, and not its time."""
+        import torch
+
+        device = self._options.device
+        release()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            started = time.perf_counter()
+            state = loader.load(self._folder, self._dtype, device)
+            torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
+        except Exception as error:  # whatever another loader raises is told, and the others go on
+            row.update(status="failed", reason=f"{type(error).__name__}: {error}"[:300])
+            return
+        if kind is not None:
+            row[kind].append(seconds)
+            return
+        row["peak"] = torch.cuda.max_memory_allocated(device) - before
+        row["resident"] = sum({t.data_ptr(): t.nbytes for t in state.values()}.values())
+        different = difference(state, self._shards, self._dtype)
+        if different:
+            row.update(status="differs", reason=different)
+
+
+def difference(state: dict[str, Any], shards: Sequence[Path], dtype: str) -> str:
+    """The first tensor that is not as safetensors and torch make it on the CPU; empty when all are."""
+    import torch
+    from safetensors import safe_open
+
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                wanted = file.get_tensor(key)
+                wanted = wanted if dtype == "auto" else wanted.to(getattr(torch, dtype))
+                found = state.get(key)
+                if found is None or found.dtype != wanted.dtype or found.shape != wanted.shape:
+                    return str(key)
+                if not torch.equal(found.cpu().view(torch.uint8), wanted.view(torch.uint8)):
+                    return str(key)
+    return ""
+
+
+def pinned_rate(device: str) -> float:
+    """Bytes a second from pinned memory to the device: the best of ten copies of 256 MiB, timed by the device."""
+    import torch
+
+    source = torch.empty(256 * _MIB, dtype=torch.uint8, pin_memory=True)
+    into = torch.empty(256 * _MIB, dtype=torch.uint8, device=device)
+    event: Any = torch.cuda.Event
+    best = 0.0
+    with torch.cuda.device(device):
+        for _ in range(10):
+            begin, end = (event(enable_timing=True) for _ in range(2))
+            begin.record()
+            into.copy_(source, non_blocking=True)
+            end.record()
+            end.synchronize()
+            best = max(best, source.nbytes / (begin.elapsed_time(end) / 1000))
+    return best
+
+
+def release() -> None:
+    """What the last load left: between loads, and never inside of one."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def as_markdown(dtype: str, rows: Sequence[dict[str, Any]]) -> str:
+    """A table of one dtype; rates are of bytes of the files."""
+    rows = [row for row in rows if row["dtype"] == dtype]
+    lines = [
+        f"**{dtype}**, the bus {rows[0]['pinned'] / 1e9:.1f} GB/s" if rows else f"**{dtype}**",
+        "",
+        "| loader | warm, s | GB/s | of the bus | cold, s | GB/s | device peak above resident, MiB | |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        least = {kind: min(row[kind], default=None) for kind in ("warm", "cold")}
+        cells = [row["loader"]]
+        for kind, seconds in least.items():
+            rate = None if seconds is None else row["bytes"] / seconds
+            cells += ["-" if seconds is None else f"{seconds:.3f}", "-" if rate is None else f"{rate / 1e9:.1f}"]
+            if kind == "warm":
+                cells.append("-" if rate is None else f"{rate / row['pinned']:.0%}")
+        above = row["peak"] - row["resident"] if "peak" in row else None
+        cells.append("-" if above is None else f"{above / _MIB:.0f}")
+        cells.append(row.get("reason", row.get("cold_failed", "")))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
