@@ -168,7 +168,6 @@ def like_theirs(ranks: Ranks, folder: str, config: dict[str, int]) -> Any:
 @case("llama-fsdp-tp", "llama", {"tp_size": 2, "fsdp_size": 2}, "dict")
 @case("llama-fsdp-tp-object", "llama", {"tp_size": 2, "fsdp_size": 2}, "object")
 @case("llama-fsdp-tp-drop-in", "llama", {"tp_size": 2, "fsdp_size": 2}, "drop-in")
-@case("llama-tied-fsdp-tp", "llama-tied", {"tp_size": 2, "fsdp_size": 2}, "dict")
 @case("llama-config-hsdp", "llama", {"dp_replicate_size": 2, "fsdp_size": 2}, "dict")
 @case("moe-fsdp-tp", "moe", {"tp_size": 2, "fsdp_size": 2}, "object")
 @case("moe-fsdp-ep-tp", "moe", {"tp_size": 2, "fsdp_size": 2, "ep_size": 2}, "object")

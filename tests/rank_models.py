@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import lowmem
-from lowmem import LoadResult, loader
+from lowmem import LoadResult
 
 META = torch.device("meta")
 
@@ -85,8 +82,7 @@ class Ranks:
         """
         error, result = None, None
         try:
-            with _read_by(options):
-                result = lowmem.load(source, **options)
+            result = lowmem.load(source, **options)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
         errors = self.gather(error)
@@ -106,20 +102,6 @@ class Ranks:
                 self.expect(same_tensor(ours[key_], tensor), f"a whole load has another {key_}")
             self._whole[key] = theirs
         return self._whole[key]
-
-
-@contextlib.contextmanager
-def _read_by(options: dict[str, Any]) -> Iterator[None]:
-    """The option `read`, also where `load` does not have it yet and only its request has."""
-    if "read" not in options or "read" in inspect.signature(lowmem.load).parameters:
-        yield
-        return
-    before = loader.make_request
-    loader.make_request = partial(before, read=options.pop("read"))
-    try:
-        yield
-    finally:
-        loader.make_request = before
 
 
 def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -195,8 +177,8 @@ def look(model: nn.Module) -> Before:
 
 
 def _attributes(tensor: torch.Tensor) -> dict[str, Any]:
-    """But for the marks of transformers, which its own load leaves too."""
-    return {name: value for name, value in vars(tensor).items() if not name.startswith("_is")}
+    """But for marks of transformers and torch, which are left out of loads by transformers too."""
+    return {name: value for name, value in vars(tensor).items() if not name.startswith("_is") and name != "persistent"}
 
 
 def _steps(tensor: torch.Tensor) -> list[int]:

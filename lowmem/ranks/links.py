@@ -122,6 +122,7 @@ class Link:
     def _read(self) -> None:
         # Whatever goes wrong: the thread that waits for this one must learn of it.
         try:
+            self._store = _own_client(self._store)
             if not self._meet():
                 return
             self._wire = _Wire(self._store, self._number)
@@ -221,6 +222,16 @@ class _Wire:
         # A wait that runs out of time closes the connection: the one way to do so in every version of torch.
         with suppress(RuntimeError):
             self._group.recv([torch.empty(1)], self._peer, 1).wait(timedelta(milliseconds=1))
+
+
+def _own_client(store: Store) -> Store:
+    """The same store by a connection of its own, where this torch makes one.
+
+    Who waits for a key keeps other threads of the process from the connection. Two ranks could wait for each other so:
+    one for this link and the other, in another thread, for a group that the program makes meanwhile.
+    """
+    clone = getattr(store, "clone", None)
+    return store if clone is None else clone()
 
 
 def _first_line(error: Exception) -> str:
