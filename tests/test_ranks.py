@@ -28,11 +28,11 @@ pytestmark = [
 pytest.importorskip("transformers")
 pytest.importorskip("torch.distributed.fsdp")
 if dist.is_available():
-    from tests.rank_cases import CASES, OF_TWO, Block, Odd
+    from tests.rank_cases import OF_FOUR, OF_TWO, Block, Odd
     from tests.rank_models import run_cases
     from tests.rank_processes import run_ranks
 else:
-    CASES, OF_TWO = {}, []
+    OF_FOUR, OF_TWO = [], []
 
 Answers = list[Any]
 
@@ -76,7 +76,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def of_four(folders: dict[str, Path]) -> Answers:
-    return run_ranks(4, run_cases, list(CASES), folders, timeout=600)
+    return run_ranks(4, run_cases, OF_FOUR, folders, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def check(answers: Answers, name: str) -> None:
     assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OF_FOUR)
 def test_four_ranks(of_four: Answers, name: str) -> None:
     check(of_four, name)
 
