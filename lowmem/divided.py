@@ -72,6 +72,9 @@ class Company:
             self.together = self._stack.enter_context(Together(members))
             self._carrier = Carrier(self.together)
             self._stack.callback(self._carrier.close)
+            # Before anything else talks by torch's store, which serves one caller of a process at a time: a link that
+            # waits there for its other end would keep this rank from making a mesh for which that one waits.
+            gather(self.together, None)
 
     @property
     def watch(self) -> Callable[[], None] | None:

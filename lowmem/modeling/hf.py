@@ -172,6 +172,7 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
         _refusing_implementations(blueprint),
         torch.device("meta"),
         safe(),
+        nullcontext() if meshes is None else initialization.no_tie_weights(),
     ):
         model: nn.Module = chosen.cls._from_config(config, dtype=resolved, **given)
     if not hasattr(model, "all_tied_weights_keys"):

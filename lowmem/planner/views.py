@@ -15,8 +15,8 @@ from ..sizes import KIB
 
 # Between the rows of a strided tensor, more bytes than these are not worth being read.
 _LEAST_GAP = 64 * KIB
-# Where both rows and gaps are of fewer bytes all of it is read: skipping single elements costs more than it saves, and a
-# read that skips is not as safe as one that does not (see `engine.reading`).
+# Where both rows and gaps are of fewer bytes all of it is read: skipping single elements costs more than it saves, and
+# a read that skips is not as safe as one that does not (see `engine.reading`).
 _LEAST_SKIPPED = 8
 # What is read whole may hold gaps of one part in so many of what is wanted.
 _WASTED = 50
