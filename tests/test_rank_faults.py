@@ -31,7 +31,6 @@ import lowmem
 from lowmem import divided, loader
 from lowmem.engine import reading, sharing
 from lowmem.modeling.hf_rules import TransformersRules
-from lowmem.planner import plan as planning
 from lowmem.ranks import Together, links
 from lowmem.ranks.carrier import Carrier
 
@@ -274,8 +273,8 @@ def refuse_reads(file: Path) -> Any:
 
 
 def little_memory(nbytes: int) -> Any:
-    found = planning.host_memory()
-    return mock.patch.object(planning, "host_memory", return_value=replace(found, available=nbytes))
+    found = divided.host_memory()
+    return mock.patch.object(divided, "host_memory", return_value=replace(found, limits={"this machine": nbytes}))
 
 
 # Name → what the culprit does: prepares its folder and patches, and gives its options.
@@ -537,14 +536,14 @@ def be_killed_sharing(rank: int, source: Path) -> dict[str, Any]:
     moments = ((3, "receiving"), (0, "reading"), (2, "done"))
     living = {0, 1, 2, 3}
     for victim, moment in moments:
-        with mock.patch.object(loader, "known_members", return_value=tuple(sorted(living))), ExitStack() as stack:
+        with mock.patch.object(loader, "ranks_of", return_value=tuple(sorted(living))), ExitStack() as stack:
             if rank == victim:
                 stack.enter_context(dying(moment))
             model = new_plain()
             told[moment] = attempt(model, source, read="once")
             told[f"wrong when {moment}"] = wrong_of(model, source, 0, 1) if told[moment]["error"] is None else None
         living.remove(victim)
-        with mock.patch.object(loader, "known_members", return_value=tuple(sorted(living))):
+        with mock.patch.object(loader, "ranks_of", return_value=tuple(sorted(living))):
             load(new_plain(), source, read="once")
     return told
 

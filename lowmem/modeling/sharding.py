@@ -259,9 +259,17 @@ def reshard(model: Any) -> None:
 
 
 def retake(model: nn.Module) -> None:
-    """Let `fully_shard` take the parameters that are there now for its own; after a forward it has others in mind.
+    """Let `fully_shard` take the parameters that are there now for its own, where a forward has made it keep others.
 
-    `_apply` is where it looks (`FSDPModule._apply`), as it does when a model is moved.
+    As `FSDPModule._apply` does when a model is moved; what has not run yet looks by itself.
     """
     for outer in _outermost_of_fsdp(model):
-        outer._apply(lambda tensor: tensor)
+        for module in outer.modules():
+            state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+            if getattr(state, "_is_root", None) is None:
+                continue
+            # Newer torch has several.
+            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            with torch.no_grad():
+                for parameter in [p for group in groups if group is not None for p in group.fsdp_params]:
+                    parameter.reset_sharded_param()
