@@ -277,6 +277,11 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="neighbours that share a host and its page cache (default: all)",
     )
+    add(
+        "--read",
+        choices=("each", "once"),
+        help="every rank reads what it holds, or one rank of a host what several hold alike (default: each)",
+    )
 
 
 def rank_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -286,10 +291,10 @@ def rank_options(arguments: argparse.Namespace) -> dict[str, Any]:
         OptionError: options that do not fit each other.
     """
     if arguments.ranks is None and arguments.mesh is None:
-        if arguments.ranks_per_host is not None:
-            raise OptionError(
-                "--ranks-per-host: expected --ranks or --mesh with it, which say how many ranks there are"
-            )
+        for name in ("ranks_per_host", "read"):
+            if getattr(arguments, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise OptionError(f"{option}: expected --ranks or --mesh with it, which say how many ranks there are")
         return {}
     for name in ("max_memory", "no_split"):
         if getattr(arguments, name) is not None:
@@ -303,6 +308,7 @@ def rank_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "mesh": f"dp={arguments.ranks}" if arguments.mesh is None else arguments.mesh,
         "ranks": arguments.ranks,
         "ranks_per_host": arguments.ranks_per_host,
+        **({} if arguments.read is None else {"read": arguments.read}),
     }
 
 

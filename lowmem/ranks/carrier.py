@@ -103,8 +103,8 @@ class Carrier:
             self._together.check()
             time.sleep(_LONGEST_PAUSE)
         return RankError(
-            f"bytes that rank {reader} has read could not be given on: {error}; read='each' (--read each) lets every "
-            "rank read what it holds",
+            f"bytes that rank {reader} has read could not be given on: {error}; read='each' lets every rank read "
+            "what it holds",
             rank=reader,
         )
 
