@@ -19,17 +19,16 @@ from torch import nn
 
 from ._mounts import is_on_local_disk
 from ._page_cache import CachedPages, cached_share, give_back, look
-from .engine import Installer
 from .engine.sharing import share
 from .errors import BudgetError, ModelError, OptionError
 from .limits import host_memory
 from .modeling.request import ModelRequest
-from .modeling.sharding import is_sharded, rank_here
+from .modeling.sharding import is_sharded, root_of
 from .modeling.skeleton import Skeleton
 from .modeling.targets import Target, tensor_of, walk
 from .planner import LoadPlan, LoadRequest, Placement
 from .planner.rank_records import RankShare
-from .planner.ranks import held_alike, holders, mapped_share, share_out
+from .planner.ranks import SHARED_AHEAD, held_alike, holders, mapped_share, share_out, shared_digests
 from .planner.records import Shared
 from .ranks import Together, find_neighbours, gather
 from .ranks.carrier import Carrier
@@ -70,11 +69,11 @@ class Company:
         """
         if self.together is None and len(members) > 1:
             self.together = self._stack.enter_context(Together(members))
-            self._carrier = Carrier(self.together)
+            self._carrier = Carrier(self.together, SHARED_AHEAD)
             self._stack.callback(self._carrier.close)
             # Before anything else talks by torch's store, which serves one caller of a process at a time: a link that
             # waits there for its other end would keep this rank from making a mesh for which that one waits.
-            gather(self.together, None)
+            gather(self.together, None, "the beginning")
 
     @property
     def watch(self) -> Callable[[], None] | None:
@@ -85,6 +84,15 @@ class Company:
     def carrier(self) -> Carrier | None:
         """Brings tensors from rank to rank; None where there is none."""
         return self._carrier
+
+    def meet(self) -> None:
+        """Wait for all ranks, before something that nothing could end when one of them does not come.
+
+        Raises:
+            RankError: another rank has failed, or is gone.
+        """
+        if self.together is not None:
+            gather(self.together, None, "the meshes")
 
     def initialised(self, plan: LoadPlan, targets: Mapping[str, Target]) -> None:
         """Note what the model's own rule will initialise, and who holds the same of it."""
@@ -99,15 +107,14 @@ class Company:
             RankError: another rank has failed, or is gone.
         """
         if self._alike and self.together is not None and self._carrier is not None:
-            rank = self.together.rank
-            mine = {one.placement: local_of(model, one.placement) for one in self._alike if one.reader == rank}
-            share(self._alike, mine, Installer(model).install, self._carrier)
+            there = {one.placement: _local_of(model, one.placement) for one in self._alike}
+            share(self._alike, there, _keep, self._carrier)
 
     def asked_about_ties(self) -> tuple[int | None, Callable[[list[str]], list[list[str]]] | None]:
         """The rank whose parts of tied tensors are compared, and how the others learn of it; None for one process."""
         if self.together is None:
             return None, None
-        return self.together.rank, functools.partial(gather, self.together)
+        return self.together.rank, functools.partial(gather, self.together, step="tied tensors")
 
     def settle(self) -> None:
         """Wait until all ranks have everything in its place, as long as this one can still take it back.
@@ -135,11 +142,15 @@ class Company:
         return replace(plan, reading=replace(plan.reading, keep_cache=True))
 
 
-def local_of(model: nn.Module, placement: Placement) -> torch.Tensor:
+def _local_of(model: nn.Module, placement: Placement) -> torch.Tensor:
     """What this rank holds of a tensor."""
     tensor: Any = tensor_of(model, placement.target)
     local: torch.Tensor = tensor._local_tensor if is_sharded(tensor) else tensor
-    return local.detach().contiguous()
+    return local.detach()
+
+
+def _keep(placement: Placement, tensor: torch.Tensor) -> None:
+    """It is in its place already."""
 
 
 def _drop_new(path: Path, before: CachedPages) -> None:
@@ -165,7 +176,7 @@ def ranks_of(model: Any, distributed_config: Any, read: Any) -> tuple[int, ...]:
     meshes: set[Any] = set()
     for _, module in walk(model) if isinstance(model, nn.Module) else ():
         tensors: tuple[Any, ...] = (*module._parameters.values(), *module._buffers.values())
-        meshes.update(tensor.device_mesh for tensor in tensors if is_sharded(tensor))
+        meshes.update(root_of(tensor.device_mesh) for tensor in tensors if is_sharded(tensor))
     found = tuple(sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}))
     return found or (everybody if read in ("each", "once") else ())
 
@@ -234,16 +245,17 @@ def agreed(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest, 
         return plan
     rank, beside = together.rank, find_neighbours(together).ranks
     said = {"asked": _digest(plan, targets, request), "once": _is_worth_reading_once(plan, targets, rank, beside)}
-    answers = dict(zip(together.members, gather(together, said), strict=True))
+    answers = dict(zip(together.members, gather(together, said, "how to load"), strict=True))
     odd = [other for other, answer in answers.items() if answer["asked"] != said["asked"]]
     if odd:
         raise ModelError(
             f"{plan.checkpoint.source}: rank {rank} and rank {odd[0]} do not load the same: expected the same tensors, "
-            "dtypes and options on each; give every rank the same model, checkpoint and options"
+            "dtypes, files, read= and residency= on each; give every rank the same model, checkpoint and options"
         )
     once = request.read == "once" or (request.read is None and all(answers[other]["once"] for other in beside))
     if once:
         plan = share_out(plan, targets, rank, beside)
+    _check_shared(plan, together)
     plan = company.keep_pages(plan, beside)
     company.initialised(plan, targets)
     mapped = mapped_share(plan, targets, rank, beside)
@@ -253,7 +265,7 @@ def agreed(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest, 
         "peak": plan.host.peak,
         "limits": _shared_limits(),
     }
-    facts = dict(zip(together.members, gather(together, mine), strict=True))
+    facts = dict(zip(together.members, gather(together, mine, "what it takes"), strict=True))
     here = {other: facts[other] for other in beside}
     _check_host(here)
     share = RankShare(
@@ -267,6 +279,32 @@ def agreed(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest, 
         peak=sum(fact["peak"] for fact in here.values()),
     )
     return replace(plan, rank=share)
+
+
+def _check_shared(plan: LoadPlan, together: Together) -> None:
+    """Refuse ranks that would wait for each other: what one gives, all others must take.
+
+    Raises:
+        ModelError: ranks hold tensors alike, and not in the same places.
+        BudgetError: what is given on takes more than this rank may use.
+    """
+    mine = shared_digests(plan.shared)
+    for other, theirs in zip(together.members, gather(together, mine, "what is read once"), strict=True):
+        odd = [ranks for ranks in mine.keys() & theirs.keys() if mine[ranks] != theirs[ranks]]
+        odd += [r for r in mine.keys() ^ theirs.keys() if {other, together.rank} <= set(map(int, r.split(",")))]
+        if odd:
+            raise ModelError(
+                f"{plan.checkpoint.source}: ranks {odd[0]} hold the same tensors, and some of them mapped, "
+                "elsewhere, or of another dtype in the file: expected them alike, where one reads for all "
+                "(read='once'); give every rank the same files and device_map, or read='each'"
+            )
+    if plan.host.peak > plan.host.limit:
+        raise BudgetError(
+            f"the load needs {format_size(plan.host.peak)} of host memory ({plan.host.peak} bytes) where ranks read "
+            f"for each other, and may use {format_size(plan.host.limit)}. What helps: read='each', or raise ram",
+            required=plan.host.peak,
+            limit=plan.host.limit,
+        )
 
 
 def _shared_limits() -> dict[str, int]:
@@ -302,7 +340,8 @@ def _digest(plan: LoadPlan, targets: Mapping[str, Target], request: LoadRequest)
         target = targets[placement.target]
         splits = None if target.sharding is None else repr((target.sharding.mesh.shape, target.sharding.splits))
         rows.append([placement.names, target.shape, placement.dtype, splits])
-    text = json.dumps([rows, request.read, request.residency])
+    files = sorted((shard.file.name, shard.size) for shard in plan.checkpoint.shards)
+    text = json.dumps([rows, files, request.read, request.residency])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -310,8 +349,7 @@ def _is_worth_reading_once(plan: LoadPlan, targets: Mapping[str, Target], rank: 
     """Whether it is faster that one rank of this host reads what several hold, and gives it to the others.
 
     From the page cache each reads for itself as fast as memory is, which no message is. Past it a disk of this machine
-    serves all from one cache too. So it is worth it where accelerators talk to each other, and where files come over a
-    network and are not here yet.
+    serves all from one cache too. So it is worth it where files come over a network and are not here yet.
     """
     saved = 0
     files: set[Path] = set()
@@ -326,9 +364,8 @@ def _is_worth_reading_once(plan: LoadPlan, targets: Mapping[str, Target], rank: 
             devices.add(placement.device)
     if saved < _WORTH_SHARING:
         return False
-    if "cpu" not in devices:
-        return "nccl" in str(torch.distributed.get_backend_config())
-    return all(not is_on_local_disk(file) and cached_share(file) < 0.5 for file in files)
+    # Among accelerators nobody has measured it yet.
+    return devices == {"cpu"} and all(not is_on_local_disk(file) and cached_share(file) < 0.5 for file in files)
 
 
-__all__ = ["Company", "agreed", "at_home", "check_ranks", "is_divided", "members_of", "rank_here", "ranks_of"]
+__all__ = ["Company", "agreed", "at_home", "check_ranks", "is_divided", "members_of", "ranks_of"]

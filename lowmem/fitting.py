@@ -102,7 +102,7 @@ def fit(found: Found, origin: Origin, request: LoadRequest, undo: ExitStack, clo
     mapping = match_with(skeleton)
     choice = choose_layers(checkpoint, skeleton, mapping, request.int8, request.keep_fp32)
     plain, names, warnings = skeleton, list(choice.names), [*skeleton.warnings, *choice.warnings]
-    _refuse_divided(skeleton, names)
+    _refuse_divided(skeleton, names, request.int8.quantize)
     while names:
         skeleton = with_int8(plain, names)
         assert skeleton.int8 is not None
@@ -125,20 +125,22 @@ def fit(found: Found, origin: Origin, request: LoadRequest, undo: ExitStack, clo
     return Fit(replace(skeleton, warnings=tuple(warnings)), checkpoint, mapping, parts)
 
 
-def _refuse_divided(skeleton: Skeleton, names: Iterable[str]) -> None:
+def _refuse_divided(skeleton: Skeleton, names: Sequence[str], quantize: bool) -> None:
     """Layers become int8 by an exchange of modules, of which those that divide a model among ranks know nothing.
 
     Raises:
         UnsupportedError: one of them is divided.
     """
-    for name in names:
-        target = skeleton.targets.get(f"{name}.weight")
-        if target is not None and target.sharding is not None and not target.scales:
-            raise UnsupportedError(
-                f"module {name!r} would become int8, and its weight is divided among ranks already: expected "
-                "lowmem.Int8Linear there before the model is divided, with a checkpoint that is int8 (lowmem convert "
-                "--quantize int8 writes one); or give dequantize=True, or leave out quantize"
-            )
+    divided = [name for name, target in skeleton.targets.items() if target.sharding is not None and not target.scales]
+    wanted = {f"{name}.weight" for name in names}
+    # Of layers whose forward is replaced, as transformers' plans do it, nobody would choose one.
+    found = divided[:1] if quantize else [name for name in divided if name in wanted]
+    if found:
+        raise UnsupportedError(
+            f"{found[0]!r} would become int8, or layers beside it, and it is divided among ranks already: expected "
+            "lowmem.Int8Linear there before the model is divided, with a checkpoint that is int8 (lowmem convert "
+            "--quantize int8 writes one); or give dequantize=True, or leave out quantize"
+        )
 
 
 def _about_int8(skeleton: Skeleton, mapping: KeyMapping, request: Int8Request) -> list[str]:

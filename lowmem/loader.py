@@ -21,7 +21,7 @@ from .errors import OptionError, PlacementError
 from .fitting import Phases, fit
 from .limits import accelerators_here
 from .mapping import KeyDiff, diff_of, refuse
-from .memory import Measurement, anonymous_memory, measure
+from .memory import anonymous_memory, measure
 from .modeling.holding import Holding
 from .modeling.int8 import bitsandbytes_here, finish_layers, mark
 from .modeling.int8_choice import NO_INT8, Int8Request
@@ -257,6 +257,8 @@ def _load(
         bitsandbytes_here()
     clock.end("import")
     imported = bytes_of_imports()
+    if asked.distributed_config is not None:
+        company.meet()
     with measure() as memory, ExitStack() as undo:
         clock.begin()
         skeleton, plan = _prepare(found, origin, request, undo, company=company, clock=clock)
@@ -265,18 +267,13 @@ def _load(
         del found
         check_present(plan)
         clock.end("plan")
-        on_shard = functools.partial(_mark, memory)
-        read = _execute(skeleton, plan, progress, on_shard, request.int8, holding, company)
+        read = _execute(skeleton, plan, progress, lambda file: memory.mark(file.name), request.int8, holding, company)
         undo.pop_all()
         holding.settle()
         clock.end("weights")
     # The headers were read before the imports, and are the load's; what is only imported when it is needed is not.
     memory.baseline += bytes_of_imports() - imported - held
     return LoadResult(skeleton.model, plan, LoadReport(plan, clock.seconds, memory, read))
-
-
-def _mark(memory: Measurement, file: Path) -> None:
-    memory.mark(file.name)
 
 
 @checks_names
@@ -479,13 +476,14 @@ def _execute(
         attach(skeleton.model, plan, skeleton.rules, brought, () if holding is None else holding.listed)
         # What fails leaves no mark on a model's config.
         mark(skeleton.model, skeleton.int8, int8)
-        company.settle()
         retake(skeleton.model)
+        company.settle()
     except BaseException:
         if brought is not None:
             undisturbed(functools.partial(give_up, skeleton.model, brought))
         if before is not None:
             undisturbed(before.restore)
+            undisturbed(functools.partial(retake, skeleton.model))
         raise
     return read
 

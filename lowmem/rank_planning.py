@@ -11,7 +11,7 @@ from typing import Any
 
 from ._collector import paused_collector
 from .checkpoint import make_wish
-from .errors import OptionError
+from .errors import OptionError, UnsupportedError
 from .fitting import Fit, Phases, fit
 from .limits import HostMemory
 from .mapping import refuse
@@ -104,6 +104,13 @@ def plan_ranks(
         raise OptionError(
             f"device_map: expected one device for all ranks, found {shown(options.get('device_map'))}: the mesh says "
             f"who holds what, so that none of {', '.join(STRATEGIES)} applies"
+        )
+    if isinstance(request.device_map, Mapping) and "disk" in request.device_map.values():
+        raise OptionError("device_map: expected a device with memory, found 'disk': divided models are not put on disk")
+    if request.int8.quantize:
+        raise UnsupportedError(
+            "quantize: layers do not become int8 once they are divided: expected a model of lowmem.Int8Linear and a "
+            "checkpoint that is int8 (lowmem convert --quantize int8 writes one); leave it out"
         )
     wish = make_wish(weights, ema)
     files: dict[str, Any] = {"variant": variant, "subfolder": subfolder, "revision": revision, "download": download}

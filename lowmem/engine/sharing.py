@@ -8,12 +8,13 @@ import torch
 
 from ..planner import Placement
 from ..planner.moves import CHUNK
+from ..planner.ranks import SHARED_TOGETHER
 from ..planner.records import Shared
 from ..ranks.carrier import Carrier
 from .destinations import allocate
 
 # Smaller tensors go together: a message costs as much as some hundred KiB of one.
-_SMALL = 256 * 1024
+_SMALL = SHARED_TOGETHER // 4
 
 Take = Callable[[Placement, torch.Tensor], None]
 
@@ -28,7 +29,7 @@ def share(
 
     Args:
         shared: all that this rank holds of what is read once.
-        read: what it has read; taken out.
+        read: what it has read, and tensors that are there to be filled; taken out.
         take: called with what others have read.
         carrier: brings the bytes.
 
@@ -39,7 +40,7 @@ def share(
     rank = carrier.rank
     for batch in _batches(shared):
         mine = batch[0].reader == rank
-        tensors = [read.pop(one.placement) if mine else allocate(one.placement) for one in batch]
+        tensors = [read.pop(one.placement) if one.placement in read else allocate(one.placement) for one in batch]
         done = _nothing if mine else _taker(batch, tensors, take)
         if len(batch) == 1:
             chunks = torch.split(_bytes_of(tensors[0]), CHUNK)
@@ -96,7 +97,7 @@ def _batches(shared: Iterable[Shared]) -> Iterator[list[Shared]]:
             yield [one]
             continue
         key = one.reader, one.ranks, one.placement.device
-        if sizes.get(key, 0) + nbytes > CHUNK:
+        if sizes.get(key, 0) + nbytes > SHARED_TOGETHER:
             yield batches.pop(key)
             sizes[key] = 0
         batches.setdefault(key, []).append(one)

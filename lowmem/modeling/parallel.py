@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -40,9 +40,29 @@ def prepared(cls: Any, config: Any, distributed: Any) -> tuple[Any, Any]:
     if distributed is None:
         return None, None
     with refusing("distributed_config: transformers does not take it here"), real_tensors():
+        _check_names(distributed)
         settled, _, meshes = cls.prepare_distribute_model(distributed, device_map=None)
     config.distributed_config = settled
     return settled, meshes
+
+
+def _check_names(distributed: Any) -> None:
+    """Refuse what `DistributedConfig.from_dict` would drop.
+
+    Raises:
+        OptionError: a name that is none of its arguments.
+    """
+    if not isinstance(distributed, Mapping):
+        return
+    from transformers.distributed import DistributedConfig
+
+    known = [field.name for field in fields(DistributedConfig)]
+    for name in distributed:
+        if name not in known:
+            raise OptionError(
+                f"distributed_config: {name!r} is no argument of transformers' DistributedConfig; expected some of "
+                f"{', '.join(known)}"
+            )
 
 
 def distributed_model(model: Any, settled: Any, meshes: Any) -> nn.Module:
@@ -128,7 +148,9 @@ class PaperMesh:
         inner = next((name for name in ("tp", "ep") if name in self.mesh.names), None)
         by_plan = self._by_plan(model, inner, borrowed) if inner is not None else {}
         return {
-            name: replace(target, sharding=self._sharding(target, by_plan.get(name, ()), inner))
+            name: replace(
+                target, sharding=self._sharding(target, by_plan.get(target.tie) or by_plan.get(name, ()), inner)
+            )
             for name, target in targets.items()
         }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._strides import Shape
+from .._strides import Shape, row_major
 from ..errors import ModelError
 
 # Indices of one dimension, [begin, end) each, in the order in which a rank holds them.
@@ -185,15 +185,52 @@ def sharding_of(tensor: Any, name: str) -> Sharding | None:
     """
     if not is_sharded(tensor):
         return None
-    mesh = _mesh_of(tensor.device_mesh)
-    found = Sharding(mesh, tuple(_split_of(placement, tensor.dim(), name) for placement in tensor.placements))
+    own, mesh = _mesh_of(tensor.device_mesh), _mesh_of(root_of(tensor.device_mesh))
+    splits = tuple(_split_of(placement, tensor.dim(), name) for placement in tensor.placements)
+    _check_order(own, splits, name)
     shape, held, at = tuple(tensor.shape), tuple(tensor._local_tensor.shape), tensor.device_mesh.get_coordinate()
-    if at is not None and (said := _part(shape, mesh.shape, found.splits, tuple(at)).shape) != held:
+    if at is not None and (said := _part(shape, own.shape, splits, tuple(at)).shape) != held:
         raise ModelError(
             f"tensor {name!r}: its placements {tensor.placements} say that this rank, at {tuple(at)} of the mesh, "
             f"holds {said} of {shape}, and it holds {held}; divide the model so that sizes are multiples of the mesh"
         )
-    return found
+    if mesh is own:
+        return Sharding(own, splits)
+    by_name = dict(zip(own.names, splits, strict=True))
+    return Sharding(mesh, tuple(by_name.get(dimension) for dimension in mesh.names))
+
+
+def root_of(mesh: Any) -> Any:
+    """The mesh that a mesh is some dimensions of: along the others ranks hold the same. Itself, where it is none."""
+    find = getattr(mesh, "_get_root_mesh", None)
+    root = mesh if find is None else find()
+    names, wider = mesh.mesh_dim_names or (), (root.mesh_dim_names or ()) if root is not None else ()
+    # Dimensions in another order, or joined to one, are another mesh.
+    return root if names and tuple(name for name in wider if name in names) == tuple(names) else mesh
+
+
+def _check_order(mesh: Mesh, splits: tuple[Split | None, ...], name: str) -> None:
+    """Refuse ranks that are not in ascending order along a dimension that divides.
+
+    torch's collectives, by which `fully_shard` and `distribute_tensor` divide, go by the order of ranks, and its
+    arithmetic of DTensors by the order in the mesh.
+
+    Raises:
+        ModelError: they are not.
+    """
+    odd = [i for i, split in enumerate(splits) if split is not None and not _ascends(mesh, i)]
+    if odd:
+        raise ModelError(
+            f"tensor {name!r}: the ranks of its mesh, {mesh.ranks} in the shape {mesh.shape}, are not in ascending "
+            f"order along dimension {odd[0]}, which divides it: torch's collectives would give other parts than its "
+            "placements say; make the mesh of ascending ranks"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _ascends(mesh: Mesh, dimension: int) -> bool:
+    table = torch.tensor(mesh.ranks, device="cpu").view(mesh.shape)
+    return bool((table.diff(dim=dimension) > 0).all())
 
 
 def rank_here() -> int:
@@ -226,7 +263,13 @@ def _split_of(placement: Any, dims: int, name: str) -> Split | None:
 def wrapped(local: torch.Tensor, like: Any) -> Any:
     """A rank's part as a DTensor of the same mesh, placements and whole as `like`, wherever it lies."""
     made = type(like).from_local(
-        local.to("meta"), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        local.to("meta"),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        # As it is now, whatever it was.
+        stride=row_major(tuple(like.shape)),
     )
     # Given itself, torch would move it to the mesh's kind of device; where layers wait in host memory for their use
     # (FSDP's CPUOffloadPolicy), parameters are not there.

@@ -450,7 +450,10 @@ def _remedies(draft: Draft, placements: Sequence[Placement], bound: _Bound) -> l
         remedies.append(f"keep the checkpoint's own dtype (dtype='auto', --dtype auto: {format_size(cast)} less)")
     if plain and draft.request.residency == "copy":
         remedies.append(f"map instead of copying (residency='map', --residency map: {format_size(plain)} less)")
-    if on_cpu and draft.request.device_map not in STRATEGIES:
+    divided = any(target.sharding is not None for target in draft.skeleton.targets.values())
+    if divided:
+        remedies.append("divide the model among more ranks")
+    elif on_cpu and draft.request.device_map not in STRATEGIES:
         remedies.append("put layers on disk (device_map='auto'; --device-map auto)")
     if bound.name == "ram":
         remedies.append("raise ram (--ram)")

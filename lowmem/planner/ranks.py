@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -10,6 +11,7 @@ from fractions import Fraction
 from .._strides import Shape
 from ..modeling.sharding import Sharding
 from ..modeling.targets import Target
+from ..sizes import KIB
 from .moves import Placement
 from .rank_records import HostShare, RankPlan
 from .records import LoadPlan, Shared
@@ -79,6 +81,11 @@ def held_alike(
             yield Shared(placement, alike[0], alike)
 
 
+# Bytes of small tensors that are given on together, and how many such messages are under way at once.
+SHARED_TOGETHER = 512 * KIB
+SHARED_AHEAD = 4
+
+
 def share_out(plan: LoadPlan, targets: Mapping[str, Target], rank: int, beside: Iterable[int]) -> LoadPlan:
     """The plan of one rank when what ranks of its host hold alike is read by one of them.
 
@@ -111,4 +118,19 @@ def share_out(plan: LoadPlan, targets: Mapping[str, Target], rank: int, beside: 
             if one is not None:
                 shared.append(Shared(given.get(one, one), reader, ranks))
     placements = tuple(given.get(p, p) for p in plan.placements)
-    return replace(plan, placements=placements, shared=tuple(shared))
+    host = plan.host
+    if shared:
+        # The readers' buffers are gone by then.
+        extra = max(0, (SHARED_AHEAD + 1) * SHARED_TOGETHER - host.staging)
+        host = replace(host, computing=host.computing + extra, peak=host.peak + extra)
+    return replace(plan, placements=placements, shared=tuple(shared), host=host)
+
+
+def shared_digests(shared: Iterable[Shared]) -> dict[str, str]:
+    """What must be the same for all ranks that share tensors: those ranks → a digest of what goes among them."""
+    found: dict[tuple[int, ...], list[tuple[str, int, str, int]]] = {}
+    for one in shared:
+        placement = one.placement
+        row = (placement.target, placement.nbytes, placement.device.partition(":")[0], one.reader)
+        found.setdefault(one.ranks, []).append(row)
+    return {",".join(map(str, ranks)): hashlib.sha256(repr(rows).encode()).hexdigest() for ranks, rows in found.items()}

@@ -7,19 +7,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import RankError
-from .links import SILENCE
+from ..errors import RankError, UnsupportedError
+from .links import CONNECTING, SILENCE
 
 if TYPE_CHECKING:
     from .control import Together
 
-# Messages under way: enough that no connection waits for the interpreter.
-_AHEAD = 4
 # Seconds between two looks at whether a message has arrived, and at the other ranks.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0001, 0.05
 # Seconds in which a rank that failed says why.
@@ -33,11 +30,13 @@ class Carrier:
 
     Args:
         together: the ranks.
+        ahead: messages under way: enough that no connection waits for the interpreter.
     """
 
-    def __init__(self, together: Together) -> None:
+    def __init__(self, together: Together, ahead: int) -> None:
         self._together = together
-        self._groups: dict[tuple[int, ...], Any] = {}
+        self._ahead = ahead
+        self._groups: dict[tuple[tuple[int, ...], str], Any] = {}
         self._met: set[tuple[int, ...]] = set()
         self._under_way: deque[tuple[Any, int, Callable[[], None]]] = deque()
 
@@ -58,7 +57,7 @@ class Carrier:
         Raises:
             RankError: another rank has failed, or is gone.
         """
-        while len(self._under_way) >= _AHEAD:
+        while len(self._under_way) >= self._ahead:
             self._take()
         try:
             work = self._broadcast(data, reader, ranks)
@@ -76,8 +75,14 @@ class Carrier:
             self._take()
 
     def close(self) -> None:
-        """End the connections of host memory: who waits for this rank, because it failed, then waits no more."""
+        """End the connections: who waits for this rank, because it failed, then waits no more."""
+        is_broken = bool(self._under_way)
         self._under_way.clear()
+        for (_, device), group in self._groups.items():
+            if device != "cpu":
+                # What an accelerator still waits for it would wait for until torch's own limit.
+                with suppress(RuntimeError):
+                    (group.abort if is_broken else group.shutdown)()
         self._groups.clear()
 
     def _take(self) -> None:
@@ -112,12 +117,12 @@ class Carrier:
         import torch.distributed as dist
 
         self._meet(ranks)
-        if data.device.type != "cpu":
-            return dist.broadcast(data, reader, group=device_group(ranks), async_op=True)
         options = dist.BroadcastOptions()
         options.rootRank = ranks.index(reader)
         options.rootTensor = 0
-        return self._host_group(ranks).broadcast([data], options)
+        # Long enough for a rank that reads; news of one that failed comes by other ways.
+        options.timeout = SILENCE
+        return self._group(ranks, data.device.type).broadcast([data], options)
 
     def _meet(self, ranks: tuple[int, ...]) -> None:
         """Wait for all of these ranks before the first broadcast among them.
@@ -143,31 +148,25 @@ class Carrier:
         name = hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()
         return self._together.name_space(f"carrier/{name}")
 
-    def _host_group(self, ranks: tuple[int, ...]) -> Any:
-        """A gloo context of these ranks alone, made for this load (see links.py: torch's own groups have names that
-        depend on what else each rank has made).
+    def _group(self, ranks: tuple[int, ...], device: str) -> Any:
+        """A context of these ranks alone, made for this load: of gloo for host memory, of NCCL for CUDA devices.
+
+        torch's own groups have names that depend on what else each rank has made (see links.py), and are split off the
+        default one, which takes all of its ranks.
         """
-        if ranks not in self._groups:
+        if (ranks, device) not in self._groups:
             import torch.distributed as dist
 
-            at = ranks.index(self._together.rank)
-            self._groups[ranks] = dist.ProcessGroupGloo(self._space(ranks), at, len(ranks), SILENCE)
-        return self._groups[ranks]
-
-
-# Of accelerators: communicators take memory there and seconds to make, so that they are made once for a process.
-_DEVICE_GROUPS: dict[tuple[Any, tuple[int, ...]], Any] = {}
-
-
-def device_group(ranks: tuple[int, ...]) -> Any:
-    """A group of the backend that the program runs with, for tensors on its devices."""
-    import torch.distributed as dist
-
-    key = dist.group.WORLD, ranks
-    if key not in _DEVICE_GROUPS:
-        stale = [known for known in _DEVICE_GROUPS if known[0] is not key[0]]
-        for known in stale:
-            with suppress(KeyError):
-                del _DEVICE_GROUPS[known]
-        _DEVICE_GROUPS[key] = dist.new_group(list(ranks), use_local_synchronization=True, timeout=timedelta(minutes=30))
-    return _DEVICE_GROUPS[key]
+            at, store = ranks.index(self._together.rank), self._space(ranks)
+            if device == "cpu":
+                self._groups[ranks, device] = dist.ProcessGroupGloo(store, at, len(ranks), CONNECTING)
+            elif device == "cuda" and dist.is_nccl_available():
+                self._groups[ranks, device] = dist.ProcessGroupNCCL(
+                    store, at, len(ranks), dist.ProcessGroupNCCL.Options()
+                )
+            else:
+                raise UnsupportedError(
+                    f"read='once': {device} devices of this torch have no NCCL to give tensors to each other: expected "
+                    "host memory or CUDA; read='each' lets every rank read what it holds"
+                )
+        return self._groups[ranks, device]

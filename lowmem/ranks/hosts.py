@@ -36,7 +36,7 @@ def find_neighbours(together: Together) -> Neighbours:
     Raises:
         RankError: another member has failed, or is gone.
     """
-    hosts = gather(together, name_host())
+    hosts = gather(together, name_host(), "hosts")
     mine = hosts[together.members.index(together.rank)]
     ranks = tuple(rank for rank, host in zip(together.members, hosts, strict=True) if host == mine)
     return Neighbours(ranks, ranks.index(together.rank))
