@@ -23,7 +23,7 @@ from .engine.sharing import share
 from .errors import BudgetError, ModelError, OptionError
 from .limits import host_memory
 from .modeling.request import ModelRequest
-from .modeling.sharding import is_sharded, root_of
+from .modeling.sharding import is_running, is_sharded, root_of
 from .modeling.skeleton import Skeleton
 from .modeling.targets import Target, tensor_of, walk
 from .planner import LoadPlan, LoadRequest, Placement
@@ -166,7 +166,7 @@ def is_divided(skeleton: Skeleton) -> bool:
 
 def ranks_of(model: Any, distributed_config: Any, read: Any) -> tuple[int, ...]:
     """The ranks that load together, as far as that can be seen from what was given; none where it cannot."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_running():
         return ()
     everybody = tuple(range(torch.distributed.get_world_size()))
     if isinstance(model, ModelRequest):
@@ -187,8 +187,7 @@ def check_ranks(asked: ModelRequest, request: LoadRequest) -> None:
     Raises:
         OptionError: `read` is about several ranks, and torch.distributed does not run.
     """
-    running = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if request.read is not None and not running and asked.distributed_config is None:
+    if request.read is not None and not is_running() and asked.distributed_config is None:
         raise OptionError(
             f"read: expected several ranks for {request.read!r}, found no process group of torch.distributed; "
             "leave it out, or start the program by torchrun and call torch.distributed.init_process_group() before"
@@ -208,7 +207,7 @@ def at_home(skeleton: Skeleton, request: LoadRequest) -> LoadRequest:
         OptionError: a device map that would be inferred, several devices, or the disk: the mesh says who holds what.
         ModelError: nothing says which rank this is.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_running():
         raise ModelError(
             "the model has DTensors, and no process group of torch.distributed runs here; lowmem.plan_ranks plans a "
             "load by several ranks without them"

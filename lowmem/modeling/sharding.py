@@ -233,10 +233,14 @@ def _ascends(mesh: Mesh, dimension: int) -> bool:
     return bool((table.diff(dim=dimension) > 0).all())
 
 
+def is_running() -> bool:
+    """Whether this process is a rank of torch.distributed."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def rank_here() -> int:
     """The global rank of this process; 0 where torch.distributed does not run."""
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return torch.distributed.get_rank() if is_running() else 0
 
 
 # Each parameter asks, and a model has few meshes.
@@ -280,12 +284,17 @@ def _outermost_of_fsdp(model: nn.Module) -> list[Any]:
     """Modules that `fully_shard` was applied to, without those inside of them."""
     module = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(module, "FSDPModule", None)
-    if kind is None:
+    # Nothing is divided without a process group, and most programs have none.
+    if kind is None or not is_running():
         return []
     found: list[Any] = []
+    seen: set[nn.Module] = set()
     waiting = [model]
     while waiting:
         one = waiting.pop()
+        if one in seen:
+            continue
+        seen.add(one)
         if isinstance(one, kind):
             found.append(one)
         else:
