@@ -109,6 +109,20 @@ def job(rank: int, folder: str) -> dict[str, Any]:
     loaded = lowmem.load(f"{folder}/a.safetensors", model=sharded(floats(), mesh), strict=False, skip=["0.*", "1.1.*"])
     found["chance"] = whole(loaded.model)
 
+    crossed = torch.distributed.device_mesh.DeviceMesh("cpu", [1, 0])
+    found["crossed"] = error_of(f"{folder}/a.safetensors", model=sharded(floats(), crossed))
+    elsewhere = {"": "cpu"} if rank == 0 else {"": "cpu", "1": "disk"}
+    options: dict[str, Any] = {"read": "once", "residency": "copy"}
+    found["apart"] = error_of(f"{folder}/a.safetensors", model=floats(), device_map=elsewhere, **options)
+    lowmem.load(f"{folder}/a.safetensors", model=(plain := floats()), **options)
+    found["once"] = whole(plain)
+
+    # Divided by a part of a mesh: along the other dimension ranks hold the same.
+    both = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "along"))
+    model = sharded(floats(), both["shard"])
+    result = lowmem.load(f"{folder}/a.safetensors", model=model, strict=False, only=["1"], **options)
+    found["along"] = whole(model), sum(result.report.read.values()), result.plan.rank.members
+
     found["tied"] = whole(lowmem.load(f"{folder}/tied.safetensors", model=sharded(Tied())).model)
     found["untied"] = error_of(f"{folder}/untied.safetensors", model=sharded(Tied()))
     return changed(found, torch.Tensor, lambda tensor: tensor.detach().numpy())  # type: ignore[no-any-return]
@@ -188,6 +202,8 @@ def test_int8_becomes_floats_on_each_rank_as_on_one(ranks: Ranks) -> None:
         ("int8 of floats", "lowmem.Int8Linear there before the model is divided"),
         ("across", "is divided across its rows"),
         ("untied", "'out.weight'"),
+        ("crossed", "are not in ascending order along dimension 0"),
+        ("apart", "read='each'"),
     ],
 )
 def test_what_ranks_cannot_do_is_refused_by_name(ranks: Ranks, what: str, says: str) -> None:
@@ -200,6 +216,18 @@ def test_what_is_initialised_by_chance_is_alike_on_replicas(ranks: Ranks) -> Non
     first, second = (one["chance"] for one in ranks[1])
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert first["0.weight"].std() > 0
+
+
+def test_ranks_beside_each_other_in_a_wider_mesh_read_once_and_initialise_alike(ranks: Ranks) -> None:
+    folder, found = ranks
+    alone = lowmem.load(folder / "a.safetensors", model=lambda: floats("cpu")).model.state_dict()
+    states = [one["along"][0] for one in found]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in alone)
+    assert all(torch.equal(states[0][key], alone[key]) for key in alone if key.startswith("1."))
+    assert states[0]["0.weight"].std() > 0
+    assert sum(one["along"][1] for one in found) == sum(t.nbytes for k, t in alone.items() if k.startswith("1."))
+    assert all(one["along"][2] == 2 for one in found)
+    assert all(torch.equal(one["once"][key], alone[key]) for one in found for key in alone)
 
 
 def test_tied_tensors_that_are_alike_stay_tied(ranks: Ranks) -> None:
