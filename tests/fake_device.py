@@ -145,6 +145,12 @@ class FakeBackend:
         with self.lock:
             self.streams.setdefault(stream or self.side, deque()).append(("run", work))
 
+    def hurry(self, stream: str) -> None:
+        """A stream does all that it can without the others."""
+        with self.lock:
+            while self._step(stream, push=False):
+                pass
+
     def stir(self) -> None:
         """Some streams do some of their work."""
         if self.random.random() < 0.5:
