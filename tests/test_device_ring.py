@@ -130,8 +130,9 @@ def test_each_of_the_orders_is_needed(
         device = fake(1)
         patch.setattr(device, "random", SimpleNamespace(random=lambda: 1.0))
         patch.setattr(accelerator.Lane, "close", lambda self: self._backend.unpin(self._memory))
-        run(*loading(stream_plan(file)))
-        check_over(device, pending=2)
+        # One reader: of two, one may have read it all.
+        run(*loading(stream_plan(file, workers=1)))
+        check_over(device, pending=1)
 
 
 def loading(plan: LoadPlan) -> tuple[LoadPlan, Installer]:
@@ -219,14 +220,13 @@ def test_what_the_caller_asks_for_when_a_tensor_is_installed_finds_its_values(
     check_over(device)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 def test_chunks_in_memory_that_the_callers_stream_still_uses_are_written_to_after_that(
-    tmp_path: Path, fake: Callable[..., FakeDevice], monkeypatch: pytest.MonkeyPatch, seed: int
+    tmp_path: Path, fake: Callable[..., FakeDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory that the caller let go of after the tensor was allocated, whose event says nothing about it."""
     tensor = torch.randn(60_000).half()
     save_file({"whole": tensor}, tmp_path / "m.safetensors")
-    device = fake(seed)
+    device = fake()
     home = device.open("cuda:0")
     plan, installer = loading(stream_plan(tmp_path / "m.safetensors", "float32"))
     size = plan.staging.workers * plan.staging.each
@@ -241,6 +241,15 @@ def test_chunks_in_memory_that_the_callers_stream_still_uses_are_written_to_afte
             del old
         return chunk(self)
 
+    copy = FakeStreams.copy
+
+    def by_turns(self: FakeStreams, into: torch.Tensor, source: torch.Tensor) -> None:
+        """The reader's stream is as fast as it can be, and the caller's does one thing meanwhile."""
+        copy(self, into, source)
+        self.hurry(self.side)
+        self.hurry(home.user, 1)
+
+    monkeypatch.setattr(FakeStreams, "copy", by_turns)
     monkeypatch.setattr(accelerator.Accelerator, "chunk", after_others)
     run(plan, installer)
     home.drain()
@@ -363,7 +372,8 @@ def test_scales_in_memory_that_the_callers_stream_still_uses_are_written_to_afte
     scales = [p.scales for p in plan.placements if p.scales is not None]
     assert len(scales) == 2
     home = device.open("cuda:0")
-    old = [device.allocate(p.nbytes) for p in scales]
+    # The biases are as large.
+    old = [device.allocate(p.nbytes) for p in scales for _ in range(2)]
     for one in old:
         address, nbytes = ctypes.addressof(one), len(one)
         home.submit(home.user, lambda address=address, nbytes=nbytes: ctypes.memset(address, 0xEE, nbytes))
@@ -425,7 +435,7 @@ def test_a_device_that_fails_when_memory_is_wanted_is_not_called_full(
     [
         (RuntimeError("CUDA error: no kernel image"), LowmemError, "cuda:0: a reader cannot .* no kernel image"),
         (torch.OutOfMemoryError("out of memory"), BudgetError, "cuda:0 refused .* out of memory"),
-        (MemoryError("out of memory"), BudgetError, "the system refused .* out of memory"),
+        (MemoryError("out of memory"), BudgetError, "the system refused .*out of memory"),
     ],
 )
 def test_a_device_that_a_reader_cannot_use_is_named(
