@@ -145,6 +145,12 @@ class FakeBackend:
         with self.lock:
             self.streams.setdefault(stream or self.side, deque()).append(("run", work))
 
+    def hurry(self, stream: str, most: int = 1 << 30) -> None:
+        """A stream does all that it can without the others, or as many things."""
+        with self.lock:
+            while most and self._step(stream, push=False):
+                most -= 1
+
     def stir(self) -> None:
         """Some streams do some of their work."""
         if self.random.random() < 0.5:

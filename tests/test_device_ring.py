@@ -5,9 +5,11 @@ No accelerator is needed: `fake_device` stands for some whose copies read pinned
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_device import FakeDevice
+from fake_device import FakeDevice, FakeStreams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -24,11 +26,12 @@ from tiny_models import same
 from torch import nn
 
 import lowmem
-from bench.gpu.__main__ import as_markdown
+from bench.gpu import loaders
+from bench.gpu.__main__ import as_markdown, goals
 from bench.gpu.__main__ import main as bench_main
 from lowmem import limits
 from lowmem.checkpoint import inspect
-from lowmem.engine import accelerator, iterate
+from lowmem.engine import accelerator, crew, iterate
 from lowmem.engine.accelerator import Slot, narrowed
 from lowmem.engine.install import Installer
 from lowmem.engine.run import run
@@ -127,8 +130,9 @@ def test_each_of_the_orders_is_needed(
         device = fake(1)
         patch.setattr(device, "random", SimpleNamespace(random=lambda: 1.0))
         patch.setattr(accelerator.Lane, "close", lambda self: self._backend.unpin(self._memory))
-        run(*loading(stream_plan(file)))
-        check_over(device, pending=2)
+        # One reader: of two, one may have read it all.
+        run(*loading(stream_plan(file, workers=1)))
+        check_over(device, pending=1)
 
 
 def loading(plan: LoadPlan) -> tuple[LoadPlan, Installer]:
@@ -180,6 +184,100 @@ def test_memory_that_the_callers_stream_still_uses_is_written_to_after_that(
         assert same(plan.__dict__["model"].get_buffer(key), tensor)
 
 
+def test_what_the_caller_asks_for_when_a_tensor_is_installed_finds_its_values(
+    file: Path, fake: Callable[..., FakeDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the order of his stream: nothing else has made the device do its copies by then."""
+    device = fake()
+    monkeypatch.setattr(device, "random", SimpleNamespace(random=lambda: 1.0, choice=device.random.choice))
+    monkeypatch.setattr(crew, "_AT_LEAST_EVERY", 0.0)
+    expected = make()
+    home = device.open("cuda:0")
+    saw: dict[str, bytes] = {}
+    installed = threading.Event()
+    kept = []
+
+    def install(placement: Placement, tensor: torch.Tensor) -> None:
+        name, address, nbytes = placement.target, tensor.data_ptr(), tensor.nbytes
+        kept.append(tensor)
+        home.submit(home.user, lambda: saw.__setitem__(name, ctypes.string_at(address, nbytes)))
+        home.hurry(home.user)
+        if len(kept) == len(expected):
+            installed.set()
+
+    finish = accelerator.Lane.finish
+
+    def late(self: accelerator.Lane) -> None:
+        assert installed.wait(30)
+        finish(self)
+
+    monkeypatch.setattr(accelerator.Lane, "finish", late)
+    plan = replace(stream_plan(file), staging=Staging(1, 16 * KIB, slots=200))
+    keeper: Any = SimpleNamespace(install=install)
+    run(plan, keeper)
+    home.drain()
+    assert saw == {key: tensor.view(torch.uint8).numpy().tobytes() for key, tensor in expected.items()}
+    check_over(device)
+
+
+def test_chunks_in_memory_that_the_callers_stream_still_uses_are_written_to_after_that(
+    tmp_path: Path, fake: Callable[..., FakeDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that the caller let go of after the tensor was allocated, whose event says nothing about it."""
+    tensor = torch.randn(60_000).half()
+    save_file({"whole": tensor}, tmp_path / "m.safetensors")
+    device = fake()
+    home = device.open("cuda:0")
+    plan, installer = loading(stream_plan(tmp_path / "m.safetensors", "float32"))
+    size = plan.staging.workers * plan.staging.each
+    chunk, left = accelerator.Accelerator.chunk, []
+
+    def after_others(self: accelerator.Accelerator) -> tuple[torch.Tensor, Any]:
+        if not left:
+            old = device.allocate(size)
+            left.append(ctypes.addressof(old))
+            for _ in range(100):
+                home.submit(home.user, lambda: ctypes.memset(left[0], 0xEE, size))
+            del old
+        return chunk(self)
+
+    copy = FakeStreams.copy
+
+    def by_turns(self: FakeStreams, into: torch.Tensor, source: torch.Tensor) -> None:
+        """The reader's stream is as fast as it can be, and the caller's does one thing meanwhile."""
+        copy(self, into, source)
+        self.hurry(self.side)
+        self.hurry(home.user, 1)
+
+    monkeypatch.setattr(FakeStreams, "copy", by_turns)
+    monkeypatch.setattr(accelerator.Accelerator, "chunk", after_others)
+    run(plan, installer)
+    home.drain()
+    assert len(device.free[size]) == 1
+    assert same(plan.__dict__["model"].whole, tensor.float())
+
+
+def test_a_device_holds_nothing_but_the_tensors_when_a_load_is_over(
+    file: Path, fake: Callable[..., FakeDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever keeps what the load was done with, as a traceback does, keeps no chunk."""
+    kept = []
+    made = accelerator.AcceleratorDestination.__init__
+
+    def keep(self: accelerator.AcceleratorDestination, *args: Any) -> None:
+        made(self, *args)
+        kept.append(self)
+
+    monkeypatch.setattr(accelerator.AcceleratorDestination, "__init__", keep)
+    device = fake(1)
+    plan, installer = loading(stream_plan(file, "float64"))
+    run(plan, installer)
+    resident = sum(p.nbytes for p in plan.placements)
+    assert len(kept) == len(plan.placements)
+    assert device.peak > resident
+    assert device.held == resident
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parts_that_do_not_lie_one_behind_the_other_are_put_in_place_on_the_device(
@@ -218,15 +316,33 @@ def test_the_device_holds_what_is_planned(
     tmp_path: Path, fake: Callable[..., FakeDevice], dtype: str, chunks: int
 ) -> None:
     """What becomes smaller is cast on the way there, and what stays as it is goes right into its place."""
+    # No multiple of what torch's cache rounds to.
+    staging = Staging(2, 16 * KIB + ALIGNMENT, slots=3)
     tensors = {str(n): torch.randn(5000) for n in range(12)}
     save_file(tensors, tmp_path / "m.safetensors")
     for seed in SEEDS:
         device = fake(seed)
-        plan, installer = loading(stream_plan(tmp_path / "m.safetensors", dtype))
+        plan, installer = loading(replace(stream_plan(tmp_path / "m.safetensors", dtype), staging=staging))
         planned = accelerators.chunks_on("cuda:0", plan.placements, plan.staging)
         assert planned == chunks * plan.staging.each
         run(plan, installer)
         assert device.peak == sum(p.nbytes for p in plan.placements) + planned
+
+
+def int8_plan(tmp_path: Path, seed: int) -> tuple[LoadPlan, dict[str, torch.Tensor]]:
+    """A load as int8 into a device, and what it gives."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(256, 1500), nn.Linear(1500, 64))
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    options: dict[str, Any] = {"model": lambda: nn.Sequential(nn.Linear(256, 1500), nn.Linear(1500, 64))}
+    expected = lowmem.load(tmp_path / "m.safetensors", quantize="int8", **options)
+    plan = expected.plan
+    there = []
+    for p in plan.placements:
+        scales = None if p.scales is None else replace(p.scales, device="cuda:0")
+        there.append(replace(p, device="cuda:0", scales=scales, residency="copy"))
+    moved = replace(plan, placements=tuple(there), staging=Staging(2, 600 * KIB, 0, 128 * KIB, 2))
+    return moved, expected.model.state_dict()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -234,26 +350,42 @@ def test_int8_that_readers_make_arrives_with_its_scales(
     tmp_path: Path, fake: Callable[..., FakeDevice], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(moves, "CHUNK", CHUNK)
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(256, 1500), nn.Linear(1500, 64))
-    save_file(model.state_dict(), tmp_path / "m.safetensors")
-    options: dict[str, Any] = {"model": lambda: nn.Sequential(nn.Linear(256, 1500), nn.Linear(1500, 64))}
-    expected = lowmem.load(tmp_path / "m.safetensors", quantize="int8", **options)
+    plan, state = int8_plan(tmp_path, seed)
     device = fake(seed)
-    plan = expected.plan
-    there = []
-    for p in plan.placements:
-        scales = None if p.scales is None else replace(p.scales, device="cuda:0")
-        there.append(replace(p, device="cuda:0", scales=scales, residency="copy"))
-    moved = replace(plan, placements=tuple(there), staging=Staging(2, 600 * KIB, 0, 128 * KIB, 2))
     found: dict[str, torch.Tensor] = {}
     keeper: Any = SimpleNamespace(install=lambda p, tensor: found.__setitem__(p.target, tensor))
-    run(moved, keeper)
+    run(plan, keeper)
     check_over(device)
-    state = expected.model.state_dict()
     assert sum(tensor.dtype == torch.int8 for tensor in found.values()) == 2
     for name, tensor in found.items():
         assert same(tensor, state[name]), name
+
+
+def test_scales_in_memory_that_the_callers_stream_still_uses_are_written_to_after_that(
+    tmp_path: Path, fake: Callable[..., FakeDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "CHUNK", CHUNK)
+    plan, state = int8_plan(tmp_path, 0)
+    device = fake()
+    # Nothing is done before somebody waits for it.
+    monkeypatch.setattr(device, "random", SimpleNamespace(random=lambda: 1.0, choice=device.random.choice))
+    scales = [p.scales for p in plan.placements if p.scales is not None]
+    assert len(scales) == 2
+    home = device.open("cuda:0")
+    # The biases are as large.
+    old = [device.allocate(p.nbytes) for p in scales for _ in range(2)]
+    for one in old:
+        address, nbytes = ctypes.addressof(one), len(one)
+        home.submit(home.user, lambda address=address, nbytes=nbytes: ctypes.memset(address, 0xEE, nbytes))
+    del one
+    old.clear()
+    found: dict[str, torch.Tensor] = {}
+    keeper: Any = SimpleNamespace(install=lambda p, tensor: found.__setitem__(p.target, tensor))
+    run(plan, keeper)
+    home.drain()
+    assert not any(device.free.get(p.nbytes) for p in scales)
+    for p in scales:
+        assert same(found[p.target], state[p.target]), p.target
 
 
 def test_a_stream_that_is_given_up_leaves_nothing(file: Path, fake: Callable[..., FakeDevice]) -> None:
@@ -280,6 +412,50 @@ def test_a_device_that_fails_is_named_with_a_tensor_and_leaves_nothing(
     device.fails_at = None
     assert device.pinned == {}
     assert not [t for t in threading.enumerate() if t.name.startswith("lowmem-")]
+
+
+def test_a_device_that_fails_when_memory_is_wanted_is_not_called_full(
+    file: Path, fake: Callable[..., FakeDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = fake(2)
+
+    def fail(nbytes: int) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(device, "allocate", fail)
+    with pytest.raises(LowmemError, match=r"tensor 't\d\d', or one before it: .* cuda:0 .* illegal memory") as told:
+        run(*loading(stream_plan(file)))
+    assert not isinstance(told.value, BudgetError)
+    check_over(device)
+
+
+@pytest.mark.parametrize("where", ["enter", "pin"])
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (RuntimeError("CUDA error: no kernel image"), LowmemError, "cuda:0: a reader cannot .* no kernel image"),
+        (torch.OutOfMemoryError("out of memory"), BudgetError, "cuda:0 refused .* out of memory"),
+        (MemoryError("out of memory"), BudgetError, "the system refused .*out of memory"),
+    ],
+)
+def test_a_device_that_a_reader_cannot_use_is_named(
+    file: Path,
+    fake: Callable[..., FakeDevice],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    error: Exception,
+    kind: type[LowmemError],
+    message: str,
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise error
+
+    device = fake()
+    monkeypatch.setattr(FakeStreams, where, fail)
+    with pytest.raises(LowmemError, match=message) as told:
+        run(*loading(stream_plan(file)))
+    assert type(told.value) is kind
+    check_over(device)
 
 
 def test_a_device_without_room_is_told_of(file: Path, tmp_path: Path, fake: Callable[..., FakeDevice]) -> None:
@@ -366,6 +542,26 @@ def test_eight_readers_have_four_buffers_each(tmp_path: Path, monkeypatch: pytes
     assert plan().staging.total <= 16 * MIB
     on_host = lowmem.plan(tmp_path / "m.safetensors", model=One, residency="copy", dtype="float32")
     assert on_host.staging.slots == 1
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float64"])
+def test_a_stream_plans_for_all_tensors_that_are_ahead_of_the_caller(
+    tmp_path: Path, fake: Callable[..., FakeDevice], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(moves, "CHUNK", CHUNK)
+    save_file({f"{n:02d}": torch.ones(40_000) for n in range(40)}, tmp_path / "m.safetensors")
+    for wanted in (MIB, 3 * MIB, 64 * MIB):
+        request = StreamRequest(dtype=dtype, device="cuda:0", staging=wanted)
+        plan, window = make_stream_plan(inspect(tmp_path / "m.safetensors"), request)
+        planned, sizes = plan.devices["cuda:0"], [p.nbytes for p in plan.placements]
+        assert planned.staging == accelerators.chunks_on("cuda:0", plan.placements, plan.staging)
+        assert planned.peak == max(min(window, sum(sizes)), sizes[0]) + planned.staging
+        device = fake(1)
+        for _, tensor in iterate(plan, window):
+            time.sleep(0.005)
+            del tensor
+        # And what the caller has.
+        assert device.peak <= planned.peak + sizes[0]
 
 
 def test_a_device_in_host_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,3 +658,49 @@ def test_the_bench_tells_what_part_of_the_bus_a_load_uses() -> None:
     told = as_markdown("auto", [row | {"peak": 3 * MIB, "resident": MIB}, row | {"warm": [], "reason": "no such"}])
     assert "| lowmem | 0.250 | 40.0 | 80% | 1.000 | 10.0 | 2 |  |" in told
     assert "| lowmem | - | - | - | 1.000 | 10.0 | - | no such |" in told
+    # Memory that torch's allocator knows nothing of.
+    assert "| 10.0 | - |  |" in as_markdown("auto", [row | {"peak": 0, "resident": MIB}])
+
+
+def test_the_bench_tells_which_goals_are_met() -> None:
+    row = {"loader": "lowmem", "dtype": "auto", "warm": [0.5, 0.25], "cold": [], "bytes": 10**10, "pinned": 5e10}
+    row |= {"peak": 65 * MIB, "resident": MIB}
+    told = goals("auto", [row, row | {"loader": "transformers", "warm": [1.0, 2.0]}])
+    assert told.splitlines() == [
+        "- at least 80% of the bus: 80.0%, met",
+        "- at least 5x transformers: 4.00x, not met",
+        "- at least 2x fastsafetensors: not measured",
+        "- at most 64 MiB above resident: 64.0 MiB, met",
+    ]
+    assert goals("auto", [row | {"status": "differs"}]).count("not measured") == 4
+
+
+def test_the_bench_takes_only_versions_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = next(one for one in loaders.LOADERS if one.needs is not None)
+    monkeypatch.setattr("safetensors.safe_open", SimpleNamespace())
+    assert not ahead.is_here
+    monkeypatch.setattr("safetensors.safe_open", SimpleNamespace(prefetch=None))
+    assert ahead.is_here
+    assert not replace(ahead, package="there_is_no_such").is_here
+
+
+def test_the_bench_takes_all_that_safetensors_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with what 0.9.0rc1 has."""
+
+    class Opened(contextlib.AbstractContextManager["Opened"]):
+        def __init__(self, file: Path, framework: str, device: str) -> None:
+            assert (framework, device) == ("pt", "cuda:0")
+            self.file = file
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def prefetch(self) -> Any:
+            return contextlib.nullcontext(iter([(self.file.stem, torch.ones(3))]))
+
+    monkeypatch.setattr("safetensors.safe_open", Opened)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").touch()
+    ahead = next(one for one in loaders.LOADERS if one.needs is not None)
+    state = ahead.load(tmp_path, "float16", "cuda:0")
+    assert {key: tensor.dtype for key, tensor in state.items()} == {"a": torch.float16, "b": torch.float16}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import threading
@@ -24,10 +25,17 @@ class Loader:
     name: str
     load: Callable[[Path, str, str], State]
     package: str = "torch"
+    # What of it only some versions have: the name of a class, and of a method of it.
+    needs: tuple[str, str] | None = None
 
     @property
     def is_here(self) -> bool:
-        return importlib.util.find_spec(self.package) is not None
+        if importlib.util.find_spec(self.package) is None:
+            return False
+        if self.needs is None:
+            return True
+        found = getattr(importlib.import_module(self.package), self.needs[0], None)
+        return hasattr(found, self.needs[1])
 
 
 def shards(folder: Path) -> list[Path]:
@@ -72,6 +80,19 @@ def _safetensors_ahead(folder: Path, dtype: str, device: str) -> State:
             thread.join()
 
 
+def _safetensors_prefetch(folder: Path, dtype: str, device: str) -> State:
+    """Its own threads, from version 0.9 on. Those of all files begin at once; they share their pinned memory."""
+    opened: Any = importlib.import_module("safetensors").safe_open
+    state: State = {}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(opened(shard, framework="pt", device=device)) for shard in shards(folder)]
+        loaders = [stack.enter_context(file.prefetch()) for file in files]
+        for loader in loaders:
+            for key, tensor in loader:
+                state[key] = _cast({key: tensor}, dtype)[key]
+    return state
+
+
 def _read(file: Path) -> None:
     buffer = bytearray(16 << 20)
     with file.open("rb", buffering=0) as stream:
@@ -113,6 +134,7 @@ LOADERS = (
     Loader("transformers", _transformers, "transformers"),
     Loader("safetensors", _safetensors, "safetensors"),
     Loader("safetensors, read ahead", _safetensors_ahead, "safetensors"),
+    Loader("safetensors, prefetch", _safetensors_prefetch, "safetensors", ("safe_open", "prefetch")),
     Loader("fastsafetensors", _fastsafetensors, "fastsafetensors"),
     Loader("InstantTensor", _instanttensor, "instanttensor"),
 )

@@ -52,8 +52,8 @@ class Accelerator:
         self.name = str(self.backend.device) if name == "cuda" else name
         self._home = self.backend.current()
         self._readers = staging.workers
-        # Where any dtype may begin, and torch's cache has its blocks.
-        self._size = staging.each + -staging.each % 512
+        # As the plan counts it. A multiple of `ALIGNMENT`, so any dtype may begin at each of them.
+        self._size = staging.each
         self._turn = threading.Lock()
         self._chunks: torch.Tensor | None = None
         self._given = 0
@@ -63,12 +63,14 @@ class Accelerator:
 
         Raises:
             BudgetError: the device refuses the memory.
+            LowmemError: it failed.
         """
-        try:
-            tensor = self.backend.empty(self._home, placement.shape, getattr(torch, placement.dtype))
+        with _blaming(self, placement.target):
+            try:
+                tensor = self.backend.empty(self._home, placement.shape, getattr(torch, placement.dtype))
+            except torch.OutOfMemoryError as error:
+                raise refusal(placement, error) from error
             return tensor, self.backend.record(self._home)
-        except RuntimeError as error:
-            raise refusal(placement, error) from error
 
     def chunk(self) -> tuple[torch.Tensor, Any]:
         """Memory of the device for the stream of one reader, and the event that comes before its first use.
@@ -262,6 +264,7 @@ class Lane:
             # One that has failed does nothing more.
             with contextlib.suppress(RuntimeError):
                 route.backend.finish(route.backend.record(None))
+            route.let_go()
         self._routes.clear()
         if self._is_pinned:
             self._is_pinned = False
@@ -285,6 +288,10 @@ class _Route:
             self._chunk, since = self.accelerator.chunk()
             self.backend.wait(None, since)
         return self._chunk
+
+    def let_go(self) -> None:
+        """Of the chunk, when the stream has been waited for: tensors know their routes for longer than a load takes."""
+        self._chunk = None
 
 
 def narrowed(source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

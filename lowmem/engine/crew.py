@@ -7,17 +7,18 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import BudgetError
+from ..errors import BudgetError, LowmemError
 from ..planner import LoadPlan, Placement
 from ..planner.moves import Read
+from ..planner.records import Staging
 from ..sizes import KIB, format_size
-from .accelerator import Lane
+from .accelerator import Accelerator, Lane
 from .cleanup import let_go, undisturbed
 from .destinations import Destination, Scratch
 from .feed import Feed, Job
@@ -174,7 +175,7 @@ class Crew:
         try:
             bounce = Scratch(staging.bounce).memory if staging.bounce else None
             if accelerators:
-                return Lane(accelerators, staging), bounce
+                return make_lane(accelerators, staging), bounce
             return Scratch(staging.each, staging.work), bounce
         except (OSError, MemoryError) as error:
             raise BudgetError(
@@ -227,6 +228,32 @@ def carry_out(
         feed.finish()
     finally:
         undisturbed(crew.end)
+
+
+def make_lane(accelerators: Mapping[str, Accelerator], staging: Staging) -> Lane:
+    """The streams and buffers of the calling thread.
+
+    Raises:
+        BudgetError: a device has no memory for them.
+        LowmemError: it failed.
+        OSError, MemoryError: the host has none.
+    """
+    # The one that pins for all of them.
+    name = next(iter(accelerators))
+    try:
+        return Lane(accelerators, staging)
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"{name} refused what a reader's stream takes: {error}; others took memory since the plan was made; "
+            "free memory of the device",
+            required=0,
+            limit=0,
+        ) from error
+    except RuntimeError as error:
+        raise LowmemError(
+            f"{name}: a reader cannot use the device: {error}; it may have failed for the whole process: load again "
+            "in a new one"
+        ) from error
 
 
 def is_for_one(read: Read) -> bool:

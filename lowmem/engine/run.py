@@ -69,8 +69,10 @@ def run(
 def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], None, None]:
     """The name and the tensor of each placement, in the plan's order, read ahead by at most `window` bytes.
 
-    The placements must lie in file order, each fed from one place. A tensor that was given out is the caller's; the
-    threads end with the iterator, however it ends.
+    The placements must lie in file order, each fed from one place. A tensor that was given out is the caller's, and its
+    values are there for every stream of its device. Its memory belongs to the stream that was current when the first
+    was asked for: whoever uses it on another one calls `Tensor.record_stream` before he lets go of it, or waits for
+    that use, because torch gives the memory out again at once. The threads end with the iterator, however it ends.
 
     Raises:
         CheckpointError: a file changed, shrank or cannot be read.
@@ -108,7 +110,7 @@ def _collect(finished: list[Done] | None, whole: dict[Placement, torch.Tensor]) 
     for done in finished:
         for placement, destination in done.whole:
             assert isinstance(destination, MemoryDestination)
-            # The caller may use it on any stream, and let go of it whenever he likes.
+            # The caller may use it on any stream, which nobody told to wait.
             destination.finish()
             whole[placement] = destination.tensor
 

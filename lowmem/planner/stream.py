@@ -59,7 +59,7 @@ def make_stream_plan(checkpoint: Checkpoint, request: StreamRequest) -> tuple[Lo
         placements=placements,
         offload=None,
         staging=staging,
-        devices={request.device: _device(placements, staging, host, request.device)},
+        devices={request.device: _device(placements, staging, window, host, request.device)},
         host=host,
         main_device=request.device,
         warnings=checkpoint.warnings,
@@ -84,9 +84,7 @@ def _host(
 ) -> HostPlan:
     """Nothing is resident: what was given out is the caller's."""
     sizes = [p.nbytes for p in placements if p.device == "cpu"]
-    # As many tensors as the window holds, and always one.
-    ahead = max(min(window, sum(sizes)), max(sizes, default=0))
-    held = staging.total + ahead if placements else 0
+    held = staging.total + _ahead(sizes, window) if placements else 0
     overhead = _overhead(checkpoint)
     return HostPlan(
         resident=0,
@@ -100,10 +98,17 @@ def _host(
     )
 
 
-def _device(placements: tuple[Placement, ...], staging: Staging, host: HostPlan, device: str) -> DevicePlan:
-    weights = sum(p.nbytes for p in placements)
+def _ahead(sizes: list[int], window: int) -> int:
+    """Bytes of tensors that are begun and not yet given out: as many as the window holds, and always one."""
+    return max(min(window, sum(sizes)), max(sizes, default=0))
+
+
+def _device(
+    placements: tuple[Placement, ...], staging: Staging, window: int, host: HostPlan, device: str
+) -> DevicePlan:
+    sizes = [p.nbytes for p in placements]
+    weights = sum(sizes)
     if device == "cpu":
         return DevicePlan(weights, 0, 0, host.staging, host.peak)
-    largest = max((p.nbytes for p in placements), default=0)
     chunks = chunks_on(device, placements, staging)
-    return DevicePlan(weights, 0, 0, chunks, max(host.staging, largest) + chunks)
+    return DevicePlan(weights, 0, 0, chunks, _ahead(sizes, window) + chunks)
