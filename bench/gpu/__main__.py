@@ -1,15 +1,20 @@
-"""Time loads into a CUDA device: `python -m bench.gpu --folder DIR`.
+"""Time loads into a CUDA device, and forwards there: `python -m bench.gpu --folder DIR`.
 
 In one process, by turns, warm and, unless told otherwise, with the files out of the page cache; the least of each is
 compared, after a load that does not count. The rate of the bus is measured between the rounds: pinned memory to the
 device. A time counts only when all tensors are, bit for bit, those of safetensors and torch. Below each table it says
-which goals are met. Without a CUDA device it says so and measures nothing.
+which goals are met.
+
+The part `forward` runs one token and 512 with the layers in host memory or on disk, by lowmem's own dispatch, by
+accelerate's hooks and by transformers: the least of each, what it puts out beside a model that is all on the device,
+and the peak of device memory.
+
+Without a CUDA device it says so and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
 from collections.abc import Sequence
@@ -17,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.arguments import names, positive
-from bench.results import Results, describe_machine, versions, write
+from bench.results import Results, Row, describe_machine, versions, write
 
-_PACKAGES = ("lowmem", "torch", "transformers", "safetensors", "fastsafetensors", "instanttensor")
+from .bus import pinned_rate, release
+
+_PACKAGES = ("lowmem", "torch", "transformers", "accelerate", "safetensors", "fastsafetensors", "instanttensor")
 _MIB = 1 << 20
 
 # The goals: a part of the rate of the bus, how often as fast as others, and device memory above what is resident.
@@ -28,15 +35,29 @@ _FASTER = {"transformers": 5, "fastsafetensors": 2}
 _ABOVE = 64 * _MIB
 
 
+_PARTS = ("load", "forward")
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    found = names(text)
+    unknown = [name for name in found if name not in _PARTS]
+    if unknown or not found:
+        raise argparse.ArgumentTypeError(f"expected load, forward or both, found {text!r}")
+    return found
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is written, and stays")
     parser.add_argument("--size", type=positive, metavar="MIB", default=8192, help="of it, in bf16 (default: 8192)")
-    parser.add_argument("--dtypes", metavar="A,B", default="auto,float32,float16", help="(default: %(default)s)")
-    parser.add_argument("--loaders", metavar="A,B", help="names of loaders (default: all that are installed)")
-    parser.add_argument("--device", default="cuda:0", help="(default: cuda:0)")
+    parser.add_argument("--parts", metavar="A,B", type=_parts, default=_PARTS, help="load,forward (default: both)")
+    dtypes = "auto,float32,float16"
+    parser.add_argument("--dtypes", metavar="A,B", default=dtypes, help="of loads (default: %(default)s)")
+    parser.add_argument("--loaders", metavar="A,B", help="who loads, in that part (default: all that are installed)")
+    told = "(default: cuda:0); cpu tries the order of the part forward without a device"
+    parser.add_argument("--device", default="cuda:0", help=told)
     parser.add_argument("--rounds", type=positive, metavar="N", default=5, help="turns of each loader (default: 5)")
     parser.add_argument("--warm-only", action="store_true", help="leave the files in the page cache")
     default = Path(__file__).parent.parent / "gpu.json"
@@ -48,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     import torch
 
-    if not torch.cuda.is_available():
+    tried = options.device == "cpu" and options.parts == ("forward",)
+    if not (tried or torch.cuda.is_available()):
         print("bench.gpu: there is no CUDA device here, so nothing was measured", file=sys.stderr)
         return 0
     from lowmem.synthetic import llama_recipe, write_checkpoint
@@ -56,17 +78,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder: Path = options.folder.resolve() / f"llama-{options.size}"
     if not (folder / "config.json").exists():
         write_checkpoint(llama_recipe(options.size * _MIB), folder, max_shard_size=2048 * _MIB)
+    gpu = None if tried else torch.cuda.get_device_name(options.device)
     results: Results = {
-        "machine": {**describe_machine(folder, versions(_PACKAGES)), "gpu": torch.cuda.get_device_name(options.device)},
+        "machine": {**describe_machine(folder, versions(_PACKAGES)), "gpu": gpu},
         "options": {"rounds": options.rounds, "size": options.size, "device": options.device},
         "rows": [],
     }
+    if "load" in options.parts:
+        _run_loads(folder, options, results)
+    if "forward" in options.parts:
+        _run_forwards(folder, options, results)
+    return 1 if any(row["status"] == "differs" for row in results["rows"]) else 0
+
+
+def _run_loads(folder: Path, options: argparse.Namespace, results: Results) -> None:
     for dtype in names(options.dtypes):
         results["rows"] += _Case(folder, dtype, options).run()
         write(results, options.output)
         print(as_markdown(dtype, results["rows"]))
         print(goals(dtype, results["rows"]), flush=True)
-    return 1 if any(row["status"] == "differs" for row in results["rows"]) else 0
+
+
+def _run_forwards(folder: Path, options: argparse.Namespace, results: Results) -> None:
+    from . import forward
+
+    def done(rows: list[Row]) -> None:
+        results["rows"] += rows
+        write(results, options.output)
+        print(forward.as_markdown(rows), flush=True)
+
+    work, cold = options.folder.resolve(), not options.warm_only
+    forward.run(folder, work, options.device, options.rounds, cold=cold, done=done)
 
 
 class _Case:
@@ -151,33 +193,6 @@ def difference(state: dict[str, Any], shards: Sequence[Path], dtype: str) -> str
                 if not torch.equal(found.cpu().view(torch.uint8), wanted.view(torch.uint8)):
                     return str(key)
     return ""
-
-
-def pinned_rate(device: str) -> float:
-    """Bytes a second from pinned memory to the device: the best of ten copies of 256 MiB, timed by the device."""
-    import torch
-
-    source = torch.empty(256 * _MIB, dtype=torch.uint8, pin_memory=True)
-    into = torch.empty(256 * _MIB, dtype=torch.uint8, device=device)
-    event: Any = torch.cuda.Event
-    best = 0.0
-    with torch.cuda.device(device):
-        for _ in range(10):
-            begin, end = (event(enable_timing=True) for _ in range(2))
-            begin.record()
-            into.copy_(source, non_blocking=True)
-            end.record()
-            end.synchronize()
-            best = max(best, source.nbytes / (begin.elapsed_time(end) / 1000))
-    return best
-
-
-def release() -> None:
-    """What the last load left: between loads, and never inside of one."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def as_markdown(dtype: str, rows: Sequence[dict[str, Any]]) -> str:
