@@ -27,7 +27,7 @@ from .bus import pinned_rate, release
 # Tokens of one sequence, without a KV cache.
 TOKENS = (1, 512)
 # Where the layers lie; the embedding, the last norm and the head are on the device.
-PLACES = {"cpu": "host memory", "disk": "disk"}
+PLACES = {"cpu": "in host memory", "disk": "on disk"}
 REFERENCE = "all on the device"
 _DTYPE = "bfloat16"
 # Of the largest logit: another kernel's rounding may differ by less, wrong weights by more.
@@ -189,7 +189,7 @@ class Turns:
         wanted = self._wanted.setdefault(count, logits)
         far = difference(logits, wanted)
         model.differences[count] = max(model.differences.get(count, 0.0), far)
-        if not far <= _FAR * float(wanted.abs().max()):
+        if far and not far <= _FAR * float(wanted.abs().max()):
             model.status, model.reason = "differs", f"logits of {count} differ by up to {far:.3g}"
 
     def _layers(self) -> int:
@@ -236,7 +236,8 @@ def run(source: Path, folder: Path, device: str, rounds: int, *, cold: bool, don
 
 
 def _row(place: str, count: int, model: _Model) -> Row:
-    times = {kind: model.times.get((count, kind), []) for kind in ("warm", "cold")}
+    counted = model.times if model.status == "ok" else {}
+    times = {kind: counted.get((count, kind), []) for kind in ("warm", "cold")}
     return {
         "part": "forward",
         "layers": place,
@@ -261,7 +262,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
         pinned = found[0]["pinned"]
         bus = "" if pinned is None else f"; the bus needs {found[0]['away'] / pinned:.3f} s for them"
         lines += [
-            f"**forward of {count}, layers ({found[0]['away'] / _MIB:.0f} MiB) in {PLACES[place]}**{bus}",
+            f"**forward of {count}, layers ({found[0]['away'] / _MIB:.0f} MiB) {PLACES[place]}**{bus}",
             "",
             "| loader | warm, s | of lowmem's | cold, s | of lowmem's | device peak, MiB | logits | load, s | |",
             "|---|---:|---:|---:|---:|---:|---|---:|---|",
