@@ -172,7 +172,7 @@ def load(
             the checkpoint's config, or 6.
         read: of several ranks of torch.distributed, `"each"`: every one reads what it holds, or `"once"`: what ranks of
             a host hold alike is read by one of them and given to the others; every rank must then call `load`. Default:
-            by what is shared, what the files lie on, and what the ranks talk by.
+            by how much is shared, and what the files lie on.
         trust_remote_code: whether Python files beside the checkpoint may run.
         progress: called with a `Progress` from the calling thread.
 

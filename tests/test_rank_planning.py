@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from tiny_models import KINDS, new_model
 import lowmem
 from lowmem.cli import main
 from lowmem.errors import OptionError
-from lowmem.sizes import format_size
+from lowmem.sizes import MIB, format_size
+from lowmem.synthetic import llama_recipe, write_checkpoint
 
 pytest.importorskip("transformers.distributed")
 pytest.importorskip("torch.testing._internal.distributed.fake_pg")
@@ -153,6 +155,25 @@ def test_the_shell_prints_what_to_dict_returns(saved: Saved, capsys: pytest.Capt
     assert (code, err) == (0, "")
     plan = lowmem.plan_ranks(folder, mesh="dp=2,tp=2", ranks_per_host=2, dtype="bfloat16", ram="1GiB")
     assert json.loads(out) == json.loads(json.dumps(plan.to_dict()))
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of tables, without what depends on the machine: staging, and the peaks that it is in."""
+    rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if line.strip(" ─")]
+    return [[cell for cell in row if cell][: 7 if len(row) > 6 else 4 if len(row) > 4 else 3] for row in rows]
+
+
+def test_the_readme_shows_what_the_shell_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    command, _, shown = readme.partition("$ lowmem plan path/to/model --ranks")[2].partition("\n")
+    write_checkpoint(llama_recipe(8 * MIB), tmp_path / "path/to/model", max_shard_size=3 * MIB)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "110")
+    code, printed, _ = shell(capsys, "plan", "path/to/model", "--ranks", *command.split())
+    assert code == 0
+    assert cells(printed) == cells(shown.partition("```")[0])
 
 
 def test_ranks_alone_divide_as_data(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
