@@ -136,7 +136,7 @@ def under_shim(function: Callable[..., Any], *args: Any, timeout: float = 300) -
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired as expired:
             raise AssertionError(f"it hung for {timeout} s:\n{expired.stderr!r}") from None
-        assert done.returncode == 0 and answer.exists(), f"exit {done.returncode}:\n{done.stderr[-6000:]}"
+        assert done.returncode == 0, f"exit {done.returncode}:\n{done.stderr[-6000:]}"
         return pickle.loads(answer.read_bytes())
 
 
