@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ._collector import paused_collector
+from ._files import read_small
 from .checkpoint import Checkpoint, make_wish, survey
 from .converting_int8 import KEEP, Declared, declare, find_change, read_table
 from .dtypes import parse_dtype
 from .engine import undisturbed
 from .engine.conversion_folder import ConversionFolder
 from .engine.shard_writer import Sealer, ShardFile, write_shard
-from .errors import OptionError
+from .errors import ModelError, OptionError
 from .planner import Progress, ProgressCallback
 from .planner.convert import INDEX, ConvertPlan, ConvertRequest, make_convert_plan
 from .planner.request import (
@@ -291,6 +292,15 @@ def _has_code(checkpoint: Checkpoint) -> bool:
     )
 
 
+def _bytes_of(config: Path) -> bytes:
+    try:
+        return read_small(config)
+    except OSError as error:
+        raise ModelError(
+            f"{config}: cannot be read: {error.strerror or error}; bring the model's own config.json"
+        ) from error
+
+
 def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict[str, bytes]:
     """The index and the config, in this order."""
     last = {}
@@ -299,7 +309,7 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict
         # As save_pretrained of transformers writes it (modeling_utils.py).
         last[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     if checkpoint.config is not None:
-        text = checkpoint.config.read_bytes()
+        text = _bytes_of(checkpoint.config)
         table = read_table(checkpoint.config)
         stated = [name for name in ("dtype", "torch_dtype") if isinstance(table.get(name), str)]
         wrong = plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated)
