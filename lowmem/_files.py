@@ -14,6 +14,10 @@ MOST = 100_000_000
 ROOM = 48 * 1024**2
 # More than any name of a tensor has: as long as a path may be.
 LONGEST_NAME = 4096
+# Of a config, in the libraries that read it.
+COPIES = 4
+# Of a shape: what torch itself can compute with.
+MOST_SIZES = 64
 _PIECE = 1 << 20
 # Bytes that CPython takes for what a character of JSON begins or ends, where most of it is that; half a text's for a
 # quotation mark. A list of nothing, a table of one, the place in a table, the place in a list and a number.
@@ -50,20 +54,21 @@ def check_small(path: Path, most: int = MOST) -> None:
         OSError: as `read_small`.
         TooHeavyError: decoding it would take more memory than it may.
     """
-    check_weight(read_small(path, most))
+    check_weight(read_small(path, most), times=COPIES)
 
 
-def check_weight(raw: bytes, more: int = 0) -> None:
+def check_weight(raw: bytes, more: int = 0, times: int = 1) -> None:
     """Look whether decoding JSON would take little memory beside its own bytes: `"[[],[],[]..."` takes 25 times them.
 
     Args:
         raw: the text.
         more: bytes that may be taken besides.
+        times: how often it will be in memory: configs are copied by who reads them.
 
     Raises:
         TooHeavyError: it would take more.
     """
-    if len(raw) > ROOM // 128 and (taken := decoded_size(raw)) > len(raw) + ROOM + more:
+    if len(raw) > ROOM // 128 and (taken := times * decoded_size(raw)) > len(raw) + ROOM + more:
         raise TooHeavyError(
             f"expected at most {len(raw) + ROOM + more} bytes of memory to decode it, found {len(raw)} bytes of JSON "
             f"that take about {taken}"

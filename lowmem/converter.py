@@ -13,12 +13,13 @@ from typing import Any
 from ._collector import paused_collector
 from ._files import read_small
 from .checkpoint import Checkpoint, make_wish, survey
+from .checkpoint.index import led_outside
 from .converting_int8 import KEEP, Declared, declare, find_change, read_table
 from .dtypes import parse_dtype
 from .engine import undisturbed
 from .engine.conversion_folder import ConversionFolder
 from .engine.shard_writer import Sealer, ShardFile, write_shard
-from .errors import ModelError, OptionError
+from .errors import CheckpointError, ModelError, OptionError
 from .planner import Progress, ProgressCallback
 from .planner.convert import INDEX, ConvertPlan, ConvertRequest, make_convert_plan
 from .planner.request import (
@@ -282,8 +283,15 @@ class _Meter:
 def _beside(checkpoint: Checkpoint) -> list[Path]:
     """The small files that belong to the model; its own Python files only where its config names them."""
     patterns = [*_BESIDE, *(["*.py"] if _has_code(checkpoint) else [])]
-    found = {path for pattern in patterns for path in checkpoint.folder.glob(pattern) if path.is_file()}
-    return sorted(found)
+    found = sorted({path for pattern in patterns for path in checkpoint.folder.glob(pattern) if path.is_file()})
+    for path in (*found, *((checkpoint.config,) if checkpoint.config is not None else ())):
+        # Else a link that came with the weights would put a file of the user's into what he may publish.
+        if (led := led_outside(checkpoint.folder, path)) is not None:
+            raise CheckpointError(
+                f"{path}: expected a file inside {checkpoint.folder}, found a link to {led}; put the file itself into "
+                "the folder, or remove the link"
+            )
+    return found
 
 
 def _has_code(checkpoint: Checkpoint) -> bool:

@@ -76,13 +76,13 @@ def refused(source: Path | str, match: str = "", **given: Any) -> None:
         assert match in came["text"], (way, came["text"][:1000])
 
 
-def _tiny() -> Any:
+def linear() -> Any:
     from torch import nn
 
     return nn.Linear(2, 3)
 
 
-MODELS: dict[str, Callable[[], Any]] = {"linear": _tiny}
+MODELS: dict[str, Callable[[], Any]] = {"linear": linear}
 
 
 def attempt(
@@ -155,7 +155,7 @@ def _call(way: str, source: str, make: Callable[[], Any] | None, options: dict[s
             found = lowmem.inspect(source)
             return len(found), list(map(ascii, found.warnings))[:20]
         case "check":
-            report = lowmem.check(source)
+            report = lowmem.check(source, **{k: v for k, v in options.items() if k.endswith("manifest")})
             return len(report.files), [ascii(str(p)) for p in report.problems][:20]
         case "stream":
             return sum(1 for _ in lowmem.stream(source))
@@ -178,9 +178,10 @@ def _shell(
     from lowmem.cli import main
 
     verb, more = words[0], words[1:]
+    more += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     arguments = [verb, *more, "--", source, *([out] if verb == "convert" else [])]
     if make is not None and verb in ("plan", "load", "diff"):
-        arguments = [verb, "--model", "hostile_ways:MODELS.linear", *more, "--", source]
+        arguments = [verb, "--model", "hostile_ways:linear", *more, "--", source]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:

@@ -124,6 +124,14 @@ def _inside(index: Path, folder: Path, name: str, key: str, roots: Callable[[], 
     return file
 
 
+def led_outside(folder: Path, file: Path) -> Path | None:
+    """Where a link in `folder` leads, if that is neither inside of it nor where the hub's cache keeps its files."""
+    root, blobs = _roots(folder)
+    real = file.resolve()
+    inside = real.is_relative_to(root) or (blobs is not None and real.is_relative_to(blobs))
+    return None if inside else real
+
+
 def _roots(folder: Path) -> tuple[Path, Path | None]:
     """Where shards may lie: the folder itself, and in the hub's cache the folder that its links lead to.
 

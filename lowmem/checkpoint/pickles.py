@@ -19,9 +19,10 @@ from .pickle_bytes import MAX_LONG, MAX_TEXTS, Reader, Span, Stream
 
 __all__ = ["MAX_STEPS", "Dict", "Extension", "Global", "Inert", "Key", "Machine", "Persistent", "Span"]
 
-# Opcodes of one pickle. A checkpoint needs 32 a tensor, so this is 250,000 of them; an opcode makes an object of about
-# 100 bytes at most, so a hostile file takes less than 1 GB and some seconds.
+# Opcodes of one pickle. A checkpoint needs 32 a tensor, so this is 250,000 of them, in some seconds.
 MAX_STEPS = 8_000_000
+# An opcode makes an object of 70 bytes at most: so many in any file, and one more for so many bytes of it.
+_FOR_ANY, _BYTES_OF_A_STEP = 600_000, 72
 # Bytes, measured with 40,000 tensors (32 opcodes each), with 200,000 texts, and with dicts of numbers: 25 to 60.
 MEMORY_OF_A_STEP = 60
 # Different names of classes and functions. A checkpoint has some dozens.
@@ -134,8 +135,12 @@ class Machine(Reader):
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._globals: dict[tuple[str, str], Global] = {}
-        self._copies_left = MAX_STEPS
+        self._copies_left = self.most = MAX_STEPS
         self.steps = 0
+
+    def limit(self, size: int) -> None:
+        """Let decoding take no more than some 50 MB of memory and as much as the file has, which is of `size` bytes."""
+        self._copies_left = self.most = min(MAX_STEPS, _FOR_ANY + size // _BYTES_OF_A_STEP)
 
     def run(self) -> Any:
         """Decode up to STOP.
@@ -150,7 +155,7 @@ class Machine(Reader):
         try:
             # The commonest opcodes stand here, in the order of how often they are met: a method for each takes twice
             # the time.
-            for step in range(MAX_STEPS):
+            for step in range(self.most):
                 if at > safe:
                     self._at = at
                     self._refill(1)
@@ -197,7 +202,7 @@ class Machine(Reader):
             if buf is self._buf:
                 self._at = max(self._at, at)
             self.refuse(f"an opcode that does not fit what stands before it ({type(error).__name__}: {error})")
-        return self.refuse(f"more than {MAX_STEPS} opcodes")
+        return self.refuse(f"more than {self.most} opcodes")
 
     def call(self, what: Any, args: tuple[Any, ...]) -> Any:
         """What stands for `what(*args)`, which is not called."""

@@ -16,7 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from .._files import LONGEST_NAME, MOST, TooHeavyError, check_weight
+from .._files import LONGEST_NAME, MOST, MOST_SIZES, TooHeavyError, check_weight
 from ..dtypes import NOT_IN_TORCH, SAFETENSORS_DTYPES, SAFETENSORS_NAMES, itemsize
 from ..errors import CheckpointError, UnsupportedError
 from .records import Shard, TensorEntry
@@ -179,13 +179,19 @@ def _entry(file: Path, key: str, info: Any, start: int) -> TensorEntry:
     try:
         name, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
         # `type is int` keeps out True, 1.0 and friends.
-        sound = type(shape) is list and type(begin) is type(end) is int and 0 <= begin <= end < _TOO_MANY
+        sound = (
+            type(shape) is list
+            and len(shape) <= MOST_SIZES
+            and type(begin) is type(end) is int
+            and 0 <= begin <= end < _TOO_MANY
+        )
     except (TypeError, KeyError, ValueError):
         sound = False
     count = _count(shape) if sound else -1
     if count < 0:
         raise CheckpointError(
-            f"{file}: tensor {key!r}: expected dtype, shape and data_offsets in whole numbers from 0 to 2**63, "
+            f"{file}: tensor {key!r}: expected dtype, shape of at most {MOST_SIZES} sizes and data_offsets in whole numbers from 0 to "
+            f"2**63, "
             f"found {short(info)}; the file is damaged, download it again"
         )
     element = SAFETENSORS_DTYPES.get(name) if type(name) is str else None

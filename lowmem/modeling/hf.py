@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._files import check_weight, read_small
+from .._files import COPIES, check_weight, read_small
 from ..checkpoint import Checkpoint
 from ..checkpoint.int8 import has_scales
 from ..errors import ModelError, OptionError, UnsupportedError
@@ -224,7 +224,7 @@ _EXPERTS = ("experts_implementation", "grouped_mm", "expert")
 def _read_table(config: Path) -> dict[str, Any]:
     try:
         raw = read_small(config)
-        check_weight(raw)
+        check_weight(raw, times=COPIES)
         table = json.loads(raw.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{config}: not valid JSON ({error}); bring the model's own config.json") from error

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .._files import check_weight, read_small
+from .._files import COPIES, check_weight, read_small
 from ..checkpoint import Checkpoint
 from ..errors import LowmemError, ModelError, OptionError
 from ..sizes import shown
@@ -107,7 +107,7 @@ def is_timm_config(config: Path) -> bool:
 
 def _text_of(config: Path) -> str:
     raw = read_small(config)
-    check_weight(raw)
+    check_weight(raw, times=COPIES)
     return raw.decode()
 
 
