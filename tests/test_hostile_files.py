@@ -130,11 +130,13 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_that_no_tensor_has_are_loaded_or_refused(name: str, tmp_path: Path) -> None:
-    """What may hold no bytes at all is for its reader to believe; no way ends in anything else."""
+    """What holds no bytes may be believed; what would fill every message with sizes is refused."""
     table = SHAPES[name]
-    data = bytes(table["weight"]["data_offsets"][1])
-    ways = [way for way in WAYS if not way.startswith("lowmem inspect")]
-    tried(folder_of(tmp_path, safetensors(table, data)), ways=ways, model="linear")
+    folder = folder_of(tmp_path, safetensors(table, bytes(table["weight"]["data_offsets"][1])))
+    if name.endswith(" sizes"):
+        refused_but_checked(folder, "at most 64 sizes")
+    else:
+        tried(folder, model="linear")
 
 
 def test_a_million_tensors_of_nothing_are_refused_before_they_are_made(tmp_path: Path) -> None:

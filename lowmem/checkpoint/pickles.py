@@ -21,10 +21,9 @@ __all__ = ["MAX_STEPS", "Dict", "Extension", "Global", "Inert", "Key", "Machine"
 
 # Opcodes of one pickle. A checkpoint needs 32 a tensor, so this is 250,000 of them, in some seconds.
 MAX_STEPS = 8_000_000
-# An opcode makes an object of 70 bytes at most: so many in any file, and one more for so many bytes of it.
-_FOR_ANY, _BYTES_OF_A_STEP = 600_000, 72
-# Bytes, measured with 40,000 tensors (32 opcodes each), with 200,000 texts, and with dicts of numbers: 25 to 60.
-MEMORY_OF_A_STEP = 60
+# Bytes, measured with 40,000 tensors (32 opcodes each), with 200,000 texts, and with dicts of numbers: 25 to 60. What
+# is made to take much takes 70: so many opcodes in any file, and one more for so many bytes of it.
+MEMORY_OF_A_STEP, _FOR_ANY, _BYTES_OF_A_STEP = 60, 600_000, 72
 # Different names of classes and functions. A checkpoint has some dozens.
 MAX_GLOBALS = 65_536
 # Hashes of numbers above are taken modulo 2**61 - 1, so that a file could choose keys that all collide.
@@ -139,7 +138,7 @@ class Machine(Reader):
         self.steps = 0
 
     def limit(self, size: int) -> None:
-        """Let decoding take no more than some 50 MB of memory and as much as the file has, which is of `size` bytes."""
+        """Let decoding take no more memory than 50 MB and the `size` bytes of the file."""
         self._copies_left = self.most = min(MAX_STEPS, _FOR_ANY + size // _BYTES_OF_A_STEP)
 
     def run(self) -> Any:
@@ -149,12 +148,10 @@ class Machine(Reader):
             CheckpointError: damaged, or beyond the bounds above.
             UnsupportedError: of a later protocol, or with parts in other places.
         """
-        memo, recent, handlers = self._memo, self._recent, _HANDLERS
         buf, at, safe, stack = self._buf, self._at, self._safe, self._stack
-        texts, word = 0, _WORD.unpack_from
+        memo, recent, handlers, texts, word = self._memo, self._recent, _HANDLERS, 0, _WORD.unpack_from
         try:
-            # The commonest opcodes stand here, in the order of how often they are met: a method for each takes twice
-            # the time.
+            # The commonest opcodes, by how often they are met: a method for each takes twice the time.
             for step in range(self.most):
                 if at > safe:
                     self._at = at

@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from .._files import MOST_SIZES
 from ..dtypes import itemsize
 from ..errors import CheckpointError, UnsupportedError
 from .pickled_tensors import Storage
 from .records import Leaf, Packed, Shard, TensorEntry
-from .safetensors import check_name
+from .safetensors import check_name, check_sizes
 
 # Addresses of unpacked ranges are multiples of it, so that elements are aligned there as in a file.
 _ALIGNMENT = 64
@@ -184,11 +183,7 @@ class Locator:
 
     def _entry(self, key: str, leaf: Leaf, place: Place | None) -> TensorEntry:
         check_name(self.shard.file, key)
-        if len(leaf.shape) > MOST_SIZES:
-            raise CheckpointError(
-                f"{self.shard.file}: tensor {key!r}: expected a shape of at most {MOST_SIZES} sizes, found "
-                f"{len(leaf.shape)}; the file is damaged, download it again"
-            )
+        check_sizes(self.shard.file, key, leaf.shape)
         if not leaf.nbytes or place is None:
             return TensorEntry(key, leaf.dtype, leaf.shape, self.shard.file, 0, 0, leaf.strides)
         if leaf.offset + leaf.nbytes > place.size:

@@ -11,7 +11,7 @@ import os
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -174,26 +174,34 @@ def check_name(file: Path, key: str) -> None:
         )
 
 
+def check_sizes(file: Path, key: str, shape: Sequence[int]) -> None:
+    """Refuse a shape of more sizes than torch can compute with: it would be in every message and table.
+
+    Raises:
+        CheckpointError: it has more.
+    """
+    if len(shape) > MOST_SIZES:
+        raise CheckpointError(
+            f"{file}: tensor {key!r}: expected a shape of at most {MOST_SIZES} sizes, found {len(shape)}; "
+            "the file is damaged, download it again"
+        )
+
+
 def _entry(file: Path, key: str, info: Any, start: int) -> TensorEntry:
     check_name(file, key)
     try:
         name, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
         # `type is int` keeps out True, 1.0 and friends.
-        sound = (
-            type(shape) is list
-            and len(shape) <= MOST_SIZES
-            and type(begin) is type(end) is int
-            and 0 <= begin <= end < _TOO_MANY
-        )
+        sound = type(shape) is list and type(begin) is type(end) is int and 0 <= begin <= end < _TOO_MANY
     except (TypeError, KeyError, ValueError):
         sound = False
     count = _count(shape) if sound else -1
     if count < 0:
         raise CheckpointError(
-            f"{file}: tensor {key!r}: expected dtype, shape of at most {MOST_SIZES} sizes and data_offsets in whole numbers from 0 to "
-            f"2**63, "
+            f"{file}: tensor {key!r}: expected dtype, shape and data_offsets in whole numbers from 0 to 2**63, "
             f"found {short(info)}; the file is damaged, download it again"
         )
+    check_sizes(file, key, shape)
     element = SAFETENSORS_DTYPES.get(name) if type(name) is str else None
     if element is None:
         known = ", ".join(SAFETENSORS_DTYPES)
