@@ -40,12 +40,17 @@ class LowmemError(Exception):
 
 def harmless(text: str) -> str:
     """`text` of bounded length, and what is not printable in it escaped as `repr` does, but for line ends and tabs."""
-    if len(text) > _LONGEST:
-        left = len(text) - _LONGEST
-        text = f"{text[: _LONGEST - _KEPT_OF_END]} ... ({left} characters left out) ... {text[-_KEPT_OF_END:]}"
+    text = _cut(text)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return _cut("".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text))
+
+
+def _cut(text: str) -> str:
+    left = len(text) - _LONGEST
+    if left <= 0:
+        return text
+    return f"{text[: _LONGEST - _KEPT_OF_END]} ... ({left} characters left out) ... {text[-_KEPT_OF_END:]}"
 
 
 class SourceError(LowmemError):

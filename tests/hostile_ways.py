@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
+import socket
+import struct
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,6 +33,54 @@ IMPORTS = ("hostile_ways", "torch._dynamo", "lowmem.converter", "lowmem.checker"
 # What may steer a terminal: C0 but for tab and newline, DEL, C1, and what changes the direction of text.
 STEERING = {*map(chr, (*range(9), *range(11, 32), *range(127, 160)))}
 STEERING |= set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff\u200b")
+
+
+ENTRY: dict[str, Any] = {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]}
+SOUND = {"weight": ENTRY, "bias": {"dtype": "F32", "shape": [3], "data_offsets": [24, 36]}}
+
+
+def safetensors(header: Any, data: bytes = bytes(36), length: int | None = None) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
+
+
+def folder_of(path: Path, raw: bytes, name: str = "model.safetensors") -> Path:
+    path.mkdir(exist_ok=True)
+    (path / name).write_bytes(raw)
+    return path
+
+
+def one(**changed: Any) -> dict[str, Any]:
+    return {"weight": {**ENTRY, **changed}}
+
+
+def special(path: Path, kind: str) -> Path:
+    """A file of a kind that no checkpoint has."""
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "socket":
+            here = Path.cwd()
+            os.chdir(path.parent)
+            try:
+                socket.socket(socket.AF_UNIX).bind(path.name)
+            finally:
+                os.chdir(here)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path.name)
+        case "nowhere":
+            path.symlink_to("nowhere")
+        case "4 GB":
+            path.touch()
+            os.truncate(path, 4 << 30)
+    return path
+
+
+KINDS = ("fifo", "socket", "device", "folder", "loop", "nowhere", "4 GB")
 
 
 def tried(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import struct
 import sys
 import unicodedata
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hostile_ways import LIBRARY, WAYS, refused, tried
+from hostile_ways import ENTRY, KINDS, LIBRARY, SOUND, WAYS, folder_of, one, refused, safetensors, special, tried
 
 from lowmem import CheckpointError, inspect
 from lowmem.checkpoint.safetensors import MAX_HEADER
@@ -21,55 +19,9 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="memory and kinds of files are looked at as Linux has them"
 )
 
-ENTRY: dict[str, Any] = {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]}
-SOUND = {"weight": ENTRY, "bias": {"dtype": "F32", "shape": [3], "data_offsets": [24, 36]}}
 INDEX = "model.safetensors.index.json"
 # Looks, and does not make tensors of it: for cases that differ only in how much there is to look at.
 LOOKS = ("inspect", "plan", "lowmem check")
-
-
-def safetensors(header: Any, data: bytes = bytes(36), length: int | None = None) -> bytes:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
-
-
-def folder_of(path: Path, raw: bytes, name: str = "model.safetensors") -> Path:
-    path.mkdir(exist_ok=True)
-    (path / name).write_bytes(raw)
-    return path
-
-
-def one(**changed: Any) -> dict[str, Any]:
-    return {"weight": {**ENTRY, **changed}}
-
-
-def special(path: Path, kind: str) -> Path:
-    """A file of a kind that no checkpoint has."""
-    match kind:
-        case "fifo":
-            os.mkfifo(path)
-        case "socket":
-            here = Path.cwd()
-            os.chdir(path.parent)
-            try:
-                socket.socket(socket.AF_UNIX).bind(path.name)
-            finally:
-                os.chdir(here)
-        case "device":
-            path.symlink_to("/dev/zero")
-        case "folder":
-            path.mkdir()
-        case "loop":
-            path.symlink_to(path.name)
-        case "nowhere":
-            path.symlink_to("nowhere")
-        case "4 GB":
-            path.touch()
-            os.truncate(path, 4 << 30)
-    return path
-
-
-KINDS = ("fifo", "socket", "device", "folder", "loop", "nowhere", "4 GB")
 DEEP = 100_000
 
 HEADERS: dict[str, bytes] = {
