@@ -47,6 +47,16 @@ def read_small(path: Path, most: int = MOST) -> bytes:
     return b"".join(pieces)
 
 
+def check_kind(path: Path) -> None:
+    """Look whether a file is a regular one.
+
+    Raises:
+        OSError: it is of another kind, or is not there.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "expected a regular file, found another kind", str(path))
+
+
 def check_small(path: Path, most: int = MOST) -> None:
     """Look whether a file that others will read is small, and whether decoding it as JSON would take little.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ._files import read_small
+from ._files import LONGEST_NAME, read_small
 from .checkpoint import Checkpoint, survey
 from .checkpoint.survey import find
 from .engine.hashing import hash_all
@@ -247,6 +247,11 @@ def _read_manifest(path: Path) -> dict[str, str]:
 
 
 def _inside(manifest: Path, number: int, name: str) -> str:
+    if len(name) > LONGEST_NAME:
+        raise CheckpointError(
+            f"{manifest}: line {number}: expected a name of at most {LONGEST_NAME} characters, found {len(name)}; "
+            "write it again with --write-manifest"
+        )
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\0" in name or not pure.parts:
         raise CheckpointError(

@@ -159,20 +159,17 @@ MANIFESTS: dict[str, bytes] = {
     "a folder": ZEROS + b"  sub\n",
     "itself": ZEROS + b"  .\n",
     "a loop": ZEROS + b"  loop\n",
-    "a link outside": ZEROS + b"  outside\n",
 }
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifest_that_lies_is_refused_or_reported(name: str, tmp_path: Path) -> None:
     """It neither hangs a check nor lets it read what is not of the folder."""
-    folder, sums, private = model(tmp_path / "model"), tmp_path / "sums", tmp_path / "private"
+    folder, sums = model(tmp_path / "model"), tmp_path / "sums"
     sums.write_bytes(MANIFESTS[name])
-    private.write_text("private")
     special(folder / "fifo", "fifo")
     (folder / "zero").symlink_to("/dev/zero")
     (folder / "loop").symlink_to("loop")
-    (folder / "outside").symlink_to(private)
     (folder / "sub").mkdir()
     for way, came in tried(
         folder, ways=["check", "lowmem check"], options={"manifest": str(sums)}, allowed=[sums]

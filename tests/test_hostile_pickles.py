@@ -498,7 +498,7 @@ seen = []
 def watch(event, details):
     if event in ("import", "exec", "compile", "marshal.loads", "code.__new__", "pickle.find_class", "ctypes.dlopen"):
         seen.append(f"{event} {details!r}"[:200])
-    elif event.startswith(("os.", "subprocess.", "socket.", "shutil.", "webbrowser.", "pty.")) and event != "os.scandir":
+    elif event.startswith(("os.", "subprocess.", "socket.", "shutil.", "webbrowser.", "pty.")):
         seen.append(f"{event} {details!r}"[:200])
     elif event == "open" and str(details[0]) not in args["files"]:
         seen.append(f"{event} {details!r}"[:200])

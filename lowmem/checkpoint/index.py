@@ -127,7 +127,7 @@ def _inside(index: Path, folder: Path, name: str, key: str, roots: Callable[[], 
 def led_outside(folder: Path, file: Path) -> Path | None:
     """Where a link in `folder` leads, if that is neither inside of it nor where the hub's cache keeps its files."""
     root, blobs = _roots(folder)
-    real = file.resolve()
+    real = Path(os.path.realpath(file))
     inside = real.is_relative_to(root) or (blobs is not None and real.is_relative_to(blobs))
     return None if inside else real
 
