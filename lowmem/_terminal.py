@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
-from .errors import LowmemError
+from .errors import LowmemError, harmless
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from .planner import Progress, ProgressCallback
 
 _NO_WIDTH = 4096
-# C0 and C1 but for tabs and newlines; what joins emoji is not printable either, and steers nothing.
-_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# C0 and C1 but for tabs and newlines, and what overrides the direction of text; what joins emoji is not printable
+# either, and steers nothing.
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 @contextlib.contextmanager
@@ -76,7 +77,8 @@ def show(*things: Any) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     with output():
-        print(json.dumps(value, indent=2))
+        # The one character that steers and that JSON need not escape.
+        print(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))
 
 
 def write_text(text: str) -> None:
@@ -146,12 +148,13 @@ def say_text(value: Any) -> None:
 def warn(warnings: Sequence[str]) -> None:
     """Each of them on stderr."""
     for warning in warnings:
-        say(f"warning: {warning}")
+        say(f"warning: {harmless(warning)}")
 
 
 def say(text: Any) -> None:
-    """One message on stderr, with nothing in it that steers a terminal."""
-    cleaned = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    """One message on stderr, with nothing in it that steers a terminal or looks like another message."""
+    text = str(text).replace("\nlowmem: ", "\n lowmem: ").replace("\nwarning: ", "\n warning: ")
+    cleaned = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     try:
         print(shortened(cleaned), file=sys.stderr, flush=True)
     except OSError:

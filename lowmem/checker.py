@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ._files import LONGEST_NAME, read_small
 from .checkpoint import Checkpoint, survey
 from .checkpoint.survey import find
 from .engine.hashing import hash_all
@@ -224,12 +225,9 @@ def _read_manifest(path: Path) -> dict[str, str]:
         CheckpointError: it cannot be read, or a line is not of that format or leads out of the folder.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(_MOST_OF_A_MANIFEST + 1)
+        raw = read_small(path, _MOST_OF_A_MANIFEST)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; check the path") from error
-    if len(raw) > _MOST_OF_A_MANIFEST:
-        raise CheckpointError(f"{path}: expected a manifest of at most {_MOST_OF_A_MANIFEST} bytes, found more")
     wanted: dict[str, str] = {}
     for number, line in enumerate(os.fsdecode(raw).split("\n"), start=1):
         line = line.removesuffix("\r")
@@ -249,6 +247,11 @@ def _read_manifest(path: Path) -> dict[str, str]:
 
 
 def _inside(manifest: Path, number: int, name: str) -> str:
+    if len(name) > LONGEST_NAME:
+        raise CheckpointError(
+            f"{manifest}: line {number}: expected a name of at most {LONGEST_NAME} characters, found {len(name)}; "
+            "write it again with --write-manifest"
+        )
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\0" in name or not pure.parts:
         raise CheckpointError(

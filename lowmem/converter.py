@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ._collector import paused_collector
+from ._files import read_small
 from .checkpoint import Checkpoint, make_wish, survey
+from .checkpoint.index import led_outside
 from .converting_int8 import KEEP, Declared, declare, find_change, read_table
 from .dtypes import parse_dtype
 from .engine import undisturbed
 from .engine.conversion_folder import ConversionFolder
 from .engine.shard_writer import Sealer, ShardFile, write_shard
-from .errors import OptionError
+from .errors import CheckpointError, ModelError, OptionError
 from .planner import Progress, ProgressCallback
 from .planner.convert import INDEX, ConvertPlan, ConvertRequest, make_convert_plan
 from .planner.request import (
@@ -281,14 +283,30 @@ class _Meter:
 def _beside(checkpoint: Checkpoint) -> list[Path]:
     """The small files that belong to the model; its own Python files only where its config names them."""
     patterns = [*_BESIDE, *(["*.py"] if _has_code(checkpoint) else [])]
-    found = {path for pattern in patterns for path in checkpoint.folder.glob(pattern) if path.is_file()}
-    return sorted(found)
+    found = sorted({path for pattern in patterns for path in checkpoint.folder.glob(pattern) if path.is_file()})
+    for path in (*found, *((checkpoint.config,) if checkpoint.config is not None else ())):
+        # Else a link that came with the weights would put a file of the user's into what he may publish.
+        if (led := led_outside(checkpoint.folder, path)) is not None:
+            raise CheckpointError(
+                f"{path}: expected a file inside {checkpoint.folder}, found a link to {led}; put the file itself into "
+                "the folder, or remove the link"
+            )
+    return found
 
 
 def _has_code(checkpoint: Checkpoint) -> bool:
     return checkpoint.config is not None and any(
         "auto_map" in read_table(path) for path in (checkpoint.config, checkpoint.folder / "tokenizer_config.json")
     )
+
+
+def _bytes_of(config: Path) -> bytes:
+    try:
+        return read_small(config)
+    except OSError as error:
+        raise ModelError(
+            f"{config}: cannot be read: {error.strerror or error}; bring the model's own config.json"
+        ) from error
 
 
 def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict[str, bytes]:
@@ -299,7 +317,7 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict
         # As save_pretrained of transformers writes it (modeling_utils.py).
         last[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     if checkpoint.config is not None:
-        text = checkpoint.config.read_bytes()
+        text = _bytes_of(checkpoint.config)
         table = read_table(checkpoint.config)
         stated = [name for name in ("dtype", "torch_dtype") if isinstance(table.get(name), str)]
         wrong = plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated)

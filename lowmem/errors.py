@@ -23,9 +23,34 @@ Messages name the file, the tensor, what was expected, what was found, and the r
 
 from __future__ import annotations
 
+# Characters of a message: what is longer repeats what a file holds. Its end, with the remedy, is kept.
+_LONGEST = 6000
+_KEPT_OF_END = 1500
+
 
 class LowmemError(Exception):
-    """Base of all errors raised by lowmem."""
+    """Base of all errors raised by lowmem.
+
+    Its text is of a few KB at most, and nothing in it steers a terminal, whatever names a file holds.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(harmless(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def harmless(text: str) -> str:
+    """`text` of bounded length, and what is not printable in it escaped as `repr` does, but for line ends and tabs."""
+    text = _cut(text)
+    if text.isprintable():
+        return text
+    return _cut("".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text))
+
+
+def _cut(text: str) -> str:
+    left = len(text) - _LONGEST
+    if left <= 0:
+        return text
+    return f"{text[: _LONGEST - _KEPT_OF_END]} ... ({left} characters left out) ... {text[-_KEPT_OF_END:]}"
 
 
 class SourceError(LowmemError):

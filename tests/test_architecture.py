@@ -20,6 +20,7 @@ PACKAGE = Path(lowmem.__file__).parent
 # A module imports only from its own room and from rooms above it.
 ORDER = [
     "errors",
+    "_files",
     "sizes",
     "dtypes",
     "_collector",

@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fresh
 import numpy as np
 import pytest
 import torch
+from hostile_ways import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_files import leaves_of, pickle_in_legacy, pickle_in_zip, rewritten, save
@@ -402,3 +404,194 @@ def test_a_record_with_the_wrong_sum_is_known_by_it(tmp_path: Path) -> None:
     picked = read_pickled(rewritten(original, tmp_path / "b.pt", method=zipfile.ZIP_DEFLATED))
     _, shard = picked.locate(leaves_of(picked.root))
     assert shard.packed[0].crc == zlib.crc32(torch.arange(100).numpy().tobytes())
+
+
+# What scanners of pickles look for: by name, a callable and what it is called with.
+EXPLOITS: dict[str, tuple[str, str]] = {
+    "os.system": ("posix system", "{command}"),
+    "nt.system": ("nt system", "{command}"),
+    "os.popen": ("os popen", "{command}"),
+    "subprocess.Popen": ("subprocess Popen", "{command}"),
+    "subprocess.getoutput": ("subprocess getoutput", "{command}"),
+    "commands.getoutput": ("commands getoutput", "{command}"),
+    "pty.spawn": ("pty spawn", "{command}"),
+    "builtins.eval": ("builtins eval", "{code}"),
+    "builtins.exec": ("builtins exec", "{code}"),
+    "__builtin__.execfile": ("__builtin__ execfile", "{file}"),
+    "builtins.compile": ("builtins compile", "{code}"),
+    "builtins.__import__": ("builtins __import__", "antigravity"),
+    "builtins.open": ("builtins open", "{file}"),
+    "builtins.breakpoint": ("builtins breakpoint", "pdb"),
+    "importlib.import_module": ("importlib import_module", "antigravity"),
+    "runpy.run_path": ("runpy run_path", "{file}"),
+    "runpy._run_code": ("runpy _run_code", "{code}"),
+    "webbrowser.open": ("webbrowser open", "http://127.0.0.1:9"),
+    "operator.attrgetter": ("operator attrgetter", "system"),
+    "operator.methodcaller": ("operator methodcaller", "system"),
+    "functools.partial": ("functools partial", "{command}"),
+    "types.FunctionType": ("types FunctionType", "{code}"),
+    "types.CodeType": ("types CodeType", "{code}"),
+    "code.InteractiveInterpreter": ("code InteractiveInterpreter.runcode", "{code}"),
+    "pickle.loads": ("_pickle loads", "cposix\nsystem\n(S'{command}'\ntR."),
+    "torch.load": ("torch.serialization load", "{file}"),
+    "torch.hub.load": ("torch.hub load", "{file}"),
+    "torch.jit.load": ("torch.jit load", "{file}"),
+    "torch.storage._load_from_bytes": ("torch.storage _load_from_bytes", "{command}"),
+    "torch._inductor.codecache": ("torch._inductor.codecache compile_file", "{file}"),
+    "torch._dynamo.guards": ("torch._dynamo.guards GuardBuilder.get", "{code}"),
+    "torch.utils._config_module": ("torch.utils._config_module ConfigModule.load_config", "{file}"),
+    "torch.utils.bottleneck": ("torch.utils.bottleneck.__main__ run_cprofile", "{code}"),
+    "torch.fx.experimental": ("torch.fx.experimental.symbolic_shapes ShapeEnv.evaluate_guards_expression", "{code}"),
+    "numpy.load": ("numpy load", "{file}"),
+    "numpy.testing._private.utils.runstring": ("numpy.testing._private.utils runstring", "{code}"),
+    "numpy.f2py.crackfortran": ("numpy.f2py.crackfortran getlincoef", "{code}"),
+    "joblib.load": ("joblib load", "{file}"),
+    "sys.modules": ("sys modules.clear", "os"),
+    "ctypes.CDLL": ("ctypes CDLL", "{file}"),
+    "socket.create_connection": ("socket create_connection", "127.0.0.1"),
+    "shutil.rmtree": ("shutil rmtree", "{folder}"),
+    "os.remove": ("os remove", "{victim}"),
+    "asyncio": ("asyncio.unix_events _UnixSubprocessTransport._start", "{command}"),
+    "timeit.timeit": ("timeit timeit", "{code}"),
+    "cProfile.run": ("cProfile run", "{code}"),
+    "doctest.debug_script": ("doctest debug_script", "{code}"),
+    "pip.main": ("pip main", "install"),
+    "logging.config.listen": ("logging.config listen", "9"),
+    "transformers.dynamic_module_utils": ("transformers.dynamic_module_utils get_class_from_dynamic_module", "{file}"),
+    "site.main": ("site main", ""),
+    "linecache.getline": ("linecache getline", "{file}"),
+    "_io.FileIO": ("_io FileIO", "{victim}"),
+}
+SHAPES = ("reduce", "stack global", "object", "instance", "new object", "names", "build", "key", "persistent")
+
+
+def exploit(shape: str, name: str, argument: str) -> bytes:
+    """A pickle in which `name` is asked for and called, in one of the ways that there are."""
+    module, _, attribute = name.partition(" ")
+    what, word = f"c{module}\n{attribute}\n".encode(), text(argument)
+    match shape:
+        case "stack global":
+            return b"\x80\x04" + text(module) + text(attribute) + b"\x93" + word + b"\x85R."
+        case "object":
+            return b"\x80\x02(" + what + word + b"o."
+        case "instance":
+            return b"\x80\x02(" + word + f"i{module}\n{attribute}\n.".encode()
+        case "new object":
+            return b"\x80\x02" + what + word + b"\x85\x81."
+        case "names":
+            return b"\x80\x04" + what + word + b"\x85}\x92."
+        case "build":
+            return b"\x80\x02cx\ny\n)R}" + text("__setstate__") + what + b"sb" + word + b"b."
+        case "key":
+            return b"\x80\x02}" + what + word + b"\x85RK\x01s."
+        case "persistent":
+            return b"\x80\x02" + what + word + b"\x85RQ."
+    return b"\x80\x02" + what + word + b"\x85R."
+
+
+# In a child, with an eye on everything that Python says of itself: none of it may be of the pickle's making.
+_WATCHED = """
+import json, os, sys
+from pathlib import Path
+from lowmem import LowmemError, inspect, stream
+seen = []
+def watch(event, details):
+    if event in ("import", "exec", "compile", "marshal.loads", "code.__new__", "pickle.find_class", "ctypes.dlopen"):
+        seen.append(f"{event} {details!r}"[:200])
+    elif event.startswith(("os.", "subprocess.", "socket.", "shutil.", "webbrowser.", "pty.")):
+        seen.append(f"{event} {details!r}"[:200])
+    elif event == "open" and str(details[0]) not in args["files"]:
+        seen.append(f"{event} {details!r}"[:200])
+for file in args["files"][:2]:
+    for way in (inspect, lambda file: list(stream(file))):
+        try:
+            way(file)
+        except LowmemError:
+            pass
+import encodings.cp437
+sys.addaudithook(watch)
+result = {}
+for file in args["files"]:
+    del seen[:]
+    try:
+        inspect(file)
+    except LowmemError:
+        pass
+    if seen:
+        result[file] = seen[:5]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the child is forked")
+def test_no_public_exploit_runs_opens_or_imports_anything(tmp_path: Path) -> None:
+    """Each callable that scanners look for, in each way to call it: nothing happens that Python would tell of."""
+    victim, marker = tmp_path / "victim", tmp_path / "marker"
+    victim.write_text("whole")
+    given = {
+        "command": f"touch {marker}",
+        "code": f"open({str(marker)!r}, 'w')",
+        "file": str(victim),
+        "folder": str(tmp_path / "folder"),
+        "victim": str(victim),
+    }
+    (tmp_path / "folder").mkdir()
+    files = []
+    for number, (name, argument) in enumerate(EXPLOITS.values()):
+        for shape in SHAPES:
+            put = (pickle_in_zip, pickle_in_legacy)[number % 2]
+            pickled = exploit(shape, name, argument.format(**given))
+            files.append(str(put(tmp_path / f"{number} {shape}.pt", pickled)))
+    assert fresh.server().run(_WATCHED, files=files) == {}
+    assert not marker.exists()
+    assert victim.read_text() == "whole"
+    assert (tmp_path / "folder").is_dir()
+
+
+SWELLING = {
+    "lists": b"](" + b"]" * 9_000_000 + b"e.",
+    "dicts": b"](" + b"}" * 9_000_000 + b"e.",
+    "tuples in the memo": b"](" + b")\x94" * 4_000_000 + b"e.",
+    "texts": b"](" + b"\x8c\x02ab" * 2_000_000 + b"e.",
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["stored", "packed"])
+@pytest.mark.parametrize("name", SWELLING)
+def test_a_pickle_takes_no_more_memory_than_its_file_has_bytes(name: str, packed: bool, tmp_path: Path) -> None:
+    """Nine million empty lists are 9 MB, or 9 KB deflated, and were 550 MB of memory."""
+    file = pickle_in_zip(tmp_path / "a.pt", SWELLING[name])
+    if packed:
+        file = rewritten(file, tmp_path / "b.pt", method=zipfile.ZIP_DEFLATED)
+    refused(file, "opcodes", ways=["inspect"])
+
+
+TENSORS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], int, int]] = {
+    "a negative stride": ((3,), (-1,), 0, 3),
+    "a stride that reaches outside": ((3,), (2,), 0, 3),
+    "a stride of 2**62": ((3,), (2**62,), 0, 3),
+    "strides that overflow": ((2**32, 2**32), (2**32, 2**32), 0, 3),
+    "a negative size": ((-3,), (1,), 0, 3),
+    "an offset of 2**62": ((3,), (1,), 2**62, 3),
+    "a negative offset": ((3,), (1,), -1, 3),
+    "a storage of 2**62": ((3,), (1,), 0, 2**62),
+    "a storage larger than its record": ((4,), (1,), 0, 4),
+    "elements of 2**64": ((2**32, 2**32), (0, 0), 0, 3),
+    "4 TB of one element": ((2**40,), (0,), 0, 3),
+    "5,000 sizes": ((1,) * 5000, (1,) * 5000, 0, 3),
+}
+
+
+@CONTAINERS
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_that_reach_outside_are_refused(name: str, put: Callable[[Path, bytes], Path], tmp_path: Path) -> None:
+    size, strides, offset, count = TENSORS[name]
+    shape = b"(" + b"".join(map(number, size)) + b"t(" + b"".join(map(number, strides)) + b"t"
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(count) + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + shape + b"\x89}tR"
+    pickled = b"\x80\x02}" + text("weight") + tensor + b"s."
+    file = put(tmp_path / "a.pt", pickled) if put is pickle_in_legacy else put(tmp_path / "a.pt", pickled, _0=bytes(12))
+    refused(file, "", ways=["stream", "load", "convert"], model="linear")
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\x0c" + value.to_bytes(12, "little", signed=True)

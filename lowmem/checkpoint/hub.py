@@ -16,6 +16,7 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .._files import read_small
 from ..errors import LowmemError, OptionError, SourceError
 from .file_names import PICKLES, SAFETENSORS, is_index, listed
 from .folder import Choice, choose
@@ -169,7 +170,7 @@ def _held(repository: Path) -> str:
     try:
         commits = {entry.name: "" for entry in sorted((repository / "snapshots").iterdir())}
         for ref in sorted(path for path in (repository / "refs").rglob("*") if path.is_file()):
-            commit = ref.read_text(encoding="utf-8").strip()
+            commit = read_small(ref, 4096).decode().strip()
             if commit in commits:
                 commits[commit] = ref.relative_to(repository / "refs").as_posix()
     except (OSError, ValueError):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-import stat
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from .._files import TooHeavyError, read_small
 from ..errors import CheckpointError
 from .file_names import is_weights
 from .records import TensorEntry, stored_bytes
-from .safetensors import MAX_HEADER, decode_json, short
+from .safetensors import check_name, decode_json, short
 from .source import Source
 
 # In an index that lowmem wrote: name that is left out → name under which its bytes are stored. For people and other
@@ -46,7 +47,7 @@ def read_listing(found: Source) -> Listing | None:
     """
     if found.index is None:
         return None
-    weight_map, total_size = _read_index(found.index)
+    weight_map, total_size = _read_index(found.index, found.folder)
     as_path = {name: str(PurePath(name)) if name else name for name in set(weight_map.values())}
     weight_map = {key: as_path[name] for key, name in weight_map.items()}
     first: dict[str, str] = {}
@@ -58,19 +59,16 @@ def read_listing(found: Source) -> Listing | None:
     return Listing(found.index, weight_map, files, total_size)
 
 
-def _read_index(index: Path) -> tuple[dict[str, str], Any]:
+def _read_index(index: Path, folder: Path) -> tuple[dict[str, str], Any]:
     try:
-        info = index.stat()
-        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_HEADER:
-            found = f"{info.st_size} bytes" if stat.S_ISREG(info.st_mode) else "another kind"
-            raise CheckpointError(
-                f"{index}: expected a regular file of at most {MAX_HEADER} bytes, found {found}; download it again"
-            )
-        table = decode_json(index.read_bytes())
+        table = decode_json(read_small(index), more=_held_in(folder))
     except OSError as error:
         raise CheckpointError(
-            f"{index}: cannot be read: {error.strerror or error}; check the path and its permissions"
+            f"{index}: cannot be read: {error.strerror or error}; check the path and its permissions, or download it "
+            "again"
         ) from error
+    except TooHeavyError as error:
+        raise CheckpointError(f"{index}: {error}; download it again") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index}: not valid JSON ({error}); download it again") from error
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
@@ -79,6 +77,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], Any]:
             f"{index}: expected a 'weight_map' of key to file name, found {short(table)}; download it again"
         )
     for key, name in weight_map.items():
+        check_name(index, key)
         if not isinstance(name, str):
             raise CheckpointError(
                 f"{index}: tensor {key!r}: expected a file name in the weight_map, found {short(name)}; "
@@ -88,6 +87,16 @@ def _read_index(index: Path) -> tuple[dict[str, str], Any]:
         raise CheckpointError(f"{index}: expected tensors in the weight_map, found none; download it again")
     metadata = table.get("metadata")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _held_in(folder: Path) -> int:
+    """Bytes of the files beside an index: those of a model are many times what the index takes."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.is_file():
+                total += entry.stat().st_size
+    return total
 
 
 def _inside(index: Path, folder: Path, name: str, key: str, roots: Callable[[], tuple[Path, Path | None]]) -> Path:
@@ -113,6 +122,14 @@ def _inside(index: Path, folder: Path, name: str, key: str, roots: Callable[[], 
             "put the file itself into the folder"
         )
     return file
+
+
+def led_outside(folder: Path, file: Path) -> Path | None:
+    """Where a link in `folder` leads, if that is neither inside of it nor where the hub's cache keeps its files."""
+    root, blobs = _roots(folder)
+    real = Path(os.path.realpath(file))
+    inside = real.is_relative_to(root) or (blobs is not None and real.is_relative_to(blobs))
+    return None if inside else real
 
 
 def _roots(folder: Path) -> tuple[Path, Path | None]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._files import check_weight, read_small
 from ..errors import SourceError
 from .file_names import is_weights
-from .safetensors import MAX_HEADER
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,9 @@ def shards_named(index: Path) -> frozenset[str] | None:
 def table_in(file: Path) -> Mapping[str, Any]:
     """The object in a JSON file; an empty one when there is none that can be read: that is for its reader to say."""
     try:
-        if not file.is_file() or file.stat().st_size > MAX_HEADER:
-            return {}
-        table = json.loads(file.read_bytes())
+        raw = read_small(file)
+        check_weight(raw)
+        table = json.loads(raw)
         return table if isinstance(table, dict) else {}
     except (OSError, ValueError, RecursionError):
         return {}

@@ -19,11 +19,11 @@ from .pickle_bytes import MAX_LONG, MAX_TEXTS, Reader, Span, Stream
 
 __all__ = ["MAX_STEPS", "Dict", "Extension", "Global", "Inert", "Key", "Machine", "Persistent", "Span"]
 
-# Opcodes of one pickle. A checkpoint needs 32 a tensor, so this is 250,000 of them; an opcode makes an object of about
-# 100 bytes at most, so a hostile file takes less than 1 GB and some seconds.
+# Opcodes of one pickle. A checkpoint needs 32 a tensor, so this is 250,000 of them, in some seconds.
 MAX_STEPS = 8_000_000
-# Bytes, measured with 40,000 tensors (32 opcodes each), with 200,000 texts, and with dicts of numbers: 25 to 60.
-MEMORY_OF_A_STEP = 60
+# Bytes, measured with 40,000 tensors (32 opcodes each), with 200,000 texts, and with dicts of numbers: 25 to 60. What
+# is made to take much takes 70: so many opcodes in any file, and one more for so many bytes of it.
+MEMORY_OF_A_STEP, _FOR_ANY, _BYTES_OF_A_STEP = 60, 600_000, 72
 # Different names of classes and functions. A checkpoint has some dozens.
 MAX_GLOBALS = 65_536
 # Hashes of numbers above are taken modulo 2**61 - 1, so that a file could choose keys that all collide.
@@ -134,8 +134,12 @@ class Machine(Reader):
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._globals: dict[tuple[str, str], Global] = {}
-        self._copies_left = MAX_STEPS
+        self._copies_left = self.most = MAX_STEPS
         self.steps = 0
+
+    def limit(self, size: int) -> None:
+        """Let decoding take no more memory than 50 MB and the `size` bytes of the file."""
+        self._copies_left = self.most = min(MAX_STEPS, _FOR_ANY + size // _BYTES_OF_A_STEP)
 
     def run(self) -> Any:
         """Decode up to STOP.
@@ -144,13 +148,11 @@ class Machine(Reader):
             CheckpointError: damaged, or beyond the bounds above.
             UnsupportedError: of a later protocol, or with parts in other places.
         """
-        memo, recent, handlers = self._memo, self._recent, _HANDLERS
         buf, at, safe, stack = self._buf, self._at, self._safe, self._stack
-        texts, word = 0, _WORD.unpack_from
+        memo, recent, handlers, texts, word = self._memo, self._recent, _HANDLERS, 0, _WORD.unpack_from
         try:
-            # The commonest opcodes stand here, in the order of how often they are met: a method for each takes twice
-            # the time.
-            for step in range(MAX_STEPS):
+            # The commonest opcodes, by how often they are met: a method for each takes twice the time.
+            for step in range(self.most):
                 if at > safe:
                     self._at = at
                     self._refill(1)
@@ -197,7 +199,7 @@ class Machine(Reader):
             if buf is self._buf:
                 self._at = max(self._at, at)
             self.refuse(f"an opcode that does not fit what stands before it ({type(error).__name__}: {error})")
-        return self.refuse(f"more than {MAX_STEPS} opcodes")
+        return self.refuse(f"more than {self.most} opcodes")
 
     def call(self, what: Any, args: tuple[Any, ...]) -> Any:
         """What stands for `what(*args)`, which is not called."""

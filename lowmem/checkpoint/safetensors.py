@@ -11,17 +11,18 @@ import os
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from .._files import LONGEST_NAME, MOST, MOST_SIZES, TooHeavyError, check_weight
 from ..dtypes import NOT_IN_TORCH, SAFETENSORS_DTYPES, SAFETENSORS_NAMES, itemsize
 from ..errors import CheckpointError, UnsupportedError
 from .records import Shard, TensorEntry
 
 # The limit of the reference reader: a longer header is damage or malice.
-MAX_HEADER = 100_000_000
+MAX_HEADER = MOST
 # More elements or bytes than any tensor has; checked at each step, so that no product grows for ever.
 _TOO_MANY = 2**63
 # Where data begins; more than any dtype needs, so that a written file can always be mapped.
@@ -36,7 +37,7 @@ def read_shard(file: Path) -> tuple[Shard, list[TensorEntry]]:
     """
     header, size, mtime_ns = _read_header(file)
     start = 8 + len(header)
-    table = _parse_json(file, header)
+    table = _parse_json(file, header, size - start)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(
@@ -80,11 +81,14 @@ def _read_header(file: Path) -> tuple[bytes, int, int]:
     return header, info.st_size, info.st_mtime_ns
 
 
-def _parse_json(file: Path, header: bytes) -> dict[str, Any]:
+def _parse_json(file: Path, header: bytes, behind: int) -> dict[str, Any]:
     try:
-        table = decode_json(header, unique=False)
+        table = decode_json(header, unique=False, more=behind)
         if isinstance(table, dict) and _may_repeat(header, table):
-            table = decode_json(header)
+            del table
+            table = decode_json(header, more=behind)
+    except TooHeavyError as error:
+        raise CheckpointError(f"{file}: the header: {error}; the file is damaged, download it again") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: the header is not valid JSON ({error}); download the file again") from error
     if not isinstance(table, dict):
@@ -103,12 +107,18 @@ def _may_repeat(header: bytes, table: dict[str, Any]) -> bool:
     return any(header.count(b'"%s"' % field) != entries for field in (b"dtype", b"shape", b"data_offsets"))
 
 
-def decode_json(raw: bytes, unique: bool = True) -> Any:
+def decode_json(raw: bytes, unique: bool = True, more: int = 0) -> Any:
     """JSON as the reference reader takes it: UTF-8, no NaN, no half of a surrogate pair; and no key twice.
 
+    Args:
+        raw: the text.
+        unique: whether to look for keys that appear twice.
+        more: bytes of memory that it may take beside as many as the text has.
+
     Raises:
-        ValueError, RecursionError: anything else.
+        ValueError, RecursionError: anything else, or what would take much memory.
     """
+    check_weight(raw, more)
     text = raw.decode("utf-8")
     # The hook for integers is slow and seldom needed. (One character is found ten times faster than two.)
     integer = _integer if "-" in text and "-0" in text else None
@@ -116,8 +126,22 @@ def decode_json(raw: bytes, unique: bool = True) -> Any:
     value = json.loads(text, object_pairs_hook=hook, parse_constant=_no_constant, parse_int=integer)
     if "\\" in text and "\\u" in text:
         # Only an escape can make half a pair, which no encoder takes.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        _encode_each(value)
     return value
+
+
+def _encode_each(value: Any) -> None:
+    """Encode every text in `value`, one by one: all together would take its memory several times over."""
+    left = [value]
+    while left:
+        here = left.pop()
+        if isinstance(here, str):
+            here.encode("utf-8")
+        elif isinstance(here, dict):
+            left += here.keys()
+            left += here.values()
+        elif isinstance(here, list):
+            left += here
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -137,7 +161,34 @@ def _integer(text: str) -> int | float:
     return -0.0 if text == "-0" else int(text)
 
 
+def check_name(file: Path, key: str) -> None:
+    """Refuse a name that is longer than any: it would be in every message and table.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    if len(key) > LONGEST_NAME:
+        raise CheckpointError(
+            f"{file}: tensor {short(key)}: expected a name of at most {LONGEST_NAME} characters, found {len(key)}; "
+            "the file is damaged, download it again"
+        )
+
+
+def check_sizes(file: Path, key: str, shape: Sequence[int]) -> None:
+    """Refuse a shape of more sizes than torch can compute with: it would be in every message and table.
+
+    Raises:
+        CheckpointError: it has more.
+    """
+    if len(shape) > MOST_SIZES:
+        raise CheckpointError(
+            f"{file}: tensor {key!r}: expected a shape of at most {MOST_SIZES} sizes, found {len(shape)}; "
+            "the file is damaged, download it again"
+        )
+
+
 def _entry(file: Path, key: str, info: Any, start: int) -> TensorEntry:
+    check_name(file, key)
     try:
         name, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
         # `type is int` keeps out True, 1.0 and friends.
@@ -150,6 +201,7 @@ def _entry(file: Path, key: str, info: Any, start: int) -> TensorEntry:
             f"{file}: tensor {key!r}: expected dtype, shape and data_offsets in whole numbers from 0 to 2**63, "
             f"found {short(info)}; the file is damaged, download it again"
         )
+    check_sizes(file, key, shape)
     element = SAFETENSORS_DTYPES.get(name) if type(name) is str else None
     if element is None:
         known = ", ".join(SAFETENSORS_DTYPES)

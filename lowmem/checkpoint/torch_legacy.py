@@ -35,6 +35,7 @@ def read_torch_legacy(file: Path, f: BinaryIO, status: os.stat_result) -> Pickle
     at, values = 0, []
     for _ in range(3):
         machine: Machine = Machine(FileRange(f, at, status.st_size - at), at, str(file))
+        machine.limit(0)
         values.append(machine.run())
         at = machine.position
     if values[0] != MAGIC or type(values[1]) is not int:
@@ -46,9 +47,11 @@ def read_torch_legacy(file: Path, f: BinaryIO, status: os.stat_result) -> Pickle
         )
     with paused_collector():
         tensors = Tensors(FileRange(f, at, status.st_size - at), at, str(file))
+        tensors.limit(status.st_size)
         root = tensors.run()
         at = tensors.position
         machine = Machine(FileRange(f, at, status.st_size - at), at, str(file))
+        machine.limit(status.st_size)
         keys = machine.run()
     data = machine.position
     starts = _starts(file, keys, tensors.storages, data, status.st_size)

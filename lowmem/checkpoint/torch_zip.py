@@ -62,6 +62,7 @@ def read_torch_zip(file: Path, f: BinaryIO, status: os.stat_result) -> PickledFi
                 )
             stream = _Inflated(stream, name, packed.size)
         tensors = Tensors(stream, 0 if packed else where, name)
+        tensors.limit(status.st_size)
         root = tensors.run()
     shard = Shard(file, status.st_size, status.st_mtime_ns, where, {}, "torch zip")
     archive = _Zip(file, status.st_size, prefix, records, archive.swapped, packed)

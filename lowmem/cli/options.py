@@ -8,10 +8,12 @@ import importlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import check_weight, read_small
 from .._terminal import say
 from ..errors import LowmemError, OptionError
 from ..sizes import shown
@@ -366,19 +368,16 @@ def _read_device_map(text: str | None) -> Any:
 
     def as_table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
-        twice.extend(key for key in table if len(table) < len(pairs) and sum(key == k for k, _ in pairs) > 1)
+        if len(table) < len(pairs):
+            twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         return table
 
     try:
-        with Path(text).open(encoding="utf-8") as file:
-            content = file.read(_MOST_OF_A_MAP + 1)
-        if len(content) > _MOST_OF_A_MAP:
-            raise OptionError(f"--device-map: {text}: too long to be a device map")
+        content = read_small(Path(text), _MOST_OF_A_MAP)
+        check_weight(content)
         table = json.loads(content, object_pairs_hook=as_table)
     except OSError as error:
         raise OptionError(f"--device-map: {text}: cannot be read: {error.strerror or error}") from error
-    except OptionError:
-        raise
     except (ValueError, RecursionError) as error:
         raise OptionError(f"--device-map: {text}: not valid JSON: {error}") from error
     if not isinstance(table, dict):

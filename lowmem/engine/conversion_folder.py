@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .._files import check_weight, read_small
 from ..errors import OutputError
 from ..planner.convert import FORMAT, ConvertPlan
 from ..planner.records import OffloadFile
@@ -229,7 +230,9 @@ class ConversionFolder:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_bytes())
+        raw = read_small(path)
+        check_weight(raw)
+        table = json.loads(raw)
     except (OSError, ValueError, RecursionError):
         return {}
     return table if isinstance(table, dict) else {}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from .._files import check_kind
 from .._page_cache import give_back, look
 from ..planner import Progress, ProgressCallback
 from ..sizes import MIB
@@ -57,6 +58,8 @@ def _hash(file: Path, kind: str, stop: threading.Event, moved: Callable[[Path, i
     """By reading it once, in a small buffer; pages that were not in memory before are given back."""
     buffer = memoryview(bytearray(_BUFFER))
     try:
+        # Ask before opening: a manifest may name a fifo, which would hang, or a device, which would never end.
+        check_kind(file)
         with file.open("rb", buffering=0) as opened:
             fd = opened.fileno()
             size = os.fstat(fd).st_size

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .._files import read_small
 from .._mounts import is_on_local_disk
 from ..errors import OffloadError
 from ..planner.moves import Placement
@@ -152,7 +153,7 @@ def settle(plan: OffloadPlan) -> None:
         raise OffloadError(f"{plan.folder}: was removed or changed since it was planned; load again, to write it anew")
     index = plan.folder / INDEX
     try:
-        table = json.loads(index.read_text(encoding="utf-8"))
+        table = json.loads(read_small(index))
         if table["boot"] is None or time.time() - index.stat().st_mtime < _WRITTEN_BACK:
             return
         for file in plan.files:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._files import check_small
 from ..errors import ModelError, OptionError, UnsupportedError
 from .failures import refusing
 from .request import ModelRequest
@@ -110,6 +111,9 @@ def _auto_config(place: _Place, given: Mapping[str, Any]) -> tuple[Any, dict[str
     if source is not None and not isinstance(source, str):
         return copy.deepcopy(source), dict(given)
     with refusing(f"{place.where}: transformers cannot read it"):
+        beside = Path(source or place.folder)
+        if (file := beside / "config.json" if beside.is_dir() else beside).is_file():
+            check_small(file)
         config, left = place.transformers.AutoConfig.from_pretrained(
             source or str(place.folder),
             trust_remote_code=place.request.trust_remote_code,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .._files import check_small
 from .failures import refusing
 from .hf import Blueprint
 from .hf_rules import Generation
@@ -64,6 +65,7 @@ def _config(model: nn.Module, folder: Path | None, blueprint: Blueprint | None) 
     if file.is_file():
         with refusing(f"{file}: transformers cannot use it; correct it, or remove it"):
             try:
+                check_small(file)
                 return GenerationConfig.from_pretrained(str(folder), local_files_only=True, **changes)
             except OSError:
                 pass

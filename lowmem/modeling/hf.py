@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._files import COPIES, check_weight, read_small
 from ..checkpoint import Checkpoint
 from ..checkpoint.int8 import has_scales
 from ..errors import ModelError, OptionError, UnsupportedError
 from .classes import Chosen, choose
+from .demands import counted, refuse_endless
 from .failures import refusing
 from .parallel import distributed_model, prepared
 from .quantised import DEFAULT_THRESHOLD, int8_config, refuse_quantised
@@ -81,6 +83,7 @@ def read_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> Blueprint:
         assert checkpoint.config is not None
         with refusing(f"{where}: cannot be read"):
             table = _read_table(checkpoint.config)
+        refuse_endless(where, table)
         refuse_quantised(checkpoint, where, table)
         for key in ("dtype", "torch_dtype"):
             _parse_dtype(table.get(key), key, where)
@@ -173,6 +176,7 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
         torch.device("meta"),
         safe(),
         nullcontext() if meshes is None else initialization.no_tie_weights(),
+        counted(where, checkpoint),
     ):
         model: nn.Module = chosen.cls._from_config(config, dtype=resolved, **given)
     if not hasattr(model, "all_tied_weights_keys"):
@@ -219,7 +223,9 @@ _EXPERTS = ("experts_implementation", "grouped_mm", "expert")
 
 def _read_table(config: Path) -> dict[str, Any]:
     try:
-        table = json.loads(config.read_text(encoding="utf-8"))
+        raw = read_small(config)
+        check_weight(raw, times=COPIES)
+        table = json.loads(raw.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{config}: not valid JSON ({error}); bring the model's own config.json") from error
     if not isinstance(table, dict):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import check_weight, read_small
 from ..checkpoint import Checkpoint, Shard
 from ..checkpoint.records import origin_of
 from ..checkpoint.safetensors import layout
@@ -134,13 +135,17 @@ def index_of(plan: OffloadPlan, source: str, folder: Path, boot: str | None) -> 
 def is_finished(plan: OffloadPlan) -> bool:
     """Whether the folder holds exactly these files, whole. Reads the index and the headers only."""
     try:
-        index = json.loads((plan.folder / INDEX).read_text(encoding="utf-8"))
+        raw = read_small(plan.folder / INDEX)
+        check_weight(raw)
+        index = json.loads(raw)
         if index.get("format") != FORMAT or index.get("fingerprint") != plan.fingerprint:
             return False
         if index["boot"] is not None and index["boot"] != boot_id():
             return False
         for file in plan.files:
             path = plan.folder / file.name
+            if not path.is_file():
+                return False
             info = path.stat()
             if (info.st_size, info.st_mtime_ns) != (file.size, index["mtimes"].get(file.name)):
                 return False
