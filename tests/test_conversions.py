@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers")
 
 import transformers
+from packaging.version import Version
 from tiny_models import assert_same_model, every_tensor, same
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import conversion_mapping
@@ -43,7 +44,7 @@ from transformers.core_model_loading import (
 
 import lowmem
 from lowmem.checkpoint import TensorEntry
-from lowmem.errors import KeysError
+from lowmem.errors import KeysError, ModelError
 from lowmem.loader import LoadResult
 from lowmem.modeling import hf_conversions
 
@@ -239,7 +240,10 @@ def test_rotary_rows_and_transposed_weights_are_moves(
 
     describe(
         WeightConverter(r"mlp\.down_proj\.weight", r"mlp.down_proj.weight", [Transpose(0, 1, check_dims=True)]),
-        WeightConverter(r"self_attn\.q_proj\.weight", r"self_attn.q_proj.weight", [PermuteForRope()]),
+        # One operation of 5.20 gives its tensors the names that it was given, not those of the targets.
+        WeightConverter(
+            "self_attn.q_proj.weight", "self_attn.q_proj.weight", [PermuteForRope(permute_layer_names=["q_proj"])]
+        ),
         WeightConverter(
             [r"self_attn\.o_proj\.weight"], [r"self_attn.o_proj.weight"], [Transpose(0, 1), Transpose(1, 0)]
         ),
@@ -382,7 +386,10 @@ def test_what_an_operation_cannot_do_is_refused(kind: str, saved: Saved, describ
     """Where torch would not do it either, or cannot without values."""
     function, text = WRONG[kind]
     describe(operating(function))
-    with pytest.raises(KeysError, match=rf"up_proj\.weight.*Odd.*{text}"):
+    # The meta tensors of torch before 2.13 select what is not there, so that it is found only on values.
+    late = kind == "select" and Version(torch.__version__) < Version("2.13")
+    error, names = (ModelError, r"Odd.*up_proj\.weight") if late else (KeysError, r"up_proj\.weight.*Odd")
+    with pytest.raises(error, match=f"{names}.*{text}"):
         lowmem.load(saved("llama"))
 
 
@@ -617,6 +624,12 @@ def drawn_operation(draw: st.DrawFn) -> ConversionOps:
     return operation.reverse_op if draw(st.integers(0, 3)) == 0 else operation
 
 
+def takes_many_to_many(operation: ConversionOps) -> bool:
+    """As `WeightConverter` asks it: of the operation since transformers 5.22, of its kind before."""
+    kinds = (ErnieFuseAndSplitTextVisionExperts, ErnieFuseAndSplitTextVisionExperts(0, 0).reverse_op.__class__)
+    return bool(getattr(operation, "supports_many_to_many", isinstance(operation, kinds)))
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_chain_of_operations_gives_what_it_gives_on_values(data: st.DataObject) -> None:
@@ -625,7 +638,7 @@ def test_any_chain_of_operations_gives_what_it_gives_on_values(data: st.DataObje
     sources = [f"{c}.*.w" if listed else f"{c}.w" for c in "ab"[:several]]
     targets = [f"{c}.v" for c in "xyz"[:split]]
     operations = [drawn_operation(draw) for _ in range(draw(st.integers(1, 3)))]
-    assume(several == 1 or split == 1 or any(op.supports_many_to_many for op in operations))
+    assume(several == 1 or split == 1 or any(map(takes_many_to_many, operations)))
     converter = WeightConverter(list(sources), list(targets), operations)
     shape = tuple(draw(st.lists(st.sampled_from([1, 2, 4, 6]), min_size=1, max_size=3)))
     model = Shapes({f"m.{t}": (max(1, shape[0] // split), *shape[1:]) for t in targets})

@@ -1,7 +1,9 @@
-"""README's code runs, and its reference is the parser's."""
+"""README's code runs, its reference is the parser's, and its errors are those of the exception tree."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import sys
@@ -12,11 +14,14 @@ import torch
 from layouts import convnext, state_of
 from safetensors.torch import save_file
 
+import lowmem
 from bench.peaks import as_markdown
 from bench.results import read
 from bench.tables import as_markdown as whole_table
 from bench.tables import summary
+from lowmem import errors
 from lowmem.cli import build_parser
+from lowmem.errors import LowmemError
 from lowmem.mapping.presets import PRESETS
 from lowmem.sizes import MIB
 from lowmem.synthetic import llama_recipe, write_checkpoint
@@ -120,8 +125,65 @@ def test_the_times_of_the_readme_are_the_benchs() -> None:
     assert (README.parent / "bench/results.md").read_text(encoding="utf-8").strip() == whole_table(results)
 
 
+def exceptions(of: type[LowmemError] = LowmemError, depth: int = 0) -> list[tuple[int, type[LowmemError]]]:
+    """The tree of lowmem/errors.py, each class with its depth, in the order in which they stand there."""
+    order = list(vars(errors)).index
+    children = sorted(
+        (c for c in of.__subclasses__() if c.__module__ == errors.__name__), key=lambda c: order(c.__name__)
+    )
+    return [(depth, of), *(found for child in children for found in exceptions(child, depth + 1))]
+
+
+def told(error: type[LowmemError]) -> tuple[str, list[str], str]:
+    """What a class says of itself: meaning, attributes, remedy."""
+    meaning, *parts = (inspect.getdoc(error) or "").split("\n\n")
+    sections = {part.split(":", 1)[0]: part.split(":", 1)[1] for part in parts}
+    attributes = [line.strip() for line in sections.get("Attributes", "").strip().splitlines()]
+    return " ".join(meaning.split()), attributes, " ".join(sections["Remedy"].split())
+
+
+def catalogue() -> str:
+    """The table of errors."""
+    rows = ["| error | is also | means | to do |", "|---|---|---|---|"]
+    for depth, error in exceptions():
+        meaning, attributes, remedy = told(error)
+        also = ", ".join(f"`{base.__name__}`" for base in error.__bases__ if base not in (LowmemError, Exception))
+        details = "".join(
+            f"; `.{name}`: {text.removesuffix('.')}" for name, text in (line.split(": ", 1) for line in attributes)
+        )
+        text = f"{meaning.removesuffix('.')}{details}."
+        rows.append(f"| {'└ ' * (depth - 1)}`{error.__name__}` | {also} | {text} | {remedy[0].upper()}{remedy[1:]} |")
+    return "\n".join(rows)
+
+
+def test_the_errors_of_the_readme_are_those_of_the_tree() -> None:
+    """Mend with: COLUMNS=100 PYTHONPATH=. python tests/test_readme.py"""
+    shown = README.read_text(encoding="utf-8").split("<!-- errors -->")[1].split("<!-- /errors -->")[0]
+    assert shown.strip() == catalogue()
+
+
+def test_the_tree_of_the_errors_docstring_is_the_tree() -> None:
+    drawn = re.findall(r"^ {4}([ │├└─]*)(\w+Error)\b", errors.__doc__ or "", flags=re.MULTILINE)
+    assert [(len(lines) // 4, name) for lines, name in drawn] == [(d, e.__name__) for d, e in exceptions()]
+
+
+def test_every_error_is_public_and_raised() -> None:
+    """An error that nobody can name or that nothing raises is not in the catalogue."""
+    names = {error.__name__ for _, error in exceptions()}
+    assert names == {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert names <= set(lowmem.__all__)
+    package = Path(errors.__file__).parent
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py") if path.name != "errors.py"]
+    calls = (node.func for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call))
+    assert names <= {call.id for call in calls if isinstance(call, ast.Name)}
+
+
+def renewed(text: str, mark: str, inner: str) -> str:
+    """README with other text between two marks."""
+    head, rest = text.split(f"<!-- {mark} -->")
+    return f"{head}<!-- {mark} -->\n{inner}\n<!-- /{mark} -->{rest.split(f'<!-- /{mark} -->')[1]}"
+
+
 if __name__ == "__main__":
-    text = README.read_text(encoding="utf-8")
-    head, rest = text.split("<!-- reference -->")
-    tail = rest.split("<!-- /reference -->")[1]
-    README.write_text(f"{head}<!-- reference -->\n{reference()}\n<!-- /reference -->{tail}", encoding="utf-8")
+    text = renewed(README.read_text(encoding="utf-8"), "errors", catalogue())
+    README.write_text(renewed(text, "reference", reference()), encoding="utf-8")
