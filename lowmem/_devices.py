@@ -11,6 +11,7 @@ import time
 from typing import Any, ClassVar
 
 from ._sampler import Timeline
+from ._shared import lasting_lock
 
 __all__ = ["DeviceWatch"]
 
@@ -26,7 +27,7 @@ class DeviceWatch:
     keeps the timeline; there is none where torch cannot use CUDA or was not imported at the start.
     """
 
-    _lock = threading.Lock()
+    _lock = lasting_lock()
     _running: ClassVar[list[DeviceWatch]] = []
 
     def __init__(self, interval: float) -> None:

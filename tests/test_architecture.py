@@ -22,6 +22,7 @@ ORDER = [
     "errors",
     "sizes",
     "dtypes",
+    "_shared",
     "_collector",
     "_mounts",
     "_page_cache",

@@ -21,6 +21,7 @@ from ..mapping import Region
 from ..planner import LoadPlan, Move, Placement
 from ..planner.records import OffloadFile
 from ..sizes import MIB, format_size
+from .cleanup import join
 from .crew import Done, carry_out
 from .destinations import FileDestination, MemoryDestination, Scratch, write_at
 from .feed import Feed
@@ -229,8 +230,7 @@ class Sealer:
             self._audit.stop()
         with self._turn:
             self._turn.notify_all()
-        if self._thread.ident is not None:
-            self._thread.join()
+        join(self._thread)
         for shard in self._shards:
             shard.discard()
 

@@ -20,6 +20,7 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..checkpoint.int8 import has_scales
 from ..errors import ModelError, OptionError, UnsupportedError
+from .alone import as_before
 from .classes import Chosen, choose
 from .failures import refusing
 from .parallel import distributed_model, prepared
@@ -168,6 +169,7 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
     settled, meshes = prepared(chosen.cls, config, blueprint.request.distributed_config)
     # whatever a model class raises for whatever a config says
     with (
+        as_before(),
         refusing(f"{where}: {chosen.cls.__name__} cannot be built from it"),
         _refusing_implementations(blueprint),
         torch.device("meta"),
