@@ -48,7 +48,7 @@ def borrowed(files, place):
         if whole:
             lowmem.release(model)
     return facts
-wrong, counts = [], {"interrupted": 0, "finished": 0}
+wrong, known, counts = [], [], {"interrupted": 0, "finished": 0}
 everything = {**ways.WAYS, "borrowed": borrowed}
 alone = {name: way(files, place(f"alone-{name}")) for name, way in everything.items()}
 took = {}
@@ -66,8 +66,9 @@ def check(name, at):
         for hidden in (at / "converted").glob(".*"):
             shutil.rmtree(hidden)
     left = ways.leftovers(base) + ways.differences(before, ways.state_of_process())
-    if left:
-        wrong.append(f"{name}: {left}"[:1500])
+    if fresh := [what for what in left if what not in known]:
+        known.extend(fresh)
+        wrong.append(f"{name}: {fresh}"[:1500])
 def attempt(name, at, begin, end):
     begin()
     try:
@@ -138,10 +139,12 @@ _AT_CALLS = (
     + """
 package = str(Path(lowmem.__file__).parent)
 def counting(name, at, stop=None):
-    count = [0, ""]
+    count, seen = [0, ""], {}
     def trace(frame, event, argument):
         if frame.f_code.co_filename.startswith(package):
             count[0] += 1
+            if stop is None:
+                seen.setdefault(frame.f_code, []).append(count[0])
             if count[0] == stop:
                 sys.settrace(None)
                 code = frame.f_code
@@ -149,24 +152,21 @@ def counting(name, at, stop=None):
                 raise KeyboardInterrupt
         return None
     came = attempt(name, at, lambda: sys.settrace(trace), lambda: sys.settrace(None))
-    return count, came
+    return count, came, seen
 chance = random.Random(args["seed"])
 for name in args["names"]:
-    most = counting(name, place(f"{name}-count"))[0][0]
-    counts.setdefault("calls", 0)
-    counts["calls"] += most
-    for stop in sorted(chance.sample(range(1, most + 1), min(most, args["turns"]))):
+    seen = counting(name, place(f"{name}-count"))[2]
+    counts["functions"] = counts.get("functions", 0) + len(seen)
+    stops = [chance.choice(calls) for calls in seen.values()]
+    for stop in sorted(chance.sample(stops, min(len(stops), args["turns"]))):
         at = place(f"{name}-{stop}")
         found = len(wrong)
         del unseen[:]
-        count, came = counting(name, at, stop)
+        count, came, _ = counting(name, at, stop)
         if count[1] and not came and not unseen:
             wrong.append(f"{name}: swallowed")
         check(name, at)
         wrong[found:] = [f"at {count[1]}: {text}" for text in wrong[found:]]
-        if found < len(wrong):
-            # What was left would be found again.
-            before = ways.state_of_process()
         shutil.rmtree(base / "places")
 result = {"wrong": wrong, **counts}
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -30,6 +31,14 @@ def undisturbed(step: Callable[[], None]) -> None:
             interrupt = error
     if interrupt is not None:
         raise interrupt
+
+
+class OpenFiles(list[int]):
+    """Open files that are closed with the list at the latest, where a Ctrl-C came just before they were."""
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            close_all(self)
 
 
 def close_all(fds: list[int]) -> None:

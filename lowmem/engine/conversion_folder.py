@@ -26,7 +26,7 @@ from ..errors import OutputError
 from ..planner.convert import FORMAT, ConvertPlan
 from ..planner.records import OffloadFile
 from ..sizes import format_size
-from .cleanup import undisturbed
+from .cleanup import OpenFiles, undisturbed
 from .locks import hold, release
 from .offload_writer import sync
 from .read_back import Piece, find_difference
@@ -88,7 +88,7 @@ class ConversionFolder:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        held: list[int] = []
+        held = OpenFiles()
         try:
             try:
                 hold(held, self.out)

@@ -235,7 +235,11 @@ def carry_out(
             take(finished)
         feed.finish()
     finally:
-        undisturbed(crew.end)
+        # Twice: a Ctrl-C may be raised where `undisturbed` is entered, before it can do anything.
+        try:
+            undisturbed(crew.end)
+        finally:
+            undisturbed(crew.end)
 
 
 def make_lane(accelerators: Mapping[str, Accelerator], staging: Staging) -> Lane:

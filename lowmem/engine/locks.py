@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .cleanup import close_all, open_into, undisturbed
+from .cleanup import OpenFiles, close_all, open_into, undisturbed
 
 if sys.platform != "win32":
     import fcntl
@@ -51,7 +51,7 @@ def release(held: list[int]) -> None:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Wait until no other load is in such a block for `folder`."""
-    held: list[int] = []
+    held = OpenFiles()
     try:
         hold(held, folder, wait=True)
         yield
@@ -61,7 +61,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def is_abandoned(folder: Path) -> bool:
     """Whether whoever locked `folder` is gone; false when that cannot be told."""
-    held: list[int] = []
+    held = OpenFiles()
     try:
         return hold(held, folder)
     except OSError:

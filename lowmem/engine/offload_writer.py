@@ -19,7 +19,7 @@ from ..planner.moves import Placement
 from ..planner.offload import INDEX, boot_id, index_of, is_finished
 from ..planner.records import OffloadPlan
 from ..sizes import format_size
-from .cleanup import close_all, open_into
+from .cleanup import OpenFiles, close_all, open_into
 from .destinations import FileDestination, write_at
 from .locks import alone_in, hold, is_abandoned, release
 
@@ -39,8 +39,8 @@ class OffloadWriter:
         self._plan = plan
         self._source = source
         # In the order of the plan's files.
-        self._fds: list[int] = []
-        self._locks: list[int] = []
+        self._fds = OpenFiles()
+        self._locks = OpenFiles()
         self._process = os.getpid()
         self._root = plan.folder.parent
         self._folder = self._root / f".{plan.folder.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
@@ -170,7 +170,7 @@ def settle(plan: OffloadPlan) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file or a folder is on the disk."""
-    fds: list[int] = []
+    fds = OpenFiles()
     try:
         open_into(fds, path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         os.fsync(fds[0])
