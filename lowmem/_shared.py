@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -102,8 +103,18 @@ def silent(name: str) -> AbstractContextManager[None]:
     return _silence(name).changed()
 
 
+def _locks_of_properties() -> Iterator[Any]:
+    """Before Python 3.12 `cached_property` holds a lock of its class while it computes."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{__package__}."):
+            for kind in [value for value in vars(module).values() if isinstance(value, type)]:
+                for one in vars(kind).values():
+                    if isinstance(one, functools.cached_property) and hasattr(one, "lock"):
+                        yield one.lock
+
+
 def _forked() -> None:
-    for lock in _locks:
+    for lock in [*_locks, *_locks_of_properties()]:
         if not lock._is_owned():
             lock._at_fork_reinit()
     for change in _changes:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from test_many_loads import run
@@ -34,7 +32,8 @@ def borrowed(files, place):
     mode, hooks = model.training, sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
     done = False
     try:
-        result = lowmem.load(files.whole, model=model, dtype="bfloat16", device_map={"": "cpu", "model.layers.1": "disk"})
+        on = {"": "cpu", "model.layers.1": "disk"}
+        result = lowmem.load(files.whole, model=model, dtype="bfloat16", device_map=on)
         done = True
         facts = ways.facts_of(result.model)
     finally:
@@ -179,3 +178,88 @@ def test_an_interrupt_at_any_call_of_a_function_comes_out_and_leaves_nothing(tmp
     if INTERRUPTS >= 200:
         print({**found, "wrong": len(found["wrong"])})
     assert not found["wrong"], "\n\n".join(found["wrong"])
+
+
+_ENTERING = """
+from lowmem.engine.feed import Feed
+from lowmem.engine.shard_writer import Sealer
+class Stop(Exception):
+    pass
+def interrupted(step, name):
+    # As an interrupt that is seen when the lock's own function has returned.
+    def trace(frame, event, argument):
+        if frame.f_code.co_name in ("__enter__", "__exit__") and "threading" in frame.f_code.co_filename:
+            frame.f_trace_opcodes = True
+            if event == "return" and frame.f_code.co_name == name:
+                raise KeyboardInterrupt
+        return trace
+    sys.settrace(trace)
+    try:
+        step()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+def is_free(lock):
+    taken = []
+    def take():
+        taken.append(lock.acquire(timeout=5))
+        if taken[0]:
+            lock.release()
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return taken[0]
+result = []
+for name in ("__enter__", "__exit__"):
+    sealer = Sealer(verify=False, seal=lambda shard: None)
+    interrupted(lambda: sealer.add(1), name)
+    feed = Feed(lowmem.plan(files.whole, dtype="bfloat16"))
+    interrupted(feed.stop, name)
+    result += [is_free(sealer._turn), is_free(feed.turn)]
+"""
+
+
+def test_an_interrupt_where_a_lock_is_taken_or_given_back_leaves_it_free(tmp_path: Path) -> None:
+    assert run(_ENTERING, tmp_path) == [True] * 4
+
+
+_COMMANDS = {
+    "plan": ["plan", "{whole}", "--dtype", "bfloat16"],
+    "check": ["check", "{whole}"],
+    "load": ["load", "{whole}", "--dtype", "bfloat16"],
+    "convert": ["convert", "{whole}", "{out}", "--dtype", "bfloat16"],
+}
+_SHELL = """
+import os, sys, threading, time, signal
+from lowmem.cli import main
+def soon():
+    time.sleep(float(os.environ["MOMENT"]))
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=soon, daemon=True).start()
+code = main(sys.argv[1:])
+# What comes later is the interpreter's end.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("moment", ["0.02", "0.6", "2.5"] if INTERRUPTS < 200 else [str(i / 4) for i in range(20)])
+def test_an_interrupted_command_ends_with_130_and_a_message_and_no_traceback(tmp_path: Path, moment: str) -> None:
+    from ways_to_load import make_files
+
+    files = make_files(tmp_path / "files")
+    for name, words in _COMMANDS.items():
+        given = [word.format(whole=files.whole, out=tmp_path / "out") for word in words]
+        ended = subprocess.run(
+            [sys.executable, "-c", _SHELL, *given],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "MOMENT": moment},
+            check=False,
+        )
+        assert ended.returncode in (130, 0), (name, ended)
+        assert "Traceback" not in ended.stderr, (name, ended.stderr)
+        assert ("interrupted" in ended.stderr) == (ended.returncode == 130), (name, ended)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
