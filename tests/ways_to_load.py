@@ -189,7 +189,14 @@ def state_of_process() -> dict[str, Any]:
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Names of what is not as it was."""
-    return [f"{name}: {before[name]} -> {after[name]}"[:500] for name in before if before[name] != after[name]]
+    found = []
+    for name in before:
+        old, new = before[name], after[name]
+        if old != new and isinstance(old, dict):
+            found += [f"{name}: {key}" for key in {**old, **new} if old.get(key) != new.get(key)]
+        elif old != new:
+            found.append(f"{name}: {old} -> {new}"[:500])
+    return found
 
 
 def threads_here() -> list[str]:

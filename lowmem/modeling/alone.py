@@ -6,11 +6,13 @@ models at once would get tensors of each other's dtypes, and might leave the def
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from .._shared import Shared, lasting_lock
 
@@ -24,18 +26,31 @@ def alone() -> Iterator[None]:
         yield
 
 
-_before: list[tuple[torch.dtype, Any]] = []
+_before: list[tuple[torch.dtype, dict[tuple[Any, str], Any]]] = []
 
 
 def _remember() -> None:
-    _before.append((torch.get_default_dtype(), torch.linspace))
+    functions: dict[tuple[Any, str], Any] = {(torch, "linspace"): torch.linspace}
+    # Where transformers replaces initialisers: in every module of torch that has them by name.
+    names = [name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")]
+    for module in {id(m): m for m in (nn.init, *_importers())}.values():
+        functions.update({(module, name): vars(module)[name] for name in names if name in vars(module)})
+    _before.append((torch.get_default_dtype(), functions))
+
+
+def _importers() -> list[Any]:
+    from transformers import initialization
+
+    names = getattr(initialization, "TORCH_MODULES_TO_PATCH", ())
+    return [sys.modules[name] for name in names if name in sys.modules]
 
 
 def _restore() -> None:
     if _before:
-        dtype, linspace = _before[0]
+        dtype, functions = _before[0]
         torch.set_default_dtype(dtype)
-        torch.linspace = linspace
+        for (module, name), function in functions.items():
+            setattr(module, name, function)
         _before.clear()
 
 
@@ -44,8 +59,9 @@ _building = Shared(_remember, _restore)
 
 @contextmanager
 def as_before() -> Iterator[None]:
-    """What transformers changes for all threads while it builds is as before, also in a child that is forked
-    meanwhile, and after a Ctrl-C between a change and its end.
+    """What transformers changes for all threads while it builds or initialises is as before in the end.
+
+    Also in a child that is forked meanwhile, and after a Ctrl-C between a change and its own end.
     """
     with alone(), _building.changed():
         yield
