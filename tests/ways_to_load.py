@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -223,8 +224,22 @@ def mapped_files(below: Path) -> list[str]:
 
 
 def children() -> list[str]:
-    """Processes of ours that live, or that nobody asked for."""
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    """Processes of ours that live on. One that ended is Python's to bury, when it starts another."""
+    for _ in range(200):
+        found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        found = [number for number in found if _lives(number)]
+        if not found:
+            break
+        # It may be about to see that nobody is there any more.
+        time.sleep(0.05)
+    return found
+
+
+def _lives(number: str) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def leftovers(folder: Path) -> list[str]:
