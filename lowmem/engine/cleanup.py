@@ -17,15 +17,16 @@ from .._shared import Shared
 from ..sizes import MIB
 
 
-def undisturbed(step: Callable[[], None]) -> None:
-    """Run `step`, once more for each Ctrl-C that interrupts it, and let the last one through when it is done.
+def undisturbed(*steps: Callable[[], None]) -> None:
+    """Run the steps, once more for each Ctrl-C that interrupts them, and let the last one through when all are done.
 
-    `step` must bear to be run again after it was interrupted anywhere.
+    They must bear to be run again after they were interrupted anywhere.
     """
     interrupt: KeyboardInterrupt | None = None
     while True:
         try:
-            step()
+            for step in steps:
+                step()
             break
         except KeyboardInterrupt as error:
             interrupt = error
