@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+
+from ._shared import Shared
+
+_before: list[bool] = []
 
 
-@contextmanager
-def paused_collector() -> Iterator[None]:
-    """Reading headers and planning make many records and no cycles, and each pass of the collector walks them all."""
-    was_on = gc.isenabled()
+def _pause() -> None:
+    _before.append(gc.isenabled())
     gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
+
+
+def _resume() -> None:
+    if _before:
+        if _before[0]:
             gc.enable()
+        _before.clear()
+
+
+_paused = Shared(_pause, _resume)
+
+
+def paused_collector() -> AbstractContextManager[None]:
+    """Reading headers and planning make many records and no cycles, and each pass of the collector walks them all."""
+    return _paused.changed()

@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from typing import Any, ClassVar
 
 from ._sampler import Timeline
+from ._shared import lasting_lock
 
 __all__ = ["DeviceWatch"]
 
@@ -26,8 +28,8 @@ class DeviceWatch:
     keeps the timeline; there is none where torch cannot use CUDA or was not imported at the start.
     """
 
-    _lock = threading.Lock()
-    _running: ClassVar[list[DeviceWatch]] = []
+    _lock = lasting_lock()
+    _running: ClassVar[weakref.WeakSet[DeviceWatch]] = weakref.WeakSet()
 
     def __init__(self, interval: float) -> None:
         self._peaks: dict[str, int] = {}
@@ -37,7 +39,7 @@ class DeviceWatch:
                 other._include(peaks)
             for index in range(len(peaks)):
                 sys.modules["torch"].cuda.reset_peak_memory_stats(index)
-            self._running.append(self)
+            self._running.add(self)
         self._started = time.monotonic()
         self._unused: float | None = None
         self._timelines: dict[str, Timeline] = {}
@@ -52,6 +54,10 @@ class DeviceWatch:
             except RuntimeError:
                 self._thread = None  # no threads left: the peaks are known without it
 
+    def give_up(self) -> None:
+        """Let its thread end, which would keep it among those that run."""
+        self._stop.set()
+
     def finish(self) -> tuple[dict[str, int], dict[str, list[tuple[float, int]]]]:
         """End it: (device → peak bytes, device → (`time.monotonic` seconds, bytes) in order of time)."""
         self._stop.set()
@@ -59,7 +65,7 @@ class DeviceWatch:
             self._thread.join()
         self._look()
         with self._lock:
-            self._running.remove(self)
+            self._running.discard(self)
             self._include(_cuda_peaks())
         return self._peaks, {
             device: [(seconds, int(size)) for seconds, size, _ in timeline.points]

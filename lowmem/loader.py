@@ -479,11 +479,13 @@ def _execute(
         retake(skeleton.model)
         company.settle()
     except BaseException:
+        undo: list[Callable[[], None]] = []
         if brought is not None:
-            undisturbed(functools.partial(give_up, skeleton.model, brought))
+            undo.append(functools.partial(give_up, skeleton.model, brought))
         if before is not None:
-            undisturbed(before.restore)
-            undisturbed(functools.partial(retake, skeleton.model))
+            undo += [before.restore, functools.partial(retake, skeleton.model)]
+        # At once, or a second Ctrl-C during the first would leave the others undone.
+        undisturbed(*undo)
         raise
     return read
 

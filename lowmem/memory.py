@@ -373,6 +373,7 @@ class _Run:
     """One block that is being measured."""
 
     def __init__(self, interval: float) -> None:
+        self._process = os.getpid()
         # Popen returns long before the child looks; until then there are only our own looks at start and end.
         self._sampler = _start_sampler(interval)
         self._devices = DeviceWatch(interval)
@@ -383,7 +384,15 @@ class _Run:
         self.measurement = Measurement(baseline=anonymous, method=self._sampler.method)
         self._first = [self.measurement._started, anonymous, rss]
 
+    def __del__(self) -> None:
+        # A Ctrl-C may come between any two steps of a beginning and its end.
+        for begun in ("_sampler", "_devices"):
+            if begun in vars(self):
+                vars(self)[begun].give_up()
+
     def finish(self) -> None:
+        if os.getpid() != self._process:
+            raise MeasureError("a measure() ends at a fork in the new process; begin another there")
         last = [time.monotonic(), *look()]
         highest = high_water()
         devices, device_looks = self._devices.finish()
@@ -420,6 +429,7 @@ class _ProcessSampler:
     method: Literal["process"] = "process"
 
     def __init__(self, script: Path, interval: float) -> None:
+        self._owner = os.getpid()
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(script), str(os.getpid()), str(interval)],
             stdin=subprocess.PIPE,
@@ -428,6 +438,16 @@ class _ProcessSampler:
             # Ctrl-C in the terminal is for us, not for the child.
             start_new_session=True,
         )
+
+    def give_up(self) -> None:
+        """End it, if it runs and is ours: whoever is only forgotten would look at us to our end."""
+        process = self._process
+        if process.returncode is None and os.getpid() == self._owner:
+            process.kill()
+            process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
 
     def finish(self) -> Timeline:
         with self._process as process:
@@ -468,6 +488,10 @@ class _ThreadSampler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lowmem-sampler", daemon=True)
         self._thread.start()
+
+    def give_up(self) -> None:
+        """Let its thread end."""
+        self._stop.set()
 
     def finish(self) -> Timeline:
         self._stop.set()

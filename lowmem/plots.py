@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._shared import catching_warnings
 from .errors import OptionError, PlotError
 from .sizes import GIB, MIB, format_size, shown
 
@@ -120,7 +121,7 @@ def save(figure: Figure, target: Path) -> None:
     try:
         hidden = _new_file(target.parent)
         try:
-            with hidden.open("wb") as file, warnings.catch_warnings():
+            with hidden.open("wb") as file, catching_warnings, warnings.catch_warnings():
                 # A name may hold letters that the font lacks; they are drawn as boxes.
                 warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
                 figure.savefig(file, format=target.suffix.lower().lstrip("."), dpi="figure")

@@ -23,6 +23,7 @@ ORDER = [
     "_files",
     "sizes",
     "dtypes",
+    "_shared",
     "_collector",
     "_mounts",
     "_page_cache",

@@ -2,32 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from .._shared import Shared
 from ..sizes import MIB
 
 
-def undisturbed(step: Callable[[], None]) -> None:
-    """Run `step`, once more for each Ctrl-C that interrupts it, and let the last one through when it is done.
+def undisturbed(*steps: Callable[[], None]) -> None:
+    """Run the steps, once more for each Ctrl-C that interrupts them, and let the last one through when all are done.
 
-    `step` must bear to be run again after it was interrupted anywhere.
+    They must bear to be run again after they were interrupted anywhere.
     """
     interrupt: KeyboardInterrupt | None = None
     while True:
         try:
-            step()
+            for step in steps:
+                step()
             break
         except KeyboardInterrupt as error:
             interrupt = error
     if interrupt is not None:
         raise interrupt
+
+
+class OpenFiles(list[int]):
+    """Open files that are closed with the list at the latest, where a Ctrl-C came just before they were."""
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            close_all(self)
+
+
+def close_all(fds: list[int]) -> None:
+    """Close open files and forget them, each as one step: after a Ctrl-C those that are left are still open."""
+    for _ in map(os.close, map(fds.pop, [-1] * len(fds))):
+        pass
+
+
+def join(thread: threading.Thread) -> None:
+    """Wait for the end of a thread whose start a Ctrl-C may have cut short: it may be about to begin, and its own
+    `join` would refuse it.
+    """
+    for _ in range(1000):
+        if thread.is_alive() or thread not in threading.enumerate():
+            break
+        time.sleep(0.001)
+    if thread.ident is not None:
+        thread.join()
 
 
 def open_into(fds: list[int], path: Path, flags: int, mode: int = 0o777) -> None:
@@ -49,34 +79,36 @@ def let_go(error: BaseException | None) -> None:
 # glibc's `malloc.h`, and where its own adaptation of the threshold ends on machines of 64 bits.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE, _LARGEST = MIB, 32 * MIB
-_lock = threading.Lock()
-_users = 0
 
 
-@contextmanager
-def large_blocks_apart() -> Iterator[None]:
+def large_blocks_apart() -> AbstractContextManager[None]:
     """Large blocks of the C library go back to the kernel as soon as they are freed, where it can (glibc).
 
     By itself it keeps blocks of up to 32 MiB in its heap once some were freed, in pieces that later ones do not fit
     into: an operation took up to 1.6 times what its tensors are. Afterwards it is as glibc leaves a program that has
     freed a block of 32 MiB. Who set `MALLOC_MMAP_THRESHOLD_` has it as it is.
     """
-    global _users
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if set_option is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        yield
-        return
-    with _lock:
-        _users += 1
+    if _set_option() is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return nullcontext()
+    return _apart.changed()
+
+
+def _set_option() -> Callable[[int, int], object] | None:
+    return getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+
+
+def _begin() -> None:
+    if (set_option := _set_option()) is not None:
         set_option(_M_MMAP_THRESHOLD, _LARGE)
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if not _users:
-                set_option(_M_MMAP_THRESHOLD, _LARGEST)
-                set_option(_M_TRIM_THRESHOLD, 2 * _LARGEST)
+
+
+def _end() -> None:
+    if (set_option := _set_option()) is not None:
+        set_option(_M_MMAP_THRESHOLD, _LARGEST)
+        set_option(_M_TRIM_THRESHOLD, 2 * _LARGEST)
+
+
+_apart = Shared(_begin, _end)
 
 
 def trim_heap() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import LowmemError, ModelError
+from ..modeling.alone import alone
 from ..modeling.conversions import REMEDY
 from ..modeling.failures import refusing
 from ..modeling.targets import dtype_name
@@ -45,6 +46,7 @@ def _run(group: Group, sources: list[torch.Tensor], what: str) -> list[torch.Ten
     try:
         # Wherever the caller has its tensors made, and of whatever kind.
         with (
+            alone(),
             torch.inference_mode(False),
             torch.no_grad(),
             torch.device("cpu"),

@@ -12,6 +12,7 @@ like a model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -26,8 +27,8 @@ from ..errors import OutputError
 from ..planner.convert import FORMAT, ConvertPlan
 from ..planner.records import OffloadFile
 from ..sizes import format_size
-from .cleanup import undisturbed
-from .locks import hold
+from .cleanup import OpenFiles, undisturbed
+from .locks import hold, release
 from .offload_writer import sync
 from .read_back import Piece, find_difference
 from .shard_writer import ShardFile
@@ -88,14 +89,15 @@ class ConversionFolder:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        with contextlib.ExitStack() as held:
+        held = OpenFiles()
+        try:
             try:
-                lock = hold(self.out)
+                hold(held, self.out)
             except BlockingIOError:
                 raise OutputError(f"{self.out}: another conversion is writing there; wait for it, or end it") from None
-            if lock is not None:
-                held.callback(os.close, lock)
             yield
+        finally:
+            undisturbed(functools.partial(release, held))
 
     def _take_up(self) -> None:
         names = {entry.name for entry in self.out.iterdir()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import queue
 import sys
 import threading
@@ -19,7 +20,7 @@ from ..planner.moves import Read
 from ..planner.records import Staging
 from ..sizes import KIB, format_size
 from .accelerator import Accelerator, Lane
-from .cleanup import let_go, undisturbed
+from .cleanup import join, let_go, undisturbed
 from .destinations import Destination, Scratch
 from .feed import Feed, Job
 
@@ -64,6 +65,7 @@ class Crew:
         self._threads: list[threading.Thread] = []
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._working = 0
+        self._process = os.getpid()
 
     def start(self) -> None:
         """Start the plan's number of threads, or fewer where the system has no more.
@@ -95,8 +97,10 @@ class Crew:
 
         Raises:
             BaseException: whatever ended a thread, or `watch` raises.
+            LowmemError: the process was forked meanwhile, and this is the new one.
         """
         while self._working:
+            self._refuse_after_fork()
             event = self._events.get() if self._watch is None else self._get_watching(self._watch)
             if event is None:
                 self._working -= 1
@@ -106,6 +110,13 @@ class Crew:
             else:
                 return event
         return None
+
+    def _refuse_after_fork(self) -> None:
+        if os.getpid() != self._process:
+            raise LowmemError(
+                f"{self._plan.checkpoint.source}: a load ends at a fork in the new process, which has no threads of "
+                "it; begin another there"
+            )
 
     def _get_watching(self, watch: Callable[[], None]) -> _Event:
         while True:
@@ -117,15 +128,12 @@ class Crew:
 
     def end(self) -> None:
         """Wait for the threads, which take no more reads, and close what they had open. May be called again."""
+        if os.getpid() != self._process:
+            # A fork takes no threads along, and locks as they were.
+            return
         self._feed.stop()
         for thread in self._threads:
-            # After a Ctrl-C inside start() a thread may be about to begin, and join() would refuse it.
-            for _ in range(1000):
-                if thread.is_alive() or thread not in threading.enumerate():
-                    break
-                time.sleep(0.001)
-            if thread.ident is not None:
-                thread.join()
+            join(thread)
         self._feed.close()
 
     def _work(self) -> None:
@@ -227,7 +235,11 @@ def carry_out(
             take(finished)
         feed.finish()
     finally:
-        undisturbed(crew.end)
+        # Twice: a Ctrl-C may be raised where `undisturbed` is entered, before it can do anything.
+        try:
+            undisturbed(crew.end)
+        finally:
+            undisturbed(crew.end)
 
 
 def make_lane(accelerators: Mapping[str, Accelerator], staging: Staging) -> Lane:

@@ -77,7 +77,10 @@ class Feed:
         self._on_shard = on_shard
         # Also for what is the interpreter's work alone. Threads that each do it by themselves hand its lock to and fro
         # at every small tensor, which costs more than the tensor.
-        self.turn = threading.Condition()
+        # Taken as a bare lock, in one step of the interpreter: a Ctrl-C inside a condition's own `__enter__` or
+        # `__exit__`, which are written in Python, would leave it locked, and the readers waiting for ever.
+        self.turn = threading.RLock()
+        self._room = threading.Condition(self.turn)
         self._reader: ShardReader | None = None
         self._open: dict[ShardReader, int] = {}
         self._destinations: dict[Placement, Destination] = {}
@@ -111,7 +114,7 @@ class Feed:
                 fresh = self._fresh(self._next)
                 if not fresh or not self._begun or self._window is None or self._begun + fresh <= self._window:
                     break
-                self.turn.wait()
+                self._room.wait()
             read, self._next = self._next, None
             self._begun += fresh
             reader = self._reader_of(read.file)
@@ -191,7 +194,7 @@ class Feed:
         """The tensor is the caller's now, so another may be begun."""
         with self.turn:
             self._begun -= placement.nbytes
-            self.turn.notify_all()
+            self._room.notify_all()
 
     def _drop(self, reader: ShardReader) -> None:
         if not reader.is_unchanged():
@@ -216,7 +219,7 @@ class Feed:
         """No more jobs; whoever waits for one gets None. May be interrupted and called again."""
         self._stopped = True
         with self.turn:
-            self.turn.notify_all()
+            self._room.notify_all()
 
     def close(self) -> None:
         """Close what is still open; for when the threads have ended."""

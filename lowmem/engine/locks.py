@@ -2,58 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .cleanup import open_into
+from .cleanup import OpenFiles, close_all, open_into, undisturbed
 
 if sys.platform != "win32":
     import fcntl
 
 
-def hold(folder: Path, wait: bool = False) -> int | None:
-    """A file descriptor that locks `folder` until it is closed; None where there are no such locks (Windows, some NFS).
+def hold(held: list[int], folder: Path, wait: bool = False) -> bool:
+    """Lock `folder` until `release` of `held`, which gets an open file; false where there are no such locks (Windows,
+    some NFS).
 
     Raises:
         BlockingIOError: someone else holds it, and `wait` is false.
         FileNotFoundError: it is gone.
     """
     if sys.platform == "win32":
-        return None
-    fds: list[int] = []
+        return False
+    open_into(held, folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        open_into(fds, folder, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(fds[0], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException as error:
-        for fd in fds:
-            os.close(fd)
-        if fds and isinstance(error, OSError) and not isinstance(error, BlockingIOError):
-            return None
+        fcntl.flock(held[-1], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
         raise
-    return fds[0]
+    except OSError:
+        return False
+    return True
+
+
+def release(held: list[int]) -> None:
+    """Give up what is locked. May be interrupted and called again.
+
+    Not by closing alone: a child that was forked meanwhile has the same open file, and would keep the lock.
+    """
+    if sys.platform != "win32":
+        for fd in held:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+    close_all(held)
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Wait until no other load is in such a block for `folder`."""
-    fd = hold(folder, wait=True)
+    held = OpenFiles()
     try:
+        hold(held, folder, wait=True)
         yield
     finally:
-        if fd is not None:
-            os.close(fd)
+        undisturbed(functools.partial(release, held))
 
 
 def is_abandoned(folder: Path) -> bool:
     """Whether whoever locked `folder` is gone; false when that cannot be told."""
+    held = OpenFiles()
     try:
-        fd = hold(folder)
+        return hold(held, folder)
     except OSError:
         return False
-    if fd is None:
-        return False
-    os.close(fd)
-    return True
+    finally:
+        undisturbed(functools.partial(release, held))

@@ -20,9 +20,9 @@ from ..planner.moves import Placement
 from ..planner.offload import INDEX, boot_id, index_of, is_finished
 from ..planner.records import OffloadPlan
 from ..sizes import format_size
-from .cleanup import open_into
+from .cleanup import OpenFiles, close_all, open_into
 from .destinations import FileDestination, write_at
-from .locks import alone_in, hold, is_abandoned
+from .locks import alone_in, hold, is_abandoned, release
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 # The kernel writes by itself what is older than 30 seconds (vm.dirty_expire_centisecs), looking every five.
@@ -40,8 +40,9 @@ class OffloadWriter:
         self._plan = plan
         self._source = source
         # In the order of the plan's files.
-        self._fds: list[int] = []
-        self._lock: int | None = None
+        self._fds = OpenFiles()
+        self._locks = OpenFiles()
+        self._process = os.getpid()
         self._root = plan.folder.parent
         self._folder = self._root / f".{plan.folder.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
@@ -72,7 +73,7 @@ class OffloadWriter:
                 _sweep(self._root)
                 _check_free(self._root, self._plan.nbytes)
                 self._folder.mkdir()
-                self._lock = hold(self._folder)
+                hold(self._locks, self._folder)
         except OSError as error:
             raise OffloadError(
                 f"{self._root}: cannot be written: {error.strerror or error}; give another offload_folder"
@@ -107,7 +108,7 @@ class OffloadWriter:
             if boot is None:
                 for fd in self._fds:
                     os.fsync(fd)
-            self._close()
+            close_all(self._fds)
             text = json.dumps(index_of(self._plan, self._source, self._folder, boot), indent=1)
             (self._folder / INDEX).write_text(text, encoding="utf-8")
             with alone_in(self._root):
@@ -130,15 +131,13 @@ class OffloadWriter:
 
     def abandon(self) -> None:
         """Remove everything; a second call does nothing."""
-        self._close()
+        close_all(self._fds)
+        if os.getpid() != self._process:
+            # A child that was forked meanwhile: the folder is its parent's, who still writes.
+            close_all(self._locks)
+            return
         shutil.rmtree(self._folder, ignore_errors=True)
-        if self._lock is not None:
-            lock, self._lock = self._lock, None
-            os.close(lock)
-
-    def _close(self) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
+        release(self._locks)
 
 
 def settle(plan: OffloadPlan) -> None:
@@ -172,13 +171,12 @@ def settle(plan: OffloadPlan) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file or a folder is on the disk."""
-    fds: list[int] = []
+    fds = OpenFiles()
     try:
         open_into(fds, path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         os.fsync(fds[0])
     finally:
-        for fd in fds:
-            os.close(fd)
+        close_all(fds)
 
 
 def _sweep(root: Path) -> None:

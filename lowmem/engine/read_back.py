@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import os
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -152,7 +151,8 @@ class ReadBack:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="lowmem-read-back")
         self._tasks: list[Future[None]] = []
-        self._stopped = threading.Event()
+        # No event, which a Ctrl-C inside `set` leaves locked.
+        self._stopped = False
 
     def begin(self, path: Path, pieces: Sequence[Piece]) -> None:
         """Look at these pieces of `path`, which are on the disk; see `find_difference`."""
@@ -183,11 +183,11 @@ class ReadBack:
         for task in self._tasks:
             task.result()
         self._tasks = []
-        return not self._stopped.is_set()
+        return not self._stopped
 
     def stop(self) -> None:
         """Let what is not begun be."""
-        self._stopped.set()
+        self._stopped = True
 
     def end(self) -> None:
         """End the threads. May be called again."""
@@ -195,7 +195,7 @@ class ReadBack:
         self._pool.shutdown(cancel_futures=True)
 
     def _look(self, path: Path, pieces: Sequence[Piece]) -> None:
-        if self._stopped.is_set():
+        if self._stopped:
             return
         problem = find_difference(path, pieces)
         if problem is not None:

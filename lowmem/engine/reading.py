@@ -25,7 +25,7 @@ from ..errors import CheckpointError
 from ..mapping import Region
 from ..planner.moves import BLOCK, LEAST_DIRECT
 from ..sizes import KIB, MIB
-from .cleanup import open_into
+from .cleanup import close_all, open_into
 from .unpacking import PackedRanges
 from .ways import Way, Ways
 
@@ -58,6 +58,7 @@ class ShardReader:
     def __init__(self, shard: Shard, ways: Ways, *, keep_cache: bool = True, direct: bool = False) -> None:
         self.shard = shard
         self._fd = open_shard(shard)
+        self._fds = [self._fd]
         self._ways = ways
         self._device = os.fstat(self._fd).st_dev
         self._keep_cache = keep_cache
@@ -85,6 +86,7 @@ class ShardReader:
         same = os.path.sameopenfile(fds[0], self._fd)
         if same:
             self._direct_fd = fds[0]
+            self._fds += fds
         else:
             os.close(fds[0])
 
@@ -360,14 +362,10 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        fds = (self._fd, self._direct_fd)
-        if self._fd >= 0:
+        if self._fds:
             # Once more for all: what the kernel read ahead, and blocks of pages that no single range covers.
             self._give_back(0, self.shard.size)
-        self._fd = self._direct_fd = -1
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
+        close_all(self._fds)
 
 
 def _span(spread: Region) -> int:

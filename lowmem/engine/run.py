@@ -102,7 +102,11 @@ def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], 
     finally:
         # A fork takes no threads along, and locks as they were.
         if os.getpid() == process:
-            undisturbed(crew.end)
+            # Twice: a Ctrl-C may be raised where `undisturbed` is entered, before it can do anything.
+            try:
+                undisturbed(crew.end)
+            finally:
+                undisturbed(crew.end)
 
 
 def _collect(finished: list[Done] | None, whole: dict[Placement, torch.Tensor]) -> None:
@@ -159,7 +163,10 @@ class _Run:
             read = self._run(writer)
             writer.finish()
         except BaseException:
-            undisturbed(writer.abandon)
+            try:
+                undisturbed(writer.abandon)
+            finally:
+                undisturbed(writer.abandon)
             raise
         return read
 

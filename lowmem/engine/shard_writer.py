@@ -21,6 +21,7 @@ from ..mapping import Region
 from ..planner import LoadPlan, Move, Placement
 from ..planner.records import OffloadFile
 from ..sizes import MIB, format_size
+from .cleanup import join
 from .crew import Done, carry_out
 from .destinations import FileDestination, MemoryDestination, Scratch, write_at
 from .feed import Feed
@@ -172,7 +173,9 @@ class Sealer:
     def __init__(self, *, verify: bool, seal: Callable[[ShardFile], None]) -> None:
         self._audit = ReadBack() if verify else None
         self._seal = seal
-        self._turn = threading.Condition()
+        # Taken as a bare lock, as that of `Feed`.
+        self._turn = threading.RLock()
+        self._news = threading.Condition(self._turn)
         self._shards: deque[ShardFile] = deque()
         # Bytes of the newest file since some of it was last brought to the disk.
         self._waiting = 0
@@ -207,7 +210,7 @@ class Sealer:
         with self._turn:
             self._raise()
             self._waiting += nbytes
-            self._turn.notify_all()
+            self._news.notify_all()
 
     def close(self, shard: ShardFile) -> None:
         """All of `shard` is written; raises as `add`."""
@@ -228,16 +231,15 @@ class Sealer:
         if self._audit is not None:
             self._audit.stop()
         with self._turn:
-            self._turn.notify_all()
-        if self._thread.ident is not None:
-            self._thread.join()
+            self._news.notify_all()
+        join(self._thread)
         for shard in self._shards:
             shard.discard()
 
     def _wait(self, most: int) -> None:
         with self._turn:
             while len(self._shards) > most and self._error is None:
-                self._turn.wait()
+                self._news.wait()
             self._raise()
 
     def _raise(self) -> None:
@@ -261,7 +263,7 @@ class Sealer:
             if self._audit is not None:
                 self._audit.end()
         with self._turn:
-            self._turn.notify_all()
+            self._news.notify_all()
 
     def _next(self) -> ShardFile | None:
         """The oldest file, when it is written or enough of it is; None when all is done."""
@@ -271,7 +273,7 @@ class Sealer:
                 if shard is not None and (shard.is_written or self._waiting >= _BATCH):
                     self._waiting = 0
                     return shard
-                self._turn.wait()
+                self._news.wait()
         return None
 
     def _bring(self, shard: ShardFile) -> None:
@@ -287,7 +289,7 @@ class Sealer:
         self._seal(shard)
         with self._turn:
             self._shards.popleft()
-            self._turn.notify_all()
+            self._news.notify_all()
 
 
 def write_shard(plan: LoadPlan, shard: ShardFile, sealer: Sealer, moved: Callable[[int], None]) -> None:

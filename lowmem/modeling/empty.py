@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .._shared import Shared
+
 _here = threading.local()
-_lock = threading.Lock()
-_users = 0
 _register: Callable[..., None] = nn.Module.register_parameter
 
 
@@ -42,22 +42,26 @@ def empty_parameters(registrations: Registrations | None = None) -> Iterator[Non
     (`head.weight = embed.weight`), and acts on every thread. Here a parameter that is on meta already stays the
     object that it is. Buffers stay real because no checkpoint holds the non-persistent ones (rotary `inv_freq`).
     """
-    global _users, _register
-    with _lock:
-        if not _users:
-            _register = nn.Module.register_parameter
-            nn.Module.register_parameter = _register_here  # type: ignore[method-assign, assignment]
-        _users += 1
-    outer = getattr(_here, "empty", None)
-    _here.empty = Registrations() if registrations is None else registrations
-    try:
-        yield
-    finally:
-        _here.empty = outer
-        with _lock:
-            _users -= 1
-            if not _users:
-                nn.Module.register_parameter = _register  # type: ignore[method-assign]
+    with _emptying.changed():
+        outer = getattr(_here, "empty", None)
+        try:
+            _here.empty = Registrations() if registrations is None else registrations
+            yield
+        finally:
+            _here.empty = outer
+
+
+def _begin() -> None:
+    global _register
+    _register = nn.Module.register_parameter
+    nn.Module.register_parameter = _register_here  # type: ignore[method-assign, assignment]
+
+
+def _end() -> None:
+    nn.Module.register_parameter = _register  # type: ignore[method-assign]
+
+
+_emptying = Shared(_begin, _end)
 
 
 def _register_here(module: nn.Module, name: str, param: nn.Parameter | None) -> None:

@@ -21,6 +21,7 @@ from .._files import COPIES, check_weight, read_small
 from ..checkpoint import Checkpoint
 from ..checkpoint.int8 import has_scales
 from ..errors import ModelError, OptionError, UnsupportedError
+from .alone import as_before
 from .classes import Chosen, choose
 from .demands import counted, refuse_endless
 from .failures import refusing
@@ -171,6 +172,7 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
     settled, meshes = prepared(chosen.cls, config, blueprint.request.distributed_config)
     # whatever a model class raises for whatever a config says
     with (
+        as_before(),
         refusing(f"{where}: {chosen.cls.__name__} cannot be built from it"),
         _refusing_implementations(blueprint),
         torch.device("meta"),

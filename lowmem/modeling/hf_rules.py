@@ -17,6 +17,7 @@ from torch import nn
 
 from ..checkpoint import TensorEntry
 from ..int8 import Int8Linear
+from .alone import alone, as_before
 from .conversions import Conversion, Renaming
 from .empty import real_tensors
 from .hf_conversions import HFConversions
@@ -146,7 +147,7 @@ class TransformersRules(Rules):
                 for leaf, tensor in held:
                     if tensor is not None:
                         tensor._is_hf_initialized = prefix + leaf not in wanted or prefix + leaf in followers
-            with real_tensors():
+            with as_before(), real_tensors():
                 self._hf.initialize_weights()
         finally:
             for name, tensor in followers.items():
@@ -166,7 +167,7 @@ class TransformersRules(Rules):
 
     def finish(self, missing: Collection[str]) -> None:
         """Rotary and other transient buffers, ties, generation config, eval mode."""
-        with real_tensors():
+        with alone(), real_tensors():
             self._fill_meta_buffers()
             self._tie(missing)
         self._mark_loaded(missing)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import threading
 
+from .._shared import lasting_lock
 from ..memory import anonymous_memory
 
 # `torch._compile.inner`, which is around the kernels that are written in Python.
 _MODULES = ("torch._dynamo",)
-_lock = threading.Lock()
+_lock = lasting_lock()
 _taken: int | None = None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +11,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._shared import silent
+from .alone import alone
 from .following import HERE, Followed
 from .meta_kernels import import_meta_kernels
 
@@ -20,11 +20,6 @@ R = TypeVar("R")
 # Beginnings of the names of functions whose kernels want their tensors dense, and take several passes; as those of
 # interpolations do whose names end in `_aa` (antialias).
 _OWN_MEMORY = ("linalg", "fft")
-
-_lock = threading.Lock()
-# Of loads that are in disguise at once, and whether the log was silent before the first of them.
-_disguised = 0
-_was_silent = False
 
 
 @torch.inference_mode(False)  # or others of torch's functions would be seen
@@ -46,7 +41,7 @@ def rehearse(
     try:
         # What it makes itself has no memory either; but the numbers by which it indexes may have to be there.
         for device, surrounding in (("meta", _on_meta), ("cpu", _in_disguise), ("meta", nullcontext)):
-            with surrounding():
+            with alone(), surrounding():
                 given = sources(device)
                 counting.reset()
                 try:
@@ -73,25 +68,8 @@ def _in_disguise() -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # Every error is logged there besides.
-    with _silent(logging.getLogger(FakeTensorMode.__module__)), FakeTensorMode(allow_non_fake_inputs=True):
+    with silent(FakeTensorMode.__module__), FakeTensorMode(allow_non_fake_inputs=True):
         yield
-
-
-@contextmanager
-def _silent(log: logging.Logger) -> Iterator[None]:
-    """A log that is off while any thread is inside."""
-    global _disguised, _was_silent
-    with _lock:
-        if not _disguised:
-            _was_silent, log.disabled = log.disabled, True
-        _disguised += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _disguised -= 1
-            if not _disguised:
-                log.disabled = _was_silent
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..checkpoint import TensorEntry
 from ..errors import ModelError
+from .alone import alone
 from .conversions import Conversion, Renaming
 from .empty import real_tensors
 from .targets import Target, owner_of, walk
@@ -144,7 +145,7 @@ def _reset_only(module: nn.Module, leaves: Collection[str]) -> None:
             module._buffers[leaf] = buffer.to("meta")
         reset = module.reset_parameters
         assert callable(reset)
-        with torch.no_grad(), real_tensors():
+        with alone(), torch.no_grad(), real_tensors():
             reset()
     finally:
         module._parameters.update(kept)

@@ -11,6 +11,7 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..errors import ModelError, OptionError
 from . import hf
+from .alone import alone
 from .checks import checked_modules, refuse_hidden
 from .empty import empty_parameters, real_tensors
 from .failures import refusing
@@ -155,7 +156,7 @@ def build(origin: Origin, checkpoint: Checkpoint, dtype: str) -> nn.Module:
     """
     source = origin.model
     assert not isinstance(source, TimmBlueprint), "what timm builds has rules of its own"
-    with real_tensors():
+    with alone(), real_tensors():
         if isinstance(source, hf.Blueprint):
             return hf.build(source, checkpoint, dtype)
         return source if isinstance(source, nn.Module) else _call(source)
@@ -165,7 +166,7 @@ def _timm(origin: Origin, dtype: str) -> TimmModel | None:
     """The model, where it is one of timm that lowmem builds."""
     if not isinstance(origin.model, TimmBlueprint):
         return None
-    with real_tensors():
+    with alone(), real_tensors():
         return build_timm(origin.model, dtype)
 
 

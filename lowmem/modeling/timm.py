@@ -22,6 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .._files import COPIES, check_weight, read_small
+from .._shared import Shared
 from ..checkpoint import Checkpoint
 from ..errors import LowmemError, ModelError, OptionError
 from ..sizes import shown
@@ -323,8 +324,6 @@ def _set_source(model: nn.Module, blueprint: TimmBlueprint) -> None:
 
 
 _here = threading.local()
-_lock = threading.Lock()
-_users = 0
 _load_pretrained: Callable[..., None]
 
 
@@ -334,24 +333,31 @@ def _captured(given: list[Adaptation]) -> Iterator[None]:
 
     Other threads load as ever; timm is as it was when the last user is gone.
     """
-    global _users, _load_pretrained
+    with _capturing.changed():
+        outer = getattr(_here, "given", None)
+        try:
+            _here.given = given
+            yield
+        finally:
+            _here.given = outer
+
+
+def _begin() -> None:
+    global _load_pretrained
     from timm.models import _builder
 
-    with _lock:
-        if not _users:
-            _load_pretrained = _builder.load_pretrained
-            _builder.load_pretrained = _load_here
-        _users += 1
-    outer = getattr(_here, "given", None)
-    _here.given = given
-    try:
-        yield
-    finally:
-        _here.given = outer
-        with _lock:
-            _users -= 1
-            if not _users:
-                _builder.load_pretrained = _load_pretrained
+    _load_pretrained = _builder.load_pretrained
+    _builder.load_pretrained = _load_here
+
+
+def _end() -> None:
+    from timm.models import _builder
+
+    if _builder.load_pretrained is _load_here:
+        _builder.load_pretrained = _load_pretrained
+
+
+_capturing = Shared(_begin, _end)
 
 
 def _load_here(model: nn.Module, *args: Any, **options: Any) -> None:

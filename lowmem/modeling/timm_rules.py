@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from .alone import alone
 from .empty import Registrations, empty_parameters, real_tensors
 from .rules import Rules
 from .targets import tensor_of, walk
@@ -110,7 +111,7 @@ class TimmRules(Rules):
             ModelError: timm builds another model the second time.
         """
         numbers = {number for name in names for number in self._numbers.get(name, [])}
-        with real_tensors():
+        with alone(), real_tensors():
             again = self._again(Registrations(numbers), names)
             if again is None:
                 again = self._again(None, names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._shared import catching_warnings, silent
 from ..modeling.rules import Rules
 from ..modeling.targets import is_bitsandbytes, owner_of, tensor_of
 from ..planner import LoadPlan, Placement
@@ -63,15 +63,9 @@ def move(model: nn.Module, device: torch.device) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """What accelerate warns of is what the plan says: weights on meta, and parameters named beside split modules."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    disabled = logger.disabled
-    logger.disabled = True
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules", UserWarning)
-            yield
-    finally:
-        logger.disabled = disabled
+    with catching_warnings, silent("accelerate.big_modeling"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules", UserWarning)
+        yield
 
 
 def offload_index(plan: LoadPlan) -> dict[str, dict[str, str]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from .._shared import silent
 from ..errors import OptionError, PlacementError
 from ..limits import device_memory
 from ..mapping import KeyMapping
@@ -101,7 +100,8 @@ def infer(
 
     special = {name: getattr(torch, dtype) for name, dtype in final.items()}
     memory: dict[Any, int] = {_as_accelerate(device): size for device, size in max_memory.items()}
-    with _quiet():
+    # Planning for GPUs of another machine is not worth accelerate's warning that they are not here.
+    with silent("accelerate.utils.modeling"):
         if strategy != "sequential":
             memory = get_balanced_memory(
                 skeleton.model,
@@ -127,18 +127,6 @@ def _as_accelerate(device: str) -> int | str:
     """accelerate counts accelerators by number."""
     kind, _, index = device.partition(":")
     return int(index) if kind in ("cuda", "xpu", "npu") else device
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Planning for GPUs of another machine is not worth accelerate's warning that they are not here."""
-    logger = logging.getLogger("accelerate.utils.modeling")
-    disabled = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = disabled
 
 
 def default_max_memory(host_available: int) -> dict[str, int]:

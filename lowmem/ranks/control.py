@@ -72,7 +72,9 @@ class Together:
     def __init__(self, members: Sequence[int]) -> None:
         self.members = tuple(sorted(set(members)))
         self.rank = _own_rank(self.members)
-        self._turn = threading.Condition()
+        # A bare lock: a Ctrl-C inside a condition's own `__enter__`, written in Python, would leave it locked.
+        self._turn = threading.RLock()
+        self._news = threading.Condition(self._turn)
         self._store: Store | None = None
         self._parent: Link | None = None
         self._children: list[Link] = []
@@ -183,7 +185,7 @@ class Together:
             self._advance()
             while self._whole is None:
                 self.check()
-                self._turn.wait(_LOOK_UP)
+                self._news.wait(_LOOK_UP)
             return [value for _, value in sorted(self._whole, key=lambda said: said[0])]
 
     def _advance(self) -> None:
@@ -217,7 +219,7 @@ class Together:
             for link in self._links:
                 link.say(Kind.BYE)
         self._whole = whole
-        self._turn.notify_all()
+        self._news.notify_all()
 
     def _hear(self, link: Link, kind: Kind, body: bytes) -> None:
         """A message has come; called by the link's reader."""
@@ -261,7 +263,7 @@ class Together:
             if self._failure is not None or self._is_over:
                 return
             self._failure = rank, why
-            self._turn.notify_all()
+            self._news.notify_all()
         body = json.dumps([rank, why])
         for link in self._links:
             link.say(Kind.FAILED, body.encode())

@@ -1,0 +1,125 @@
+"""What all threads of a process share and a load changes for a while: it is as it was when the last one has left.
+
+A fork takes along only the thread that forks. What the others held or had changed is undone in the child.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+# Made once each, at import or for one of few names, and there to the end.
+_locks: list[Any] = []
+_changes: list[Shared] = []
+
+
+def lasting_lock() -> Any:
+    """A lock for a module: an `RLock` that no child finds held by a thread that it does not have."""
+    lock = threading.RLock()
+    _locks.append(lock)
+    return lock
+
+
+# `warnings.catch_warnings` is for one thread at a time: it changes the filters of all, and puts back what it found.
+catching_warnings = lasting_lock()
+
+
+class Shared:
+    """Something of the whole process that is otherwise while anyone is inside.
+
+    Args:
+        begin: changes it; called by the first.
+        end: changes it back; called behind the last, also where `begin` was interrupted, and must bear to be called
+            again.
+    """
+
+    def __init__(self, begin: Callable[[], object], end: Callable[[], object]) -> None:
+        self._begin, self._end = begin, end
+        self._lock = lasting_lock()
+        # Each who is inside, and in which thread.
+        self._users: dict[object, int] = {}
+        self._begun = False
+        _changes.append(self)
+
+    @contextmanager
+    def changed(self) -> Iterator[None]:
+        """Inside, it is changed. A Ctrl-C at any moment leaves nothing changed."""
+        me = object()
+        try:
+            with self._lock:
+                self._users[me] = threading.get_ident()
+                if not self._begun:
+                    self._begun = True
+                    self._begin()
+            yield
+        finally:
+            interrupt = None
+            while me in self._users:
+                try:
+                    with self._lock:
+                        if len(self._users) == 1:
+                            self._end()
+                            self._begun = False
+                        self._users.pop(me, None)
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
+
+    def forget_others(self) -> None:
+        """In a child: whoever was inside in another thread is not there."""
+        here = threading.get_ident()
+        self._users = {user: thread for user, thread in self._users.items() if thread == here}
+        if self._begun and not self._users:
+            self._end()
+            self._begun = False
+
+
+@functools.cache
+def _silence(name: str) -> Shared:
+    log = logging.getLogger(name)
+    before: list[bool] = []
+
+    def begin() -> None:
+        before.append(log.disabled)
+        log.disabled = True
+
+    def end() -> None:
+        if before:
+            log.disabled = before[0]
+            before.clear()
+
+    return Shared(begin, end)
+
+
+def silent(name: str) -> AbstractContextManager[None]:
+    """The log of this name is off while any thread is inside."""
+    return _silence(name).changed()
+
+
+def _locks_of_properties() -> Iterator[Any]:
+    """Before Python 3.12 `cached_property` holds a lock of its class while it computes."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{__package__}."):
+            for kind in [value for value in vars(module).values() if isinstance(value, type)]:
+                for one in vars(kind).values():
+                    if isinstance(one, functools.cached_property) and hasattr(one, "lock"):
+                        yield one.lock
+
+
+def _forked() -> None:
+    for lock in [*_locks, *_locks_of_properties()]:
+        if not lock._is_owned():
+            lock._at_fork_reinit()
+    for change in _changes:
+        change.forget_others()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,265 @@
+"""Ctrl-C at any moment: it comes out, nothing is left behind, and the next load is right."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_many_loads import run
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc"),
+    pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
+]
+# For the record: LOWMEM_INTERRUPTS=200.
+INTERRUPTS = int(os.environ.get("LOWMEM_INTERRUPTS", "34"))
+ONE_IN = 1 if INTERRUPTS >= 200 else 7
+
+_WAYS = """
+import random, signal, traceback
+from torch import nn
+class Loaded(Exception):
+    pass
+def borrowed(files, place):
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(files.whole))
+    before = {name: id(tensor) for name, tensor in ways.every_tensor(model).items()}
+    mode, hooks = model.training, sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+    done = False
+    try:
+        on = {"": "cpu", "model.layers.1": "disk"}
+        result = lowmem.load(files.whole, model=model, dtype="bfloat16", device_map=on)
+        done = True
+        facts = ways.facts_of(result.model)
+    finally:
+        after = {name: id(tensor) for name, tensor in ways.every_tensor(model).items()}
+        same = after == before and model.training == mode
+        same = same and sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == hooks
+        whole = not any(tensor.is_meta and not ways.is_on_disk(tensor) for tensor in ways.every_tensor(model).values())
+        # A Ctrl-C between the last step and the return finds it complete.
+        if not same and not whole:
+            wrong.append("borrowed: neither as before nor complete")
+        if whole:
+            lowmem.release(model)
+    return facts
+wrong, known, counts = [], [], {"interrupted": 0, "finished": 0}
+everything = {**ways.WAYS, "borrowed": borrowed}
+alone = {name: way(files, place(f"alone-{name}")) for name, way in everything.items()}
+took = {}
+for name, way in everything.items():
+    started = time.perf_counter()
+    way(files, place(f"again-{name}"))
+    took[name] = time.perf_counter() - started
+shutil.rmtree(base / "places")
+unseen = []
+sys.unraisablehook = lambda what: unseen.append(str(what.object))
+before = ways.state_of_process()
+def check(name, at):
+    if name == "converted":
+        # What is whole is kept, to go on with.
+        for hidden in (at / "converted").glob(".*"):
+            shutil.rmtree(hidden)
+    left = ways.leftovers(base) + ways.differences(before, ways.state_of_process())
+    if fresh := [what for what in left if what not in known]:
+        known.extend(fresh)
+        wrong.append(f"{name}: {fresh}"[:1500])
+def attempt(name, at, begin, end):
+    begin()
+    try:
+        facts = everything[name](files, at)
+        end()
+        came = False
+    except KeyboardInterrupt:
+        end()
+        came = True
+    except BaseException as error:
+        end()
+        wrong.append(f"{name}: {traceback.format_exc()}"[-1500:])
+        return True
+    if not came and facts != alone[name]:
+        wrong.append(f"{name}: finished, but wrong")
+    counts["interrupted" if came else "finished"] += 1
+    return came
+"""
+
+_AT_RANDOM = (
+    _WAYS
+    + """
+chance = random.Random(args["seed"])
+fired = [0, 0]
+def interrupt(number, frame):
+    fired[0] += 1
+    if fired[0] >= fired[1]:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+names = list(everything)
+for turn in range(args["turns"]):
+    name = names[turn % len(names)]
+    at = place(f"{turn}")
+    moment = chance.uniform(0.0001, took[name])
+    # Once, or again while the first is being handled.
+    fired[:] = [0, chance.choice((1, 1, 2, 3))]
+    del unseen[:]
+    came = attempt(
+        name,
+        at,
+        lambda: signal.setitimer(signal.ITIMER_REAL, moment, chance.uniform(0.0001, 0.003)),
+        lambda: signal.setitimer(signal.ITIMER_REAL, 0),
+    )
+    if fired[0] and not came and not unseen:
+        wrong.append(f"{name}: swallowed")
+    check(name, at)
+    shutil.rmtree(base / "places")
+for name, way in everything.items():
+    if way(files, place(f"after-{name}")) != alone[name]:
+        wrong.append(f"{name}: wrong afterwards")
+result = {"wrong": wrong, **counts}
+"""
+)
+
+
+def test_an_interrupt_at_a_random_moment_comes_out_and_leaves_nothing(tmp_path: Path) -> None:
+    found = run(_AT_RANDOM, tmp_path, turns=INTERRUPTS, seed=INTERRUPTS)
+    assert not found["wrong"], "\n\n".join(found["wrong"])
+    assert found["interrupted"] + found["finished"] == INTERRUPTS
+    assert found["interrupted"] > INTERRUPTS // 4
+    if INTERRUPTS >= 200:
+        print(found)
+
+
+_AT_CALLS = (
+    _WAYS
+    + """
+package = str(Path(lowmem.__file__).parent)
+def counting(name, at, stop=None):
+    count, seen = [0, ""], {}
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename.startswith(package):
+            count[0] += 1
+            if stop is None:
+                seen.setdefault(frame.f_code, []).append(count[0])
+            if count[0] == stop:
+                sys.settrace(None)
+                code = frame.f_code
+                count[1] = f"{code.co_filename[len(package):]}:{code.co_name}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return None
+    came = attempt(name, at, lambda: sys.settrace(trace), lambda: sys.settrace(None))
+    return count, came, seen
+chance = random.Random(args["seed"])
+for name in args["names"]:
+    seen = counting(name, place(f"{name}-count"))[2]
+    counts["functions"] = counts.get("functions", 0) + len(seen)
+    stops = [chance.choice(calls) for calls in seen.values()]
+    for stop in sorted(chance.sample(stops, min(len(stops), args["turns"]))):
+        at = place(f"{name}-{stop}")
+        found = len(wrong)
+        del unseen[:]
+        count, came, _ = counting(name, at, stop)
+        if count[1] and not came and not unseen:
+            wrong.append(f"{name}: swallowed")
+        check(name, at)
+        wrong[found:] = [f"at {count[1]}: {text}" for text in wrong[found:]]
+        shutil.rmtree(base / "places")
+result = {"wrong": wrong, **counts}
+"""
+)
+_CALLED = ["cast", "int8", "own folder", "filtered", "dispatched", "converted", "borrowed", "streamed"]
+
+
+def test_an_interrupt_at_any_call_of_a_function_comes_out_and_leaves_nothing(tmp_path: Path) -> None:
+    found = run(_AT_CALLS, tmp_path, turns=max(2, INTERRUPTS // 10), seed=INTERRUPTS, names=_CALLED)
+    if INTERRUPTS >= 200:
+        print({**found, "wrong": len(found["wrong"])})
+    assert not found["wrong"], "\n\n".join(found["wrong"])
+
+
+_ENTERING = """
+from lowmem.engine.feed import Feed
+from lowmem.engine.shard_writer import Sealer
+class Stop(Exception):
+    pass
+def interrupted(step, name):
+    # As an interrupt that is seen when the lock's own function has returned.
+    def trace(frame, event, argument):
+        if frame.f_code.co_name in ("__enter__", "__exit__") and "threading" in frame.f_code.co_filename:
+            frame.f_trace_opcodes = True
+            if event == "return" and frame.f_code.co_name == name:
+                raise KeyboardInterrupt
+        return trace
+    sys.settrace(trace)
+    try:
+        step()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+def is_free(lock):
+    taken = []
+    def take():
+        taken.append(lock.acquire(timeout=5))
+        if taken[0]:
+            lock.release()
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return taken[0]
+result = []
+for name in ("__enter__", "__exit__"):
+    sealer = Sealer(verify=False, seal=lambda shard: None)
+    interrupted(lambda: sealer.add(1), name)
+    feed = Feed(lowmem.plan(files.whole, dtype="bfloat16"))
+    interrupted(feed.stop, name)
+    result += [is_free(sealer._turn), is_free(feed.turn)]
+"""
+
+
+def test_an_interrupt_where_a_lock_is_taken_or_given_back_leaves_it_free(tmp_path: Path) -> None:
+    assert run(_ENTERING, tmp_path) == [True] * 4
+
+
+_COMMANDS = {
+    "plan": ["plan", "{whole}", "--dtype", "bfloat16"],
+    "check": ["check", "{whole}"],
+    "load": ["load", "{whole}", "--dtype", "bfloat16"],
+    "convert": ["convert", "{whole}", "{out}", "--dtype", "bfloat16"],
+}
+_SHELL = """
+import os, sys, threading, time, signal
+from lowmem.cli import main
+def soon():
+    time.sleep(float(os.environ["MOMENT"]))
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=soon, daemon=True).start()
+code = main(sys.argv[1:])
+# What comes later is the interpreter's end.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("moment", ["0.02", "0.6", "2.5"] if INTERRUPTS < 200 else [str(i / 4) for i in range(20)])
+def test_an_interrupted_command_ends_with_130_and_a_message_and_no_traceback(tmp_path: Path, moment: str) -> None:
+    from ways_to_load import make_files
+
+    files = make_files(tmp_path / "files")
+    for name, words in _COMMANDS.items():
+        given = [word.format(whole=files.whole, out=tmp_path / "out") for word in words]
+        ended = subprocess.run(
+            [sys.executable, "-c", _SHELL, *given],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "MOMENT": moment},
+            check=False,
+        )
+        assert ended.returncode in (130, 0), (name, ended)
+        assert "Traceback" not in ended.stderr, (name, ended.stderr)
+        assert ("interrupted" in ended.stderr) == (ended.returncode == 130), (name, ended)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
