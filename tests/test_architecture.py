@@ -23,6 +23,7 @@ ORDER = [
     "sizes",
     "dtypes",
     "_collector",
+    "_drafts",
     "_mounts",
     "_page_cache",
     "_mapped_pages",

@@ -23,17 +23,23 @@ def hold(folder: Path, wait: bool = False) -> int | None:
     """
     if sys.platform == "win32":
         return None
-    fds: list[int] = []
-    try:
-        open_into(fds, folder, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(fds[0], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException as error:
-        for fd in fds:
-            os.close(fd)
-        if fds and isinstance(error, OSError) and not isinstance(error, BlockingIOError):
-            return None
-        raise
-    return fds[0]
+    while True:
+        fds: list[int] = []
+        try:
+            open_into(fds, folder, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fds[0], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
+            except OSError:
+                os.close(fds.pop())
+                return None
+            # Whoever held it may have removed it, and another made it anew: that one is not locked by this.
+            if os.path.samestat(os.fstat(fds[0]), os.stat(folder)):
+                return fds.pop()
+        finally:
+            for fd in fds:
+                os.close(fd)
 
 
 @contextmanager

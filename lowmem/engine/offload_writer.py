@@ -150,6 +150,7 @@ def settle(plan: OffloadPlan) -> None:
     """
     if not is_finished(plan):
         raise OffloadError(f"{plan.folder}: was removed or changed since it was planned; load again, to write it anew")
+    _tidy(plan.folder.parent)
     index = plan.folder / INDEX
     try:
         table = json.loads(index.read_text(encoding="utf-8"))
@@ -157,6 +158,9 @@ def settle(plan: OffloadPlan) -> None:
             return
         for file in plan.files:
             sync(plan.folder / file.name)
+        # Of a killed load; to a live one that is at it as well this one's does as well.
+        for left in plan.folder.glob(f".{INDEX}-*.tmp"):
+            left.unlink(missing_ok=True)
         mended = plan.folder / f".{INDEX}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
             mended.write_text(json.dumps({**table, "boot": None}, indent=1), encoding="utf-8")
@@ -178,6 +182,21 @@ def sync(path: Path) -> None:
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def _tidy(root: Path) -> None:
+    """As `_sweep`, unless someone else is busy there."""
+    if not any(_TEMPORARY.fullmatch(folder.name) for folder in root.glob(".*.tmp")):
+        return
+    try:
+        lock = hold(root)
+    except OSError:
+        return
+    try:
+        _sweep(root)
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _sweep(root: Path) -> None:
