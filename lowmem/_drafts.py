@@ -35,6 +35,9 @@ def new_content(target: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(fd)
+            if sys.platform == "win32":
+                # There an open file keeps its name.
+                file.close()
             hidden.replace(target)
 
 
@@ -61,7 +64,7 @@ def _new_file(folder: Path) -> tuple[Path, int]:
             fcntl.flock(fd, fcntl.LOCK_EX)
         # Before it was locked another writer may have taken it for abandoned.
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
+            if os.path.samestat(os.fstat(fd), path.stat()):
                 return path, fd
         os.close(fd)
 

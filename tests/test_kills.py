@@ -14,12 +14,15 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import Hub
 from fault_shim import Fault, armed, in_fork, under_shim
 
 CHANGES = ("open", "write", "sync", "resize", "rename", "link", "unlink", "mkdir", "rmdir", "copy", "close")
@@ -102,13 +105,14 @@ class Convert(Case):
         found = self.files(place)
         visible = {name: content for name, content in found.items() if HIDDEN not in name}
         assert all(whole[name] == content for name, content in visible.items())
-        try:
-            lowmem.inspect(place / "out")
-        except LowmemError as error:
-            if f"out/{HIDDEN}/state.json" in found:
-                assert "unfinished conversion" in str(error), error
+        if f"out/{HIDDEN}/state.json" in found:
+            with pytest.raises(LowmemError, match="unfinished conversion"):
+                lowmem.inspect(place / "out")
+        elif visible.keys() != whole.keys():
+            with pytest.raises(LowmemError):
+                lowmem.inspect(place / "out")
         else:
-            assert visible.keys() == whole.keys()
+            lowmem.inspect(place / "out")
         # With a record it is on the disk and read back, wherever it has got to.
         names = {name.removesuffix(".json").rpartition("/")[2] for name in found if name.endswith(".safetensors.json")}
         state = json.loads(found.get(f"out/{HIDDEN}/state.json") or "{}")
@@ -313,7 +317,7 @@ class OffloadAfterOthers(Offload):
 
 
 class OffloadIsUsedAgain(Offload):
-    """A folder whose bytes have reached the disk by now, which its index is to say; and one that a killed writer left."""
+    """A folder whose bytes are on the disk by now, as its index is to say; beside what a killed writer left."""
 
     def start(self, place: Path) -> None:
         template = self.base / "template"
@@ -395,7 +399,7 @@ class Synthetic(Case):
         from lowmem import synthetic
 
         tensors = tuple((f"t{n}", (30, 64)) for n in range(6))
-        return synthetic.Recipe("some", tensors, "float32", config={"model_type": "llama"})
+        return synthetic.Recipe("some", {"model_type": "llama"}, tensors, "float32")
 
     def run(self, place: Path) -> Any:
         from lowmem import synthetic
@@ -420,12 +424,45 @@ class Synthetic(Case):
         assert visible.keys() == whole.keys()
 
 
+class Download(Case):
+    """From a hub on this machine, whose cache is `place`."""
+
+    def run(self, place: Path) -> Any:
+        import lowmem
+
+        self.use(place)
+        checkpoint = lowmem.inspect("org/some", download=True)
+        return sorted(checkpoint)
+
+    def use(self, place: Path) -> None:
+        from huggingface_hub import constants
+
+        constants.HF_HUB_CACHE = str(place)
+
+    def look(self, place: Path, whole: dict[str, Any]) -> Any:
+        import lowmem
+        from lowmem.errors import SourceError
+
+        self.use(place)
+        found = self.files(place)
+        assert all(whole[name] == content for name, content in found.items())
+        if found == whole:
+            lowmem.inspect("org/some")
+        else:
+            # Even if only something small is missing.
+            with pytest.raises(SourceError, match="download=True"):
+                lowmem.inspect("org/some")
+
+    def files(self, place: Path) -> dict[str, Any]:
+        return {name: found for name, found in super().files(place).items() if "/snapshots/" in name and found}
+
+
 CASES = {
     case.__name__: case
     for case in (
         *(Convert, ConvertGoesOn, ConvertPickles, ConvertOneFile, ConvertInt8),
         *(Offload, OffloadFused, OffloadInt8, OffloadAfterOthers, OffloadIsUsedAgain),
-        *(Manifest, Plot, Synthetic),
+        *(Manifest, Plot, Synthetic, Download),
     )
 }
 
@@ -512,12 +549,48 @@ def refused(case: Case, place: Path) -> None:
         case.run(place)
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub with one repository, which processes started from here ask."""
+    pytest.importorskip("huggingface_hub")
+    from safetensors.torch import save
+
+    state = state_for(4, 4)
+    shards = [f"model-{n:05d}-of-00002.safetensors" for n in (1, 2)]
+    parts = {file: {f"t{n}": state[f"t{n}"] for n in (2 * i, 2 * i + 1)} for i, file in enumerate(shards)}
+    index = {"weight_map": {key: file for file, part in parts.items() for key in part}}
+    files = {
+        "config.json": b'{"model_type": "llama"}',
+        "tokenizer.json": b"{}" * 1000,
+        "generation_config.json": b"{}",
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        **{file: save(part) for file, part in parts.items()},
+    }
+    monkeypatch.setattr(Hub, "repositories", {"org/some": files})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for name, value in (("OFFLINE", "0"), ("DISABLE_XET", "1"), ("DISABLE_TELEMETRY", "1")):
+        monkeypatch.setenv(f"HF_HUB_{name}", value)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_old_or_whole_after_a_kill_and_a_second_run_finishes(name: str, tmp_path: Path) -> None:
+def test_old_or_whole_after_a_kill_and_a_second_run_finishes(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     if name in ("ConvertInt8", "OffloadFused", "OffloadInt8"):
         pytest.importorskip("transformers")
     if name == "Plot":
         pytest.importorskip("matplotlib")
+    if name == "Download":
+        request.getfixturevalue("hub")
     most = 0 if os.environ.get("LOWMEM_KILLS") == "all" else FEW
     done = under_shim(sweep, name, str(tmp_path), most, timeout=3000 if most == 0 else 300)
     print(f"\n{name}: {done}")

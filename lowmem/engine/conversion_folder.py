@@ -108,7 +108,7 @@ class ConversionFolder:
 
     def _is_ours(self) -> bool:
         try:
-            return self._lock is None or os.path.samestat(os.fstat(self._lock), os.stat(self.out))
+            return self._lock is None or os.path.samestat(os.fstat(self._lock), self.out.stat())
         except OSError:
             return False
 
@@ -183,7 +183,7 @@ class ConversionFolder:
             OSError: the folder cannot be written.
         """
         mtime_ns = os.fstat(shard.fd).st_mtime_ns
-        if not os.path.samestat(os.fstat(shard.fd), os.stat(shard.path)):
+        if not os.path.samestat(os.fstat(shard.fd), shard.path.stat()):
             raise OutputError(f"{shard.path}: was replaced while it was written; run the conversion again")
         shard.close()
         shard.path.replace(self.hidden / shard.file.name)

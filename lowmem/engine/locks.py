@@ -35,7 +35,7 @@ def hold(folder: Path, wait: bool = False) -> int | None:
                 os.close(fds.pop())
                 return None
             # Whoever held it may have removed it, and another made it anew: that one is not locked by this.
-            if os.path.samestat(os.fstat(fds[0]), os.stat(folder)):
+            if os.path.samestat(os.fstat(fds[0]), folder.stat()):
                 return fds.pop()
         finally:
             for fd in fds:

@@ -98,7 +98,7 @@ class ShardFile:
         if self._opened is None or self._opened.closed:
             return
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
+            if os.path.samestat(os.fstat(self.fd), self.path.stat()):
                 self.path.unlink()
         self.close()
 
