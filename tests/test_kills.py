@@ -38,6 +38,8 @@ class Case:
         base: a folder of its own, for what all runs share.
     """
 
+    options: dict[str, Any] = {}  # noqa: RUF012
+
     def __init__(self, base: Path) -> None:
         self.base = base
 
