@@ -23,8 +23,8 @@ from fault_shim import Fault, armed, under_shim
 from test_kills import CHANGES, Convert, Manifest, Offload, answered, spread
 
 ALL = os.environ.get("LOWMEM_KILLS") == "all"
-ROUNDS = 30 if ALL else 3
-PAUSES = 0 if ALL else 6
+ROUNDS = 30 if ALL else 2
+PAUSES = 0 if ALL else 4
 BUSY = "another conversion is writing there|holds a finished checkpoint already"
 OTHER = f"{BUSY}|an unfinished conversion of something else|expected an empty folder"
 
