@@ -423,7 +423,8 @@ class Synthetic(Case):
             lowmem.inspect(place / "made")
         except LowmemError:
             return
-        assert visible.keys() == whole.keys()
+        # The weights may be whole before the config and the index are there.
+        assert all(name in visible for name in whole if name.endswith(".safetensors"))
 
 
 class Download(Case):
