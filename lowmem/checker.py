@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import time
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ._drafts import new_content
 from ._files import LONGEST_NAME, read_small
 from .checkpoint import Checkpoint, survey
 from .checkpoint.survey import find
@@ -289,13 +289,10 @@ def _write_manifest(target: Path, folder: Path, found: Mapping[Path, str | OSErr
         name = path.relative_to(folder).as_posix()
         escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
         lines.append(f"{'' if escaped == name else chr(92)}{value}  {escaped}\n")
-    draft = target.with_name(f".{target.name}.draft")
     try:
-        draft.write_bytes(os.fsencode("".join(lines)))
-        draft.replace(target)
+        with new_content(target) as file:
+            file.write(os.fsencode("".join(lines)))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
         raise OptionError(f"write_manifest: {target}: cannot be written: {error.strerror or error}") from error
 
 

@@ -236,6 +236,7 @@ def _write(
             if file.name in kept:
                 meter.kept(shard.bytes_read)
             else:
+                result.check_place()
                 write_shard(shard, ShardFile(file, result.hidden), sealer, meter.moved)
         sealer.finish()
         meter.finish()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._drafts import check_writable, new_content
 from ._shared import catching_warnings
 from .errors import OptionError, PlotError
 from .sizes import GIB, MIB, format_size, shown
@@ -105,7 +105,7 @@ def parse_target(path: str | os.PathLike[str]) -> Path:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(target.stat().st_mode):
                 raise OptionError(f"plot: {shown(str(named))} is there and is not a file; name another")
-        _new_file(target.parent).unlink()
+        check_writable(target.parent)
     except OSError as error:
         raise OptionError(f"plot: {shown(str(named))}: cannot be written: {error.strerror or error}") from error
     _matplotlib()
@@ -119,16 +119,10 @@ def save(figure: Figure, target: Path) -> None:
         PlotError: it cannot be written.
     """
     try:
-        hidden = _new_file(target.parent)
-        try:
-            with hidden.open("wb") as file, catching_warnings, warnings.catch_warnings():
-                # A name may hold letters that the font lacks; they are drawn as boxes.
-                warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-                figure.savefig(file, format=target.suffix.lower().lstrip("."), dpi="figure")
-            hidden.replace(target)
-        finally:
-            with contextlib.suppress(OSError):
-                hidden.unlink()
+        with new_content(target) as file, catching_warnings, warnings.catch_warnings():
+            # A name may hold letters that the font lacks; they are drawn as boxes.
+            warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+            figure.savefig(file, format=target.suffix.lower().lstrip("."), dpi="figure")
     except OSError as error:
         raise PlotError(
             f"plot: {shown(str(target))}: cannot be written: {error.strerror or error}; name another folder"
@@ -276,13 +270,6 @@ def _cut(text: str, most: int) -> str:
         return text
     head = (most - 1) // 2
     return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
-
-
-def _new_file(folder: Path) -> Path:
-    """An empty file of a new name, with the rights that any new file has."""
-    path = folder / f".lowmem-{secrets.token_hex(8)}.tmp"
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    return path
 
 
 def _matplotlib() -> tuple[Any, Any]:

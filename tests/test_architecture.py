@@ -25,6 +25,7 @@ ORDER = [
     "dtypes",
     "_shared",
     "_collector",
+    "_drafts",
     "_mounts",
     "_page_cache",
     "_mapped_pages",

@@ -23,7 +23,7 @@ from .file_names import (
     variant_of,
     without_variants,
 )
-from .instead import left_adapters, nothing, refuse_pipeline, refuse_ranks
+from .instead import left_adapters, nothing, refuse_pipeline, refuse_ranks, refuse_unfinished
 from .location import Place
 
 # transformers takes an adapter under this name for weights when `transformers_weights` says so.
@@ -63,6 +63,7 @@ def choose(place: Place, variant: str | None = None) -> Choice:
         SourceError: no weights, none of this variant, several candidates (they are listed), or a part of a set.
         UnsupportedError: only weights that lowmem does not read.
     """
+    refuse_unfinished(place)
     refuse_pipeline(place)
     if (named := place.table("config.json").get("transformers_weights")) is not None:
         return _named(place, named, variant)

@@ -206,7 +206,12 @@ def _fetched(library: Any, wanted: _Wanted) -> Path:
     try:
         names = library.list_repo_files(wanted.repo, revision=revision)
         files = _needed(library, wanted, revision, names)
-        folder = Path(library.snapshot_download(wanted.repo, revision=revision, allow_patterns=[*map(escape, files)]))
+        for part in files:
+            folder = Path(
+                library.snapshot_download(wanted.repo, revision=revision, allow_patterns=[*map(escape, part)])
+            )
+            # The rest is of the same commit, even if the branch moves meanwhile.
+            revision = folder.name
     except LowmemError:
         raise
     except Exception as error:
@@ -216,8 +221,11 @@ def _fetched(library: Any, wanted: _Wanted) -> Path:
     return folder
 
 
-def _needed(library: Any, wanted: _Wanted, revision: str | None, names: Sequence[str]) -> list[str]:
-    """The files of a repository that a load needs: one set of weights, and the small ones beside it."""
+def _needed(library: Any, wanted: _Wanted, revision: str | None, names: Sequence[str]) -> list[list[str]]:
+    """The files of a repository that a load needs, in the order in which they are fetched: the small ones, then one set
+    of weights. Where a download is cut short, weights are missing, which is told by themselves; the others could not
+    be missed.
+    """
     every = frozenset(names)
     subfolder = wanted.selection.subfolder
     held = [name.removeprefix(f"{subfolder}/") for name in names if not subfolder or name.startswith(f"{subfolder}/")]
@@ -249,7 +257,8 @@ def _needed(library: Any, wanted: _Wanted, revision: str | None, names: Sequence
         for name in place.names
         if name.lower().endswith(_BESIDE) and name not in _NOT_BESIDE and not is_index(name)
     ]
-    return sorted(wanted.inside(name) for name in {*weights, *beside})
+    parts = [sorted(wanted.inside(name) for name in part) for part in ({*beside} - {*weights}, {*weights})]
+    return [part for part in parts if part]
 
 
 def _of_index(wanted: _Wanted, choice: Choice, place: Place) -> tuple[str, ...]:

@@ -94,14 +94,22 @@ def _with_weights(place: Place) -> list[str]:
     ]
 
 
-def nothing(place: Place) -> SourceError | UnsupportedError:
-    """The error for a place without weights, which says what is there instead."""
-    adapters = _adapters(place)
+def refuse_unfinished(place: Place) -> None:
+    """Refuse a folder into which a checkpoint is converted, or was until that was killed: some of it may be there.
+
+    Raises:
+        SourceError: it is one.
+    """
     if place.has(".lowmem-convert/state.json"):
-        return SourceError(
+        raise SourceError(
             f"{place.text}: an unfinished conversion; run lowmem convert again with the same source and options, which "
             "goes on behind what is whole"
         )
+
+
+def nothing(place: Place) -> SourceError | UnsupportedError:
+    """The error for a place without weights, which says what is there instead."""
+    adapters = _adapters(place)
     if adapters:
         return _only_adapters(place, adapters)
     if ranks := [n for n in place.names if is_of_rank(n)]:

@@ -6,7 +6,7 @@
     OUT/.lowmem-convert/model-00002-of-00003.safetensors.partial  being written
 
 Weights get their names when all are whole, then the index, and `config.json` last: until then nothing in OUT looks
-like a model.
+like a model. The result is finished when `state.json` goes; whoever reads OUT before is told that it is not.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class ConversionFolder:
         self.out = plan.folder
         self.hidden = plan.folder / HIDDEN
         self._made = False
+        self._lock: int | None = None
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -92,12 +93,27 @@ class ConversionFolder:
         held = OpenFiles()
         try:
             try:
-                hold(held, self.out)
+                self._lock = held[-1] if hold(held, self.out) else None
             except BlockingIOError:
                 raise OutputError(f"{self.out}: another conversion is writing there; wait for it, or end it") from None
             yield
         finally:
             undisturbed(functools.partial(release, held))
+
+    def check_place(self) -> None:
+        """What has our folder's name now may be another's, where ours was removed: nothing of it is touched.
+
+        Raises:
+            OutputError: it was.
+        """
+        if not self._is_ours():
+            raise OutputError(f"{self.out}: was removed while it was written; run the conversion again")
+
+    def _is_ours(self) -> bool:
+        try:
+            return self._lock is None or os.path.samestat(os.fstat(self._lock), self.out.stat())
+        except OSError:
+            return False
 
     def _take_up(self) -> None:
         names = {entry.name for entry in self.out.iterdir()}
@@ -106,6 +122,8 @@ class ConversionFolder:
         # Before there is a state, nothing of a conversion has its name.
         others = sorted(names - ours if state else names - {HIDDEN})
         if not state and {file.name for file in self._plan.files} <= names:
+            # Of a run that was killed behind its last step.
+            self._empty()
             raise OutputError(
                 f"{self.out}: holds a finished checkpoint already; lowmem check looks whether it is whole; "
                 "give another folder, or remove this one"
@@ -168,6 +186,8 @@ class ConversionFolder:
             OSError: the folder cannot be written.
         """
         mtime_ns = os.fstat(shard.fd).st_mtime_ns
+        if not os.path.samestat(os.fstat(shard.fd), shard.path.stat()):
+            raise OutputError(f"{shard.path}: was replaced while it was written; run the conversion again")
         shard.close()
         shard.path.replace(self.hidden / shard.file.name)
         pieces = [piece[:3] for piece in sorted(shard.pieces)]
@@ -184,9 +204,10 @@ class ConversionFolder:
         """All weights are whole: give everything its name.
 
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written, or was removed meanwhile.
         """
         with self._writing():
+            self.check_place()
             self._publish()
 
     def _publish(self) -> None:
@@ -196,16 +217,17 @@ class ConversionFolder:
         for name, text in self._last.items():
             self._write(name, text)
         beside = [path.name for path in self._beside]
-        for name in (*beside, *(file.name for file in self._plan.files), *self._last):
-            # An earlier run may have come so far.
-            with contextlib.suppress(FileNotFoundError):
-                (self.hidden / name).replace(self.out / name)
-        _sync_folder(self.out)
-        for path in self.hidden.iterdir():
-            if path.name != _STATE:
-                path.unlink()
+        for names in ((*beside, *(file.name for file in self._plan.files)), self._last):
+            for name in names:
+                # An earlier run may have come so far.
+                with contextlib.suppress(FileNotFoundError):
+                    (self.hidden / name).replace(self.out / name)
+            _sync_folder(self.out)
+        # Where the folder above may be written and not be read, its own entry is left to the kernel.
+        with contextlib.suppress(PermissionError):
+            _sync_folder(self.out.parent)
         (self.hidden / _STATE).unlink()
-        self.hidden.rmdir()
+        self._empty()
 
     def _write(self, name: str, text: bytes) -> None:
         with self._draft(name) as draft:
@@ -220,14 +242,24 @@ class ConversionFolder:
         draft.replace(self.hidden / name)
 
     def _clean(self) -> None:
-        """Without a whole file there is nothing to go on with."""
-        if not self.hidden.is_dir() or any(self.hidden.glob("*.safetensors.json")):
+        """What is whole stays, to go on with; without that there is nothing."""
+        if not self._is_ours() or not self.hidden.is_dir():
+            return
+        if any(self.hidden.glob("*.safetensors.json")):
+            for path in self.hidden.glob("*.partial"):
+                path.unlink(missing_ok=True)
+            return
+        self._empty()
+        if self._made and not any(self.out.iterdir()):
+            self.out.rmdir()
+
+    def _empty(self) -> None:
+        """Remove the hidden folder, if it is there."""
+        if not self.hidden.is_dir():
             return
         for path in self.hidden.iterdir():
             path.unlink()
         self.hidden.rmdir()
-        if self._made and not any(self.out.iterdir()):
-            self.out.rmdir()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -26,14 +26,18 @@ def hold(held: list[int], folder: Path, wait: bool = False) -> bool:
     """
     if sys.platform == "win32":
         return False
-    open_into(held, folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(held[-1], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
+    while True:
+        open_into(held, folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(held[-1], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            return False
+        # Whoever held it may have removed it, and another made it anew: that one is not locked by this.
+        if os.path.samestat(os.fstat(held[-1]), folder.stat()):
+            return True
+        os.close(held.pop())
 
 
 def release(held: list[int]) -> None:

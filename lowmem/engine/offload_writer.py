@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from ..planner.moves import Placement
 from ..planner.offload import INDEX, boot_id, index_of, is_finished
 from ..planner.records import OffloadPlan
 from ..sizes import format_size
-from .cleanup import OpenFiles, close_all, open_into
+from .cleanup import OpenFiles, close_all, open_into, undisturbed
 from .destinations import FileDestination, write_at
 from .locks import alone_in, hold, is_abandoned, release
 
@@ -150,6 +151,7 @@ def settle(plan: OffloadPlan) -> None:
     """
     if not is_finished(plan):
         raise OffloadError(f"{plan.folder}: was removed or changed since it was planned; load again, to write it anew")
+    _tidy(plan.folder.parent)
     index = plan.folder / INDEX
     try:
         table = json.loads(read_small(index))
@@ -157,6 +159,9 @@ def settle(plan: OffloadPlan) -> None:
             return
         for file in plan.files:
             sync(plan.folder / file.name)
+        # Of a killed load; to a live one that is at it as well this one's does as well.
+        for left in plan.folder.glob(f".{INDEX}-*.tmp"):
+            left.unlink(missing_ok=True)
         mended = plan.folder / f".{INDEX}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
             mended.write_text(json.dumps({**table, "boot": None}, indent=1), encoding="utf-8")
@@ -177,6 +182,20 @@ def sync(path: Path) -> None:
         os.fsync(fds[0])
     finally:
         close_all(fds)
+
+
+def _tidy(root: Path) -> None:
+    """As `_sweep`, unless someone else is busy there."""
+    if not any(_TEMPORARY.fullmatch(folder.name) for folder in root.glob(".*.tmp")):
+        return
+    held = OpenFiles()
+    try:
+        hold(held, root)
+        _sweep(root)
+    except OSError:
+        return
+    finally:
+        undisturbed(functools.partial(release, held))
 
 
 def _sweep(root: Path) -> None:

@@ -4,6 +4,7 @@ and reads them back.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import mmap
 import os
@@ -59,7 +60,6 @@ class ShardFile:
             OutputError: the disk is full, or the folder cannot be written.
         """
         try:
-            self.path.unlink(missing_ok=True)
             self._opened = io.FileIO(self.path, "x+")
             reserve(self._opened.fileno(), self.file.size)
             self.write(memoryview(self.file.head), 0, "")
@@ -95,9 +95,13 @@ class ShardFile:
             self._opened.close()
 
     def discard(self) -> None:
-        """Close and remove it; a second call does nothing."""
+        """Close and remove it; a second call does nothing, and what another run has made in its place stays."""
+        if self._opened is None or self._opened.closed:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self.fd), self.path.stat()):
+                self.path.unlink()
         self.close()
-        self.path.unlink(missing_ok=True)
 
 
 class ShardDestination(FileDestination):
