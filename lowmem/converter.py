@@ -7,12 +7,14 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ._collector import paused_collector
 from .checkpoint import Checkpoint, make_wish, survey
-from .converting_int8 import KEEP, Declared, declare, find_change, read_table
+from .checkpoint.there import is_file_at, looking_at, table_at
+from .converting_int8 import KEEP, Declared, declare, find_change
 from .dtypes import parse_dtype
 from .engine import undisturbed
 from .engine.conversion_folder import ConversionFolder
@@ -281,13 +283,15 @@ class _Meter:
 def _beside(checkpoint: Checkpoint) -> list[Path]:
     """The small files that belong to the model; its own Python files only where its config names them."""
     patterns = [*_BESIDE, *(["*.py"] if _has_code(checkpoint) else [])]
-    found = {path for pattern in patterns for path in checkpoint.folder.glob(pattern) if path.is_file()}
-    return sorted(found)
+    with looking_at(checkpoint.folder):
+        names = sorted(entry.name for entry in checkpoint.folder.iterdir())
+    wanted = (name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+    return [path for name in wanted if is_file_at(path := checkpoint.folder / name)]
 
 
 def _has_code(checkpoint: Checkpoint) -> bool:
     return checkpoint.config is not None and any(
-        "auto_map" in read_table(path) for path in (checkpoint.config, checkpoint.folder / "tokenizer_config.json")
+        "auto_map" in table_at(path) for path in (checkpoint.config, checkpoint.folder / "tokenizer_config.json")
     )
 
 
@@ -299,8 +303,9 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict
         # As save_pretrained of transformers writes it (modeling_utils.py).
         last[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     if checkpoint.config is not None:
-        text = checkpoint.config.read_bytes()
-        table = read_table(checkpoint.config)
+        with looking_at(checkpoint.config):
+            text = checkpoint.config.read_bytes()
+        table = table_at(checkpoint.config)
         stated = [name for name in ("dtype", "torch_dtype") if isinstance(table.get(name), str)]
         wrong = plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated)
         if wrong or "transformers_weights" in table or declared != KEEP:

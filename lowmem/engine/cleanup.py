@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..sizes import MIB
@@ -35,6 +35,13 @@ def open_into(fds: list[int], path: Path, flags: int, mode: int = 0o777) -> None
     call is raised before the assignment, and nobody knows the open file any more.
     """
     fds.extend(map(os.open, (path,), (flags,), (mode,)))
+
+
+def close_read(*fds: int) -> None:
+    """Close files that were only read, or locks: they are gone whatever close(2) says, and nothing is lost."""
+    for fd in fds:
+        with suppress(OSError):
+            os.close(fd)
 
 
 def let_go(error: BaseException | None) -> None:

@@ -25,7 +25,7 @@ from ..errors import OutputError
 from ..planner.convert import FORMAT, ConvertPlan
 from ..planner.records import OffloadFile
 from ..sizes import format_size
-from .cleanup import undisturbed
+from .cleanup import close_read, undisturbed
 from .locks import hold
 from .offload_writer import sync
 from .read_back import Piece, find_difference
@@ -50,7 +50,7 @@ class ConversionFolder:
         self._last = last
         self.out = plan.folder
         self.hidden = plan.folder / HIDDEN
-        self._made = False
+        self._made = self._published = False
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -93,7 +93,7 @@ class ConversionFolder:
             except BlockingIOError:
                 raise OutputError(f"{self.out}: another conversion is writing there; wait for it, or end it") from None
             if lock is not None:
-                held.callback(os.close, lock)
+                held.callback(close_read, lock)
             yield
 
     def _take_up(self) -> None:
@@ -140,11 +140,11 @@ class ConversionFolder:
 
     def is_whole(self, file: OffloadFile, *, verify: bool) -> bool:
         """Whether an earlier run has finished this file: its record, size, header and, with `verify`, every byte."""
-        record = _read_json(self.hidden / f"{file.name}.json")
         path = self.hidden / file.name
-        if not path.exists():
-            path = self.out / file.name
         try:
+            if not path.exists():
+                path = self.out / file.name
+            record = _read_json(self.hidden / f"{file.name}.json")
             if record["fingerprint"] != self._plan.fingerprint:
                 return False
             pieces = [Piece(offset, nbytes, found, "") for offset, nbytes, found in record["pieces"]]
@@ -198,11 +198,14 @@ class ConversionFolder:
             with contextlib.suppress(FileNotFoundError):
                 (self.hidden / name).replace(self.out / name)
         _sync_folder(self.out)
-        for path in self.hidden.iterdir():
-            if path.name != _STATE:
-                path.unlink()
-        (self.hidden / _STATE).unlink()
-        self.hidden.rmdir()
+        self._published = True
+        # All is whole: what cannot be removed is in nobody's way.
+        with contextlib.suppress(OSError):
+            for path in self.hidden.iterdir():
+                if path.name != _STATE:
+                    path.unlink()
+            (self.hidden / _STATE).unlink()
+            self.hidden.rmdir()
 
     def _write(self, name: str, text: bytes) -> None:
         with self._draft(name) as draft:
@@ -218,9 +221,13 @@ class ConversionFolder:
 
     def _clean(self) -> None:
         """Without a whole file there is nothing to go on with."""
-        if not self.hidden.is_dir() or any(self.hidden.glob("*.safetensors.json")):
+        if self._published or not self.hidden.exists():
             return
-        for path in self.hidden.iterdir():
+        # Path.glob passes over what cannot be listed, and whole files would be removed.
+        inside = list(self.hidden.iterdir())
+        if any(path.name.endswith(".safetensors.json") for path in inside):
+            return
+        for path in inside:
             path.unlink()
         self.hidden.rmdir()
         if self._made and not any(self.out.iterdir()):
@@ -228,9 +235,10 @@ class ConversionFolder:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is none, or a damaged one. That it cannot be read is an error."""
     try:
         table = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return table if isinstance(table, dict) else {}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .cleanup import open_into
+from .cleanup import close_read, open_into
 
 if sys.platform != "win32":
     import fcntl
@@ -28,8 +28,7 @@ def hold(folder: Path, wait: bool = False) -> int | None:
         open_into(fds, folder, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(fds[0], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BaseException as error:
-        for fd in fds:
-            os.close(fd)
+        close_read(*fds)
         if fds and isinstance(error, OSError) and not isinstance(error, BlockingIOError):
             return None
         raise
@@ -44,7 +43,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         if fd is not None:
-            os.close(fd)
+            close_read(fd)
 
 
 def is_abandoned(folder: Path) -> bool:
@@ -55,5 +54,5 @@ def is_abandoned(folder: Path) -> bool:
         return False
     if fd is None:
         return False
-    os.close(fd)
+    close_read(fd)
     return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
 import platform
 import sys
 
@@ -12,6 +11,7 @@ import torch
 
 from ..checkpoint import Shard, TensorEntry
 from ..errors import CheckpointError
+from .cleanup import close_read
 from .reading import open_shard
 
 # Python 3.10 does not export MAP_NORESERVE; this is its value on the common Linux machines.
@@ -48,7 +48,7 @@ def map_shard(shard: Shard) -> mmap.mmap:
             "instead"
         ) from error
     finally:
-        os.close(fd)
+        close_read(fd)
     return pages
 
 

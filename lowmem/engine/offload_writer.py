@@ -16,10 +16,10 @@ import torch
 from .._mounts import is_on_local_disk
 from ..errors import OffloadError
 from ..planner.moves import Placement
-from ..planner.offload import INDEX, boot_id, index_of, is_finished
+from ..planner.offload import INDEX, boot_id, index_of, is_finished, why_unfinished
 from ..planner.records import OffloadPlan
 from ..sizes import format_size
-from .cleanup import open_into
+from .cleanup import close_read, open_into
 from .destinations import FileDestination, write_at
 from .locks import alone_in, hold, is_abandoned
 
@@ -129,13 +129,15 @@ class OffloadWriter:
 
     def abandon(self) -> None:
         """Remove everything; a second call does nothing."""
-        self._close()
+        while self._fds:
+            close_read(self._fds.pop())
         shutil.rmtree(self._folder, ignore_errors=True)
         if self._lock is not None:
             lock, self._lock = self._lock, None
-            os.close(lock)
+            close_read(lock)
 
     def _close(self) -> None:
+        """What close(2) says is believed here: on a network it may be the first to say that the disk is full."""
         while self._fds:
             os.close(self._fds.pop())
 
@@ -148,8 +150,11 @@ def settle(plan: OffloadPlan) -> None:
     Raises:
         OffloadError: it is not as it was planned any more, or the disk lost some of it.
     """
-    if not is_finished(plan):
-        raise OffloadError(f"{plan.folder}: was removed or changed since it was planned; load again, to write it anew")
+    why = why_unfinished(plan)
+    if why is not None:
+        raise OffloadError(
+            f"{plan.folder}: was removed or changed since it was planned ({why}); load again, to write it anew"
+        )
     index = plan.folder / INDEX
     try:
         table = json.loads(index.read_text(encoding="utf-8"))
@@ -176,8 +181,7 @@ def sync(path: Path) -> None:
         open_into(fds, path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         os.fsync(fds[0])
     finally:
-        for fd in fds:
-            os.close(fd)
+        close_read(*fds)
 
 
 def _sweep(root: Path) -> None:
