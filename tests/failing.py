@@ -346,8 +346,26 @@ class Trial:
         _clear(self.root / "out")
         return Counter(said.kinds)
 
-    def check(self, fault: Fault, result: Sweep, *, must_work: bool = False, told: bool = True) -> None:
-        """Run it once with a fault, and look at what it left."""
+    def check(
+        self,
+        fault: Fault,
+        result: Sweep,
+        *,
+        must_work: bool = False,
+        told: bool = True,
+        label: str = "",
+        restore: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run it once with a fault, and look at what it left.
+
+        Args:
+            fault: what goes wrong.
+            result: takes the outcome.
+            must_work: whether an error is a problem.
+            told: whether an error must say what the system said, and of which file.
+            label: names the fault besides.
+            restore: undoes what the fault did to the inputs.
+        """
         gc.collect()
         before = _census()
         error: BaseException | None = None
@@ -358,7 +376,9 @@ class Trial:
             except BaseException as caught:
                 error = caught
         where = f"{self.name}: {'/'.join(fault.calls)} {fault.at} of {said.counted} {fault.action}"
+        where += f" {label}"
         where += f" {errno.errorcode[fault.error]}" if fault.action == "fail" else ""
+        restore()
         if not said.fired:
             _clear(self.root / "out")
             return
@@ -378,7 +398,7 @@ class Trial:
                 problems.append(f"no reason in: {error}")
             if told and str(self.root) not in str(error):
                 problems.append(f"no file in: {error}")
-        else:
+        elif not (fault.error == errno.ENOMEM and isinstance(error, MemoryError)):
             frames = traceback.extract_tb(error.__traceback__)
             at = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames if "lowmem" in f.filename][-2:]
             problems.append(f"{type(error).__name__}: {error} at {' > '.join(at)}")
@@ -466,3 +486,78 @@ def fresh_sweep(function: str, root: str, *args: Any) -> Sweep:
     prepare(Path(root))
     made: Sweep = globals()[function](root, *args)
     return made
+
+
+def sweep_memory(root: str, names: Iterable[str], least: int, most: int) -> Sweep:
+    """Every allocation of at least `least` bytes fails, or `most` of them."""
+    total = Sweep()
+    for name in names:
+        trial = Trial(name, Path(root))
+        gc.collect()
+        gc.freeze()
+        fault = Fault(["allocate"], larger=least)
+        for at in spread(trial.count(fault)["allocate"], most):
+            trial.check(replace(fault, at=at, error=errno.ENOMEM), total, told=False)
+    return total
+
+
+def _truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 3)
+
+
+def _grow(file: Path) -> None:
+    with file.open("ab") as f:
+        f.write(b"more")
+
+
+def _overwrite(file: Path) -> None:
+    """Other values, in place, of the same size."""
+    size = file.stat().st_size
+    with file.open("r+b") as f:
+        f.seek(size // 2)
+        f.write(bytes(size - size // 2))
+
+
+def _replace(file: Path) -> None:
+    """Another file of the same name and size."""
+    other = file.with_name(f".{file.name}.new")
+    other.write_bytes(
+        file.read_bytes()[: file.stat().st_size // 2] + bytes(file.stat().st_size - file.stat().st_size // 2)
+    )
+    other.replace(file)
+
+
+def _remove(file: Path) -> None:
+    file.unlink(missing_ok=True)
+
+
+CHANGES = {"truncated": _truncate, "grown": _grow, "overwritten": _overwrite, "replaced": _replace, "removed": _remove}
+
+
+def sweep_changes(root: str, names: Iterable[str], file: str, changes: Iterable[str], most: int) -> Sweep:
+    """At every call that a load makes below its inputs, or `most` of them, a file of the checkpoint changes."""
+    total, folder = Sweep(), Path(root) / "in"
+    kept = Path(root).with_name(f"{Path(root).name}-kept")
+    # As old as files are: a change within one tick of the clock cannot be told by its time.
+    for path in folder.rglob("*"):
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+    shutil.copytree(folder, kept)
+    for name in names:
+        trial = Trial(name, Path(root))
+        gc.collect()
+        gc.freeze()
+        fault = Fault(["open", "read", "map", "stat"], [folder], action="call back")
+        calls = sum(trial.count(fault).values())
+        for change in changes:
+            for at in spread(calls, most):
+
+                def back(change: str = change) -> None:
+                    CHANGES[change](folder / file)
+
+                def restore() -> None:
+                    shutil.rmtree(folder)
+                    shutil.copytree(kept, folder)
+
+                trial.check(replace(fault, at=at, back=back), total, told=False, label=change, restore=restore)
+    shutil.rmtree(kept)
+    return total
