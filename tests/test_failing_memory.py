@@ -28,14 +28,8 @@ _NAMES = [
 def test_any_large_allocation_may_be_refused(tmp_path: Path) -> None:
     names = _NAMES if _ALL else ["cast", "packed", "filter", "convert"]
     least, most = (1 << 12, 10**6) if _ALL else (1 << 16, 8)
-    made: Any = under_shim(
-        failing.fresh_sweep,
-        "sweep_memory",
-        str(tmp_path / "root"),
-        names,
-        1 << (12 if _ALL else 16),
-        10**6 if _ALL else 12,
-    )
+    root = str(tmp_path / "root")
+    made: Any = under_shim(failing.fresh_sweep, "sweep_memory", root, names, least, most, timeout=3000)
     assert made.refused
     assert not made.problems, "\n".join(made.problems[:20])
 

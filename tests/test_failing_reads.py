@@ -23,10 +23,7 @@ def _try(function: str, root: Path, *args: Any) -> failing.Sweep:
     return made
 
 
-@pytest.mark.parametrize(
-    "names",
-    [[n] for n in failing.WAYS] if _ALL else [["inspect a zip", "mapped", "cast"], ["packed", "stream", "check"]],
-)
+@pytest.mark.parametrize("names", [[n] for n in failing.WAYS] if _ALL else [["inspect a zip", "mapped", "stream"]])
 def test_a_call_that_fails_is_an_error_that_says_why(tmp_path: Path, names: list[str]) -> None:
     kinds = failing.READING if _ALL else [(kind, errors[:1]) for kind, errors in failing.READING]
     made = _try("sweep", tmp_path, names, kinds, _MOST)

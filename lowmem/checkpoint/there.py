@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import SourceError
 
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 # What may not be read is no failure of the machine: a config that is not ours to read says nothing.
 _CLOSED = (*_ABSENT, errno.EACCES, errno.EPERM, errno.EISDIR)
 
