@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ._drafts import new_content
 from ._files import LONGEST_NAME, read_small
 from .checkpoint import Checkpoint, survey
 from .checkpoint.survey import find
+from .checkpoint.there import is_file_at, is_folder_at, looking_at
 from .engine.hashing import hash_all
 from .errors import CheckpointError, OptionError, UnsupportedError
 from .planner import ProgressCallback
@@ -132,9 +134,7 @@ def check(
     listed = None if manifest is None else parse_folder(manifest, "manifest", "file")
     target = None if write_manifest is None else parse_folder(write_manifest, "write_manifest", "file")
     if target is not None:
-        # A link stays a link.
-        target = target.resolve() if target.is_symlink() else target
-        _check_target(target)
+        target = _check_target(target)
     problems: list[Problem | str] = []
     checkpoint = None
     place = find(source, variant=variant, subfolder=subfolder, revision=revision, download=download)
@@ -176,13 +176,28 @@ def check(
 
 def _files(path: Path, checkpoint: Checkpoint | None, without: list[Path]) -> tuple[Path, list[Path]]:
     """The folder, and the files that a check is about: of a folder all that are not hidden."""
-    if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path)) and file.is_file()]
-        return path, [file for file in found if file not in without]
+    if is_folder_at(path):
+        found = [file for file in sorted(_inside_of(path)) if not _is_hidden(file.relative_to(path))]
+        return path, [file for file in found if file not in without and is_file_at(file)]
     if checkpoint is None:
         return path.parent, [path]
     beside = [path, *(shard.file.absolute() for shard in checkpoint.shards)]
     return path.parent, list(dict.fromkeys(beside))
+
+
+def _inside_of(folder: Path) -> Iterator[Path]:
+    """All that is below a folder, but for what links lead to. Path.rglob passes over what cannot be listed.
+
+    Raises:
+        SourceError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    with looking_at(folder):
+        for inside, folders, files in os.walk(folder, onerror=refuse):
+            yield from (Path(inside, name) for name in (*folders, *files))
 
 
 def _is_hidden(path: Path) -> bool:
@@ -194,9 +209,10 @@ def _hub_hashes(files: Iterable[Path]) -> Iterator[_Hash]:
     named by the server's etag: the SHA-256 of what git LFS keeps, and git's own name of everything else.
     """
     for file in files:
-        if not file.is_symlink():
-            continue
-        blob = file.resolve()
+        with looking_at(file):
+            if not stat.S_ISLNK(file.lstat().st_mode):
+                continue
+            blob = file.resolve()
         if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
             continue
         yield _Hash(file, "sha256" if len(blob.name) == 64 else "blob", blob.name, "the name of its blob")
@@ -261,18 +277,20 @@ def _inside(manifest: Path, number: int, name: str) -> str:
     return pure.as_posix()
 
 
-def _check_target(target: Path) -> None:
-    """Refuse to write a manifest over something else.
+def _check_target(target: Path) -> Path:
+    """Where a manifest is written; a link stays a link. It is refused over something else.
 
     Raises:
         OptionError: the file there is no manifest.
     """
     try:
+        target = target.resolve() if target.is_symlink() else target
         if not target.exists():
-            return
+            return target
         if not target.is_file():
             raise OptionError(f"write_manifest: {target}: expected a file, found another kind; give another path")
         _read_manifest(target)
+        return target
     except OSError as error:
         raise OptionError(f"write_manifest: {target}: cannot be written: {error.strerror or error}") from error
     except CheckpointError as error:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from ._collector import paused_collector
 from ._files import read_small
 from .checkpoint import Checkpoint, make_wish, survey
 from .checkpoint.index import led_outside
-from .converting_int8 import KEEP, Declared, declare, find_change, read_table
+from .checkpoint.there import is_file_at, looking_at, table_at
+from .converting_int8 import KEEP, Declared, declare, find_change
 from .dtypes import parse_dtype
 from .engine import undisturbed
 from .engine.conversion_folder import ConversionFolder
 from .engine.shard_writer import Sealer, ShardFile, write_shard
-from .errors import CheckpointError, ModelError, OptionError
+from .errors import CheckpointError, OptionError
 from .planner import Progress, ProgressCallback
 from .planner.convert import INDEX, ConvertPlan, ConvertRequest, make_convert_plan
 from .planner.request import (
@@ -284,7 +286,10 @@ class _Meter:
 def _beside(checkpoint: Checkpoint) -> list[Path]:
     """The small files that belong to the model; its own Python files only where its config names them."""
     patterns = [*_BESIDE, *(["*.py"] if _has_code(checkpoint) else [])]
-    found = sorted({path for pattern in patterns for path in checkpoint.folder.glob(pattern) if path.is_file()})
+    with looking_at(checkpoint.folder):
+        names = sorted(entry.name for entry in checkpoint.folder.iterdir())
+    wanted = (name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+    found = [path for name in wanted if is_file_at(path := checkpoint.folder / name)]
     for path in (*found, *((checkpoint.config,) if checkpoint.config is not None else ())):
         # Else a link that came with the weights would put a file of the user's into what he may publish.
         if (led := led_outside(checkpoint.folder, path)) is not None:
@@ -297,17 +302,8 @@ def _beside(checkpoint: Checkpoint) -> list[Path]:
 
 def _has_code(checkpoint: Checkpoint) -> bool:
     return checkpoint.config is not None and any(
-        "auto_map" in read_table(path) for path in (checkpoint.config, checkpoint.folder / "tokenizer_config.json")
+        "auto_map" in table_at(path) for path in (checkpoint.config, checkpoint.folder / "tokenizer_config.json")
     )
-
-
-def _bytes_of(config: Path) -> bytes:
-    try:
-        return read_small(config)
-    except OSError as error:
-        raise ModelError(
-            f"{config}: cannot be read: {error.strerror or error}; bring the model's own config.json"
-        ) from error
 
 
 def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict[str, bytes]:
@@ -318,8 +314,9 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict
         # As save_pretrained of transformers writes it (modeling_utils.py).
         last[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     if checkpoint.config is not None:
-        text = _bytes_of(checkpoint.config)
-        table = read_table(checkpoint.config)
+        with looking_at(checkpoint.config):
+            text = read_small(checkpoint.config)
+        table = table_at(checkpoint.config)
         stated = [name for name in ("dtype", "torch_dtype") if isinstance(table.get(name), str)]
         wrong = plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated)
         if wrong or "transformers_weights" in table or declared != KEEP:

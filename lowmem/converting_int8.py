@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from ._files import check_weight, read_small
 from .checkpoint import Checkpoint
 from .checkpoint.int8 import is_int8_weight, scales_of
+from .checkpoint.there import table_at
 from .dtypes import CASTABLE, is_floating
 from .errors import LowmemError, ModelError, UnsupportedError
 from .mapping import KeyMapping, choose_layers, match
@@ -73,7 +71,7 @@ def _to_floats(checkpoint: Checkpoint, request: ConvertRequest, trust_remote_cod
         )
     dtype = request.dtype
     if dtype == "auto":
-        table = {} if checkpoint.config is None else read_table(checkpoint.config)
+        table = {} if checkpoint.config is None else table_at(checkpoint.config)
         named = table.get("dtype") or table.get("torch_dtype")
         scales = {scales_of(checkpoint, entry.key) for entry in int8}
         floats = (e.dtype for e in checkpoint.values() if is_floating(e.dtype) and e not in scales)
@@ -172,14 +170,3 @@ def _remove(table: dict[str, Any]) -> None:
     for value in table.values():
         if isinstance(value, dict):
             _remove(value)
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """What a JSON file says, if it is an object; empty otherwise."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        raw = read_small(path)
-        check_weight(raw)
-        table = json.loads(raw)
-        if isinstance(table, dict):
-            return table
-    return {}

@@ -23,6 +23,7 @@ from ._files import read_small
 from .checkpoint import make_wish, survey
 from .checkpoint.file_names import canonical_index, canonical_name
 from .checkpoint.int8 import is_int8_weight
+from .checkpoint.there import is_file_at, is_folder_at
 from .errors import KeysError, LowmemError, ModelError, OptionError, SourceError, UnsupportedError
 from .loader import LoadResult, load
 from .modeling.hf_conversions import reported
@@ -238,7 +239,7 @@ def _source(path: str | os.PathLike[str], given: dict[str, Any], options: dict[s
     revision, safetensors = given.pop("revision", None), given.pop("use_safetensors", None)
     chosen = {"variant": given.pop("variant", None), "subfolder": given.pop("subfolder", None) or None}
     if safetensors is not None:
-        if local is None or not local.is_dir():
+        if local is None or not is_folder_at(local):
             raise UnsupportedError(
                 f"use_safetensors: lowmem takes {shown(safetensors)} for a local folder only, found {shown(path)}; "
                 "leave it out, safetensors go first, or give the path of the file"
@@ -268,7 +269,7 @@ def _file_in(folder: Path, variant: str | None, safetensors: bool) -> Path:
     """
     pickled = not flag(safetensors, "use_safetensors")
     names = [canonical_name(pickled, variant), canonical_index(pickled, variant)]
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    found = next((folder / name for name in names if is_file_at(folder / name)), None)
     if found is None:
         raise SourceError(f"{folder}: expected {' or '.join(names)}, found neither; leave use_safetensors= out")
     return found

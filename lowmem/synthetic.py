@@ -24,7 +24,7 @@ from typing import Any
 
 from .checkpoint.safetensors import layout
 from .dtypes import SAFETENSORS_NAMES, is_floating, itemsize, parse_dtype
-from .errors import ModelError, OptionError
+from .errors import ModelError, OptionError, OutputError
 from .sizes import MIB, format_size
 
 # Bytes of random numbers that are generated once and then written again and again, each time from another offset.
@@ -101,7 +101,7 @@ def write_checkpoint(
 
     Raises:
         OptionError: the recipe, the limit or the folder is not usable, or the disk has too little space left.
-        OSError: writing failed.
+        OutputError: writing failed.
     """
     return _write(recipe, Path(folder), max_shard_size, lambda: _Data(recipe, seed), progress)
 
@@ -123,7 +123,7 @@ def write_headers(recipe: Recipe, folder: str | Path, *, max_shard_size: int) ->
 
     Raises:
         OptionError: the recipe, the limit or the folder is not usable.
-        OSError: writing failed, or the file system has no files of such a size.
+        OutputError: writing failed, or the file system has no files of such a size.
     """
     return _write(recipe, Path(folder), max_shard_size, None, None)
 
@@ -148,8 +148,13 @@ def _write(
         if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": recipe.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             _write_json(folder, _INDEX, index, made)
-    except BaseException:
+    except BaseException as error:
         _undo(made)
+        if isinstance(error, OSError):
+            raise OutputError(
+                f"{error.filename or folder}: cannot be written: {error.strerror or error}; make room, or choose a "
+                "folder on another disk"
+            ) from error
         raise
     return folder
 

@@ -136,8 +136,9 @@ def exceptions(of: type[LowmemError] = LowmemError, depth: int = 0) -> list[tupl
 
 def told(error: type[LowmemError]) -> tuple[str, list[str], str]:
     """What a class says of itself: meaning, attributes, remedy."""
-    meaning, *parts = (inspect.getdoc(error) or "").split("\n\n")
-    sections = {part.split(":", 1)[0]: part.split(":", 1)[1] for part in parts}
+    parts = (inspect.getdoc(error) or "").split("\n\n")
+    sections = dict(part.split(":", 1) for part in parts if part.startswith(("Attributes:", "Remedy:")))
+    meaning = " ".join(part for part in parts if not part.startswith(("Attributes:", "Remedy:")))
     attributes = [line.strip() for line in sections.get("Attributes", "").strip().splitlines()]
     return " ".join(meaning.split()), attributes, " ".join(sections["Remedy"].split())
 

@@ -13,6 +13,7 @@ from typing import Any
 from .._files import TooHeavyError, read_small
 from ..errors import CheckpointError
 from .file_names import is_weights
+from .location import names_in
 from .records import TensorEntry, stored_bytes
 from .safetensors import check_name, decode_json, short
 from .source import Source
@@ -106,16 +107,22 @@ def _inside(index: Path, folder: Path, name: str, key: str, roots: Callable[[], 
         raise CheckpointError(
             f"{index}: tensor {key!r}: expected a file inside {folder}, found {short(name)}; bring the matching index"
         )
-    if not os.path.lexists(file):
+    try:
+        file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{index}: tensor {key!r}: expected in {short(name)}, which is missing in {folder}; download it again"
-        )
+        ) from None
+    except OSError as error:
+        raise _unfollowed(file, key, error) from error
     try:
         (root, blobs), real = roots(), file.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
+    except (FileNotFoundError, NotADirectoryError, RuntimeError) as error:
         raise CheckpointError(
             f"{file}: tensor {key!r}: expected a file, found a link that leads nowhere; download it again"
         ) from error
+    except OSError as error:
+        raise _unfollowed(file, key, error) from error
     if not real.is_relative_to(root) and not (blobs and real.is_relative_to(blobs)):
         raise CheckpointError(
             f"{file}: tensor {key!r}: expected a file inside {folder}, found a link to {real}; "
@@ -130,6 +137,12 @@ def led_outside(folder: Path, file: Path) -> Path | None:
     real = Path(os.path.realpath(file))
     inside = real.is_relative_to(root) or (blobs is not None and real.is_relative_to(blobs))
     return None if inside else real
+
+
+def _unfollowed(file: Path, key: str, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: tensor {key!r}: cannot be followed: {error.strerror or error}; check the path and its permissions"
+    )
 
 
 def _roots(folder: Path) -> tuple[Path, Path | None]:
@@ -184,9 +197,9 @@ def oddities(found: Source, listing: Listing, entries: Mapping[str, TensorEntry]
         if claimed != held:
             odd.append(f"the index claims {short(claimed)} bytes, the shards hold {held}; the shards were believed")
     named = {file.name for file in listing.files.values()}
-    stray = sorted(
-        file.name for file in found.folder.iterdir() if is_weights(file.name, found.pickled) and file.name not in named
-    )
+    # What cannot be listed has nothing that could be told of.
+    names = names_in(found.folder)
+    stray = [name for name in names if is_weights(name, found.pickled) and name not in named]
     if stray:
         odd.append(f"{', '.join(stray)}: beside the index, which does not name it; the index was believed")
     return odd

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._files import check_weight, read_small
 from ..errors import SourceError
 from .file_names import is_weights
+from .there import is_there, table_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +59,9 @@ def local_place(text: str, folder: Path, subfolder: str = "") -> Place:
     return Place(
         within(text, subfolder),
         files,
-        lambda: {n: _names_in(folder / n) for n in names if not n.startswith(".") and is_folder(folder / n)},
+        lambda: {n: names_in(folder / n) for n in names if not n.startswith(".") and is_folder(folder / n)},
         lambda index: shards_named(folder / index),
-        lambda name: _exists(folder / name),
+        lambda name: is_there(folder / name),
         lambda name: table_in(folder / name),
         lambda below: f"such as {folder / below}, or say subfolder={within(subfolder, below)!r} (--subfolder)",
     )
@@ -82,14 +81,12 @@ def shards_named(index: Path) -> frozenset[str] | None:
 
 
 def table_in(file: Path) -> Mapping[str, Any]:
-    """The object in a JSON file; an empty one when there is none that can be read: that is for its reader to say."""
-    try:
-        raw = read_small(file)
-        check_weight(raw)
-        table = json.loads(raw)
-        return table if isinstance(table, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
+    """The object in a JSON file; an empty one when there is none that can be read: that is for its reader to say.
+
+    Raises:
+        SourceError: the machine failed, which is no answer.
+    """
+    return table_at(file)
 
 
 def is_folder(path: Path) -> bool:
@@ -100,14 +97,8 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
-
-
-def _names_in(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, in order; nothing where it cannot be listed."""
     try:
         return sorted(entry.name for entry in folder.iterdir())
     except OSError:

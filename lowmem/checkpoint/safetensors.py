@@ -6,6 +6,7 @@ Format (https://github.com/huggingface/safetensors#format): 8 bytes little-endia
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import reprlib
@@ -57,7 +58,7 @@ def _read_header(file: Path) -> tuple[bytes, int, int]:
             raise CheckpointError(f"{file}: expected a regular file, found another kind; give the path of the weights")
         with file.open("rb", buffering=0) as f:
             info = os.fstat(f.fileno())
-            head = f.read(8) or b""
+            head = _read(f, 8)
             if len(head) < 8:
                 raise CheckpointError(
                     f"{file}: expected a safetensors header, found a file of {info.st_size} bytes; download it again"
@@ -68,17 +69,22 @@ def _read_header(file: Path) -> tuple[bytes, int, int]:
                     f"{file}: the header claims {length} bytes, the file has {info.st_size}; "
                     "it is truncated or not a safetensors file; download it again"
                 )
-            header = b""
-            while len(header) < length:
-                piece = f.read(length - len(header))
-                if not piece:
-                    raise CheckpointError(f"{file}: the header ended early; the file changed while it was read")
-                header += piece
+            header = _read(f, length)
+            if len(header) < length:
+                raise CheckpointError(f"{file}: the header ended early; the file changed while it was read")
     except OSError as error:
         raise CheckpointError(
             f"{file}: cannot be read: {error.strerror or error}; check the path and its permissions"
         ) from error
     return header, info.st_size, info.st_mtime_ns
+
+
+def _read(f: io.FileIO, n: int) -> bytes:
+    """The next `n` bytes, however often the system gives a part; less at the end of the file."""
+    data = b""
+    while len(data) < n and (piece := f.read(n - len(data))):
+        data += piece
+    return data
 
 
 def _parse_json(file: Path, header: bytes, behind: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import OptionError, SourceError
 from . import hub
 from .selection import Selection
+from .there import looking_at
 
 Scheme = Callable[[str, bool], "str | os.PathLike[str]"]
 _Follow = Callable[[str, Selection], "str | os.PathLike[str]"]
@@ -59,7 +60,8 @@ def follow(text: str, selection: Selection) -> Path | None:
     """
     found = _PREFIX.fullmatch(text)
     if found is None:
-        return hub.by_name(text, selection)
+        with looking_at(Path(text)):
+            return hub.by_name(text, selection)
     name, rest = found[1].lower(), found[2]
     if name not in _SCHEMES:
         raise SourceError(

@@ -21,9 +21,10 @@ from .file_names import (
 )
 from .folder import choose, instead_of_index
 from .instead import of_ranks, unsupported
-from .location import is_folder, local_place
+from .location import local_place
 from .schemes import follow
 from .selection import Selection
+from .there import is_file_at, is_folder_at
 
 _EXPECTED = "a folder, an index file (*.safetensors.index.json, *.bin.index.json) or a weights file"
 _ALL = Selection()
@@ -83,7 +84,7 @@ def resolve(source: str | os.PathLike[str], selection: Selection = _ALL) -> Sour
         path = None if led is None else _existing(text, os.fspath(led))
     if path is None:
         raise SourceError(f"{text or repr(text)}: no such file or folder; give {_EXPECTED}")
-    if not path.is_dir():
+    if not is_folder_at(path):
         selection.refuse_choice(text)
         return replace(_of_file(text, path), path=path)
     return _in_folder(text, path, selection)
@@ -100,7 +101,7 @@ def _existing(text: str, path: str) -> Path | None:
 
 def _in_folder(text: str, outer: Path, selection: Selection) -> Source:
     path = outer / selection.subfolder
-    if not is_folder(path):
+    if selection.subfolder and not is_folder_at(path):
         there = listed(local_place(text, outer).below()) or "none"
         raise SourceError(
             f"{text}: subfolder {selection.subfolder}: no such folder in {outer} (folders there: {there}); "
@@ -123,7 +124,7 @@ def _of_file(text: str, path: Path) -> Source:
     config, pickled, name = _config(path.parent), is_pickled(path.name), path.name
     if is_index(name):
         whole = path.parent / canonical_name(pickled, variant_of(name))
-        instead = instead_of_index(local_place(text, path.parent), name, whole.name) if whole.is_file() else None
+        instead = instead_of_index(local_place(text, path.parent), name, whole.name) if is_file_at(whole) else None
         if instead:
             return Source(text, path.parent, None, (whole,), config, (instead,), pickled)
         return Source(text, path.parent, path, (), config, (), pickled)
@@ -145,7 +146,4 @@ def _of_file(text: str, path: Path) -> Source:
 
 def _config(folder: Path) -> Path | None:
     config = folder / "config.json"
-    try:
-        return config if config.is_file() else None
-    except OSError:
-        return None
+    return config if is_file_at(config) else None

@@ -7,6 +7,7 @@ stores records without compression; other programs may pack them. The zip itself
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zipfile
@@ -174,6 +175,9 @@ def _directory(file: Path, f: BinaryIO, size: int) -> dict[str, zipfile.ZipInfo]
         with zipfile.ZipFile(guarded) as archive:
             found, end = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, EOFError) as error:
+        # zipfile takes a disk that fails for a file that is no zip; a seek to before the beginning is the file's fault.
+        if isinstance(error.__context__, OSError) and error.__context__.errno != errno.EINVAL:
+            raise error.__context__ from None
         raise CheckpointError(
             f"{file}: expected a whole zip of torch.save, found a damaged or truncated one ({error}); download it again"
         ) from error

@@ -38,14 +38,20 @@ class OpenFiles(list[int]):
     """Open files that are closed with the list at the latest, where a Ctrl-C came just before they were."""
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            close_all(self)
+        close_read(self)
 
 
 def close_all(fds: list[int]) -> None:
     """Close open files and forget them, each as one step: after a Ctrl-C those that are left are still open."""
     for _ in map(os.close, map(fds.pop, [-1] * len(fds))):
         pass
+
+
+def close_read(fds: list[int]) -> None:
+    """As `close_all`, of files that were only read, or locks: gone whatever close(2) says, and nothing is lost."""
+    while fds:
+        with contextlib.suppress(OSError):
+            close_all(fds)
 
 
 def join(thread: threading.Thread) -> None:

@@ -52,7 +52,7 @@ class ConversionFolder:
         self._last = last
         self.out = plan.folder
         self.hidden = plan.folder / HIDDEN
-        self._made = False
+        self._made = self._published = False
         self._lock: int | None = None
 
     @contextlib.contextmanager
@@ -161,11 +161,11 @@ class ConversionFolder:
 
     def is_whole(self, file: OffloadFile, *, verify: bool) -> bool:
         """Whether an earlier run has finished this file: its record, size, header and, with `verify`, every byte."""
-        record = _read_json(self.hidden / f"{file.name}.json")
         path = self.hidden / file.name
-        if not path.exists():
-            path = self.out / file.name
         try:
+            if not path.exists():
+                path = self.out / file.name
+            record = _read_json(self.hidden / f"{file.name}.json")
             if record["fingerprint"] != self._plan.fingerprint:
                 return False
             pieces = [Piece(offset, nbytes, found, "") for offset, nbytes, found in record["pieces"]]
@@ -227,7 +227,10 @@ class ConversionFolder:
         with contextlib.suppress(PermissionError):
             _sync_folder(self.out.parent)
         (self.hidden / _STATE).unlink()
-        self._empty()
+        self._published = True
+        # All is whole: what cannot be removed is in nobody's way.
+        with contextlib.suppress(OSError):
+            self._empty()
 
     def _write(self, name: str, text: bytes) -> None:
         with self._draft(name) as draft:
@@ -243,11 +246,14 @@ class ConversionFolder:
 
     def _clean(self) -> None:
         """What is whole stays, to go on with; without that there is nothing."""
-        if not self._is_ours() or not self.hidden.is_dir():
+        if self._published or not self._is_ours() or not self.hidden.is_dir():
             return
-        if any(self.hidden.glob("*.safetensors.json")):
-            for path in self.hidden.glob("*.partial"):
-                path.unlink(missing_ok=True)
+        # Path.glob passes over what cannot be listed, and whole files would be removed.
+        inside = list(self.hidden.iterdir())
+        if any(path.name.endswith(".safetensors.json") for path in inside):
+            for path in inside:
+                if path.name.endswith(".partial"):
+                    path.unlink(missing_ok=True)
             return
         self._empty()
         if self._made and not any(self.out.iterdir()):
@@ -257,17 +263,22 @@ class ConversionFolder:
         """Remove the hidden folder, if it is there."""
         if not self.hidden.is_dir():
             return
-        for path in self.hidden.iterdir():
+        # Path.glob passes over what cannot be listed, and whole files would be removed.
+        inside = list(self.hidden.iterdir())
+        if any(path.name.endswith(".safetensors.json") for path in inside):
+            return
+        for path in inside:
             path.unlink()
         self.hidden.rmdir()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is none, or a damaged one. That it cannot be read is an error."""
     try:
         raw = read_small(path)
         check_weight(raw)
         table = json.loads(raw)
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return table if isinstance(table, dict) else {}
 

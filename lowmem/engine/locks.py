@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .cleanup import OpenFiles, close_all, open_into, undisturbed
+from .cleanup import OpenFiles, close_read, open_into, undisturbed
 
 if sys.platform != "win32":
     import fcntl
@@ -37,7 +37,7 @@ def hold(held: list[int], folder: Path, wait: bool = False) -> bool:
         # Whoever held it may have removed it, and another made it anew: that one is not locked by this.
         if os.path.samestat(os.fstat(held[-1]), folder.stat()):
             return True
-        os.close(held.pop())
+        close_read([held.pop()])
 
 
 def release(held: list[int]) -> None:
@@ -49,7 +49,7 @@ def release(held: list[int]) -> None:
         for fd in held:
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_UN)
-    close_all(held)
+    close_read(held)
 
 
 @contextmanager

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
 import platform
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
 from ..checkpoint import Shard, TensorEntry
 from ..errors import CheckpointError
+from .cleanup import close_read
 from .reading import open_shard
 
 # Python 3.10 does not export MAP_NORESERVE; this is its value on the common Linux machines.
@@ -48,8 +50,37 @@ def map_shard(shard: Shard) -> mmap.mmap:
             "instead"
         ) from error
     finally:
-        os.close(fd)
+        close_read([fd])
     return pages
+
+
+def node_of(file: Path) -> tuple[int, int] | None:
+    """What names the file that a path leads to now; None where that cannot be told."""
+    try:
+        info = file.stat()
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
+
+
+def refuse_written(shards: Iterable[tuple[Shard, tuple[int, int] | None]]) -> None:
+    """For mapped shards, each with its node: a page behind a new end would be a signal when it is touched.
+
+    What was removed or replaced meanwhile is as it was, to whoever maps it.
+
+    Raises:
+        CheckpointError: one has another size or time than was planned.
+    """
+    for shard, node in shards:
+        try:
+            info = shard.file.stat()
+        except OSError:
+            continue
+        if (info.st_dev, info.st_ino) == node and (info.st_size, info.st_mtime_ns) != (shard.size, shard.mtime_ns):
+            raise CheckpointError(
+                f"{shard.file}: changed during the load (expected {shard.size} bytes and time {shard.mtime_ns} ns, "
+                f"found {info.st_size} and {info.st_mtime_ns}); wait until nothing writes to it and load again"
+            )
 
 
 def view_of(pages: mmap.mmap, entry: TensorEntry, shape: tuple[int, ...] | None = None) -> torch.Tensor:

@@ -18,10 +18,10 @@ from .._files import read_small
 from .._mounts import is_on_local_disk
 from ..errors import OffloadError
 from ..planner.moves import Placement
-from ..planner.offload import INDEX, boot_id, index_of, is_finished
+from ..planner.offload import INDEX, boot_id, index_of, is_finished, why_unfinished
 from ..planner.records import OffloadPlan
 from ..sizes import format_size
-from .cleanup import OpenFiles, close_all, open_into, undisturbed
+from .cleanup import OpenFiles, close_all, close_read, open_into, undisturbed
 from .destinations import FileDestination, write_at
 from .locks import alone_in, hold, is_abandoned, release
 
@@ -132,10 +132,10 @@ class OffloadWriter:
 
     def abandon(self) -> None:
         """Remove everything; a second call does nothing."""
-        close_all(self._fds)
+        close_read(self._fds)
         if os.getpid() != self._process:
             # A child that was forked meanwhile: the folder is its parent's, who still writes.
-            close_all(self._locks)
+            close_read(self._locks)
             return
         shutil.rmtree(self._folder, ignore_errors=True)
         release(self._locks)
@@ -149,8 +149,11 @@ def settle(plan: OffloadPlan) -> None:
     Raises:
         OffloadError: it is not as it was planned any more, or the disk lost some of it.
     """
-    if not is_finished(plan):
-        raise OffloadError(f"{plan.folder}: was removed or changed since it was planned; load again, to write it anew")
+    why = why_unfinished(plan)
+    if why is not None:
+        raise OffloadError(
+            f"{plan.folder}: was removed or changed since it was planned ({why}); load again, to write it anew"
+        )
     _tidy(plan.folder.parent)
     index = plan.folder / INDEX
     try:
@@ -181,7 +184,7 @@ def sync(path: Path) -> None:
         open_into(fds, path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         os.fsync(fds[0])
     finally:
-        close_all(fds)
+        close_read(fds)
 
 
 def _tidy(root: Path) -> None:

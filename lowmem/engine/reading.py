@@ -25,7 +25,7 @@ from ..errors import CheckpointError
 from ..mapping import Region
 from ..planner.moves import BLOCK, LEAST_DIRECT
 from ..sizes import KIB, MIB
-from .cleanup import close_all, open_into
+from .cleanup import close_read, open_into
 from .unpacking import PackedRanges
 from .ways import Way, Ways
 
@@ -57,10 +57,9 @@ class ShardReader:
 
     def __init__(self, shard: Shard, ways: Ways, *, keep_cache: bool = True, direct: bool = False) -> None:
         self.shard = shard
-        self._fd = open_shard(shard)
+        self._fd, self._device = _opened(shard)
         self._fds = [self._fd]
         self._ways = ways
-        self._device = os.fstat(self._fd).st_dev
         self._keep_cache = keep_cache
         self._direct_fd = -1
         self._can_map = True
@@ -83,12 +82,12 @@ class ShardReader:
             open_into(fds, self.shard.file, _PLAIN | os.O_DIRECT)
         except OSError:
             return  # not on this file system
-        same = os.path.sameopenfile(fds[0], self._fd)
-        if same:
-            self._direct_fd = fds[0]
-            self._fds += fds
-        else:
-            os.close(fds[0])
+        # What cannot be told to be the same is read through the page cache.
+        with contextlib.suppress(OSError):
+            if os.path.sameopenfile(fds[0], self._fd):
+                self._direct_fd = fds[0]
+                self._fds.append(fds.pop())
+        close_read(fds)
 
     def ticket(self, offset: int) -> int | None:
         """The place in the queue of a read at `offset` that must be unpacked; None for one that need not be.
@@ -357,7 +356,13 @@ class ShardReader:
 
     def is_unchanged(self) -> bool:
         """Whether the open file is still as it was planned: size and time."""
-        info = os.fstat(self._fd)
+        try:
+            info = os.fstat(self._fd)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.shard.file}: cannot be looked at behind its last read: {error.strerror or error}; "
+                f"{_remedy(error)}"
+            ) from error
         return (info.st_size, info.st_mtime_ns) == (self.shard.size, self.shard.mtime_ns)
 
     def close(self) -> None:
@@ -365,7 +370,7 @@ class ShardReader:
         if self._fds:
             # Once more for all: what the kernel read ahead, and blocks of pages that no single range covers.
             self._give_back(0, self.shard.size)
-        close_all(self._fds)
+        close_read(self._fds)
 
 
 def _span(spread: Region) -> int:
@@ -415,6 +420,11 @@ def open_shard(shard: Shard) -> int:
     Raises:
         CheckpointError: gone, or not the file that was planned (size or time differ).
     """
+    return _opened(shard)[0]
+
+
+def _opened(shard: Shard) -> tuple[int, int]:
+    """A file descriptor, and the device that the file is on; raises as `open_shard`."""
     fds: list[int] = []
     try:
         open_into(fds, shard.file, _PLAIN)
@@ -425,14 +435,13 @@ def open_shard(shard: Shard) -> int:
                 f"{shard.mtime_ns} ns, found {info.st_size} and {info.st_mtime_ns}); plan and load again"
             )
     except BaseException as error:
-        for fd in fds:
-            os.close(fd)
+        close_read(fds)
         if isinstance(error, OSError):
             raise CheckpointError(
                 f"{shard.file}: cannot be opened: {error.strerror or error}; {_remedy(error)}"
             ) from error
         raise
-    return fds[0]
+    return fds[0], info.st_dev
 
 
 def _remedy(error: OSError) -> str:

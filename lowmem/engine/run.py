@@ -13,6 +13,7 @@ import torch
 
 from .._collector import paused_collector
 from .._page_cache import ask_for
+from ..checkpoint import Shard
 from ..errors import LowmemError
 from ..planner import LoadPlan, Placement, Progress, ProgressCallback
 from ..planner.records import Group
@@ -24,7 +25,7 @@ from .destinations import MemoryDestination, allocate
 from .feed import Feed, ShardCallback
 from .install import Installer
 from .int8 import RowsDestination
-from .mapping import map_shard, view_of
+from .mapping import map_shard, node_of, refuse_written, view_of
 from .offload_writer import OffloadWriter, settle
 from .sharing import share
 from .ways import Ways
@@ -146,6 +147,7 @@ class _Run:
         self._ways = Ways(plan.reading.io)
         self._opened: set[Path] = set()
         self._pages: dict[Path, mmap.mmap] = {}
+        self._mapped: list[tuple[Shard, tuple[int, int] | None]] = []
         self._total = plan.bytes_read
         self._done = 0
         self._started = time.monotonic()
@@ -181,6 +183,7 @@ class _Run:
             self._progress(Progress(self._total, self._total, 0.0, 0.0, ""))
         # Last, so that nothing that is given back was asked for.
         self._read_ahead(self._pages)
+        refuse_written(self._mapped)
         return self._ways.read
 
     def _move_and_share(self, writer: OffloadWriter | None) -> None:
@@ -250,6 +253,7 @@ class _Run:
                 entry = placement.links[0].entry
                 if entry.file not in pages:
                     pages[entry.file] = map_shard(shards[entry.file])
+                    self._mapped.append((shards[entry.file], node_of(entry.file)))
                     self._open(entry.file)
                 self._installer.install(placement, view_of(pages[entry.file], entry, placement.shape))
 

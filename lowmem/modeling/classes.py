@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import check_small
+from ..checkpoint.there import is_file_at
 from ..errors import ModelError, OptionError, UnsupportedError
 from .failures import refusing
 from .request import ModelRequest
@@ -284,7 +285,7 @@ def _by_architectures(place: _Place, config: Any) -> Any:
 
 def _architectures_beside(place: _Place) -> Any:
     """What `config.json` says where the caller gave a config that was never saved."""
-    if not (place.folder / "config.json").is_file():
+    if not is_file_at(place.folder / "config.json"):
         return None
     with refusing(f"{place.folder / 'config.json'}: transformers cannot read it"):
         table, _ = place.transformers.PreTrainedConfig.get_config_dict(str(place.folder), local_files_only=True)

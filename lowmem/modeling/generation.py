@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .._files import check_small
+from ..checkpoint.there import is_file_at, looking_at
 from .failures import refusing
 from .hf import Blueprint
 from .hf_rules import Generation
@@ -62,14 +63,17 @@ def _config(model: nn.Module, folder: Path | None, blueprint: Blueprint | None) 
 
     changes = {} if blueprint is None else dict(blueprint.chosen.generation_kwargs)
     file = folder / "generation_config.json"
-    if file.is_file():
+    if is_file_at(file):
+        with looking_at(file):
+            # transformers would take what cannot be read for what is not there.
+            file.read_bytes()
         with refusing(f"{file}: transformers cannot use it; correct it, or remove it"):
             try:
                 check_small(file)
                 return GenerationConfig.from_pretrained(str(folder), local_files_only=True, **changes)
             except OSError:
                 pass
-    if not (folder / "config.json").is_file():
+    if not is_file_at(folder / "config.json"):
         return None
     with refusing(f"{folder / 'config.json'}: transformers cannot make a generation config of it"):
         return GenerationConfig.from_pretrained(
@@ -83,7 +87,7 @@ def _function(model: nn.Module, folder: Path | None, blueprint: Blueprint | None
     if folder is None or blueprint is None or not blueprint.request.trust_remote_code or not hf.can_generate():
         return None
     file = folder / "custom_generate" / "generate.py"
-    if not file.is_file() or not hasattr(hf, "load_custom_generate"):
+    if not is_file_at(file) or not hasattr(hf, "load_custom_generate"):
         return None
     with refusing(f"{file}: cannot be imported"):
         found: Callable[..., Any] = hf.load_custom_generate(str(folder), trust_remote_code=True, local_files_only=True)

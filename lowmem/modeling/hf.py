@@ -20,6 +20,7 @@ from torch import nn
 from .._files import COPIES, check_weight, read_small
 from ..checkpoint import Checkpoint
 from ..checkpoint.int8 import has_scales
+from ..checkpoint.there import is_file_at, is_there, looking_at
 from ..errors import ModelError, OptionError, UnsupportedError
 from .alone import as_before
 from .classes import Chosen, choose
@@ -132,7 +133,7 @@ def _name_of(checkpoint: Checkpoint) -> str:
 
     The cache's folders are named as huggingface_hub/file_download.py does (`repo_folder_name`).
     """
-    if not Path(checkpoint.source).expanduser().exists():
+    if not is_there(Path(checkpoint.source).expanduser()):
         for part in checkpoint.folder.parts:
             if part.startswith("models--"):
                 return part.removeprefix("models--").replace("--", "/")
@@ -141,7 +142,7 @@ def _name_of(checkpoint: Checkpoint) -> str:
 
 def _left_alone(folder: Path, request: ModelRequest) -> Iterator[str]:
     code = folder / "custom_generate" / "generate.py"
-    if code.is_file() and not request.trust_remote_code:
+    if is_file_at(code) and not request.trust_remote_code:
         yield f"{code}: code for generate(), which did not run; trust_remote_code=True lets it"
 
 
@@ -224,11 +225,12 @@ _EXPERTS = ("experts_implementation", "grouped_mm", "expert")
 
 
 def _read_table(config: Path) -> dict[str, Any]:
+    with looking_at(config):
+        text = read_small(config)
     try:
-        raw = read_small(config)
-        check_weight(raw, times=COPIES)
-        table = json.loads(raw.decode())
-    except (OSError, ValueError, RecursionError) as error:
+        check_weight(text, times=COPIES)
+        table = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{config}: not valid JSON ({error}); bring the model's own config.json") from error
     if not isinstance(table, dict):
         raise ModelError(f"{config}: expected a JSON object; bring the model's own config.json")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..checkpoint import Checkpoint, TensorEntry
+from ..checkpoint.there import is_file_at
 from ..errors import ModelError, UnsupportedError
 
 # That of transformers' BitsAndBytesConfig.
@@ -95,7 +96,7 @@ def refuse_quantised(checkpoint: Checkpoint, where: str, table: Mapping[str, Any
     weights = [entry for entry in every if "weight" in entry.key]
     packed = (weights or every)[0]
     for name, method in _FILES.items():
-        if weights and (checkpoint.folder / name).is_file():
+        if weights and is_file_at(checkpoint.folder / name):
             raise UnsupportedError(
                 f"{checkpoint.folder / name}: the weights are quantised ({method!r}; {packed.key!r} is "
                 f"{packed.dtype}), {_REMEDY}"

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from .._files import COPIES, check_weight, read_small
 from .._shared import Shared
 from ..checkpoint import Checkpoint
+from ..checkpoint.there import is_there, table_at
 from ..errors import LowmemError, ModelError, OptionError
 from ..sizes import shown
 from .empty import Registrations, empty_parameters
@@ -99,11 +100,8 @@ def is_timm_config(config: Path) -> bool:
     Both of timm's forms do so, that with a `pretrained_cfg` and the older one, whose entries are that. One that cannot
     be read is for its reader to refuse.
     """
-    try:
-        table = json.loads(_text_of(config))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(table, dict) and "architecture" in table and not {"model_type", "architectures"} & table.keys()
+    table = table_at(config)
+    return "architecture" in table and not {"model_type", "architectures"} & table.keys()
 
 
 def _text_of(config: Path) -> str:
@@ -217,7 +215,7 @@ def _hub_name(checkpoint: Checkpoint) -> str:
     if colon and scheme.lower() == "hf-hub":
         return rest
     in_cache = any(part.startswith("models--") for part in checkpoint.folder.parts)
-    return "" if colon or not in_cache or Path(checkpoint.source).expanduser().exists() else checkpoint.source
+    return "" if colon or not in_cache or is_there(Path(checkpoint.source).expanduser()) else checkpoint.source
 
 
 def build_timm(blueprint: TimmBlueprint, dtype: str = "auto") -> TimmModel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +43,7 @@ class Files:
         self._written = {file for placement in plan.placements if (file := _written(plan, placement))}
         known = {shard.file: shard for shard in plan.checkpoint.shards}
         for file in self._written:
-            info = file.stat()
+            info = self._look_at(file)
             known[file] = Shard(file, info.st_size, info.st_mtime_ns, 0, {})
         used = self._written | {
             entry.file
@@ -61,14 +63,25 @@ class Files:
 
     def _open(self, shard: Shard) -> None:
         pages = map_shard(shard)
-        info = shard.file.stat()
-        with shard.file.open("rb", buffering=0) as opened:
+        info = self._look_at(shard.file)
+        self._cached[shard.file] = CachedPages(True, 0)
+        # What cannot be told is taken for cached: its pages are then left to the kernel.
+        with contextlib.suppress(OSError), shard.file.open("rb", buffering=0) as opened:
             self._cached[shard.file] = look(opened.fileno(), shard.size)
         self._shards[shard.file] = shard
         self._pages[shard.file] = pages
         self._nodes[shard.file] = info.st_dev, info.st_ino
         if shard.size:
             self._addresses[shard.file] = address_of(pages)
+
+    def _look_at(self, file: Path) -> os.stat_result:
+        try:
+            return file.stat()
+        except OSError as error:
+            kind = OffloadError if file in self._written else CheckpointError
+            raise kind(
+                f"{file}: gone, or cannot be looked at, before the model used it: {error.strerror or error}; load again"
+            ) from error
 
     def view(self, entry: TensorEntry, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """The tensor of an entry: pages of its file.

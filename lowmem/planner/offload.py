@@ -134,24 +134,31 @@ def index_of(plan: OffloadPlan, source: str, folder: Path, boot: str | None) -> 
 
 def is_finished(plan: OffloadPlan) -> bool:
     """Whether the folder holds exactly these files, whole. Reads the index and the headers only."""
+    return why_unfinished(plan) is None
+
+
+def why_unfinished(plan: OffloadPlan) -> str | None:
+    """None for a folder that is finished; else in a few words why not."""
     try:
         raw = read_small(plan.folder / INDEX)
         check_weight(raw)
         index = json.loads(raw)
         if index.get("format") != FORMAT or index.get("fingerprint") != plan.fingerprint:
-            return False
+            return "of another load"
         if index["boot"] is not None and index["boot"] != boot_id():
-            return False
+            return "the machine was started anew before its bytes were on the disk"
         for file in plan.files:
             path = plan.folder / file.name
             if not path.is_file():
-                return False
+                return f"{file.name} is no file, or gone"
             info = path.stat()
             if (info.st_size, info.st_mtime_ns) != (file.size, index["mtimes"].get(file.name)):
-                return False
+                return f"{file.name} was written to"
             with path.open("rb") as f:
                 if f.read(len(file.head)) != file.head:
-                    return False
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        return False
-    return True
+                    return f"{file.name} begins otherwise"
+    except OSError as error:
+        return f"{error.filename or INDEX}: {error.strerror or error}"
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return f"{INDEX} is damaged"
+    return None
