@@ -192,3 +192,12 @@ def test_an_expert_costs_few_calls(headers: Callable[[Recipe], Path]) -> None:
     tensors = len(json.loads((many / "model.safetensors.index.json").read_text())["weight_map"])
     tensors -= len(json.loads((few / "model.safetensors.index.json").read_text())["weight_map"])
     assert more / tensors <= 70
+
+
+@pytest.mark.parametrize("first", ["{}", "5", '{"\\u0064type":"U8","\\u0073hape":[1],"data_off\\u0073ets":[0,1]}'])
+def test_a_key_that_stands_twice_is_known_whatever_it_stands_for(first: str, tmp_path: Path) -> None:
+    """Also where the first of the two lacks its fields, or they are written with escapes."""
+    header = f'{{"a":{first},"a":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}'.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    with pytest.raises(lowmem.CheckpointError, match="'a' appears twice"):
+        lowmem.inspect(tmp_path / "model.safetensors")

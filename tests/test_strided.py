@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lowmem
 from lowmem.checkpoint import Checkpoint, Shard, TensorEntry
 from lowmem.checkpoint.records import Packed
 from lowmem.engine import iterate, same_bytes, unpacking
@@ -234,3 +235,15 @@ def test_views_across_each_other_in_a_packed_record_are_refused(
         assert torch.equal(tensor, views[name])
     with pytest.raises(CheckpointError, match="lie across each other"):
         read_all(checkpoint_of(file, entries, ranges))
+
+
+def test_truth_values_of_other_bytes_than_0_and_1_keep_them(tmp_path: Path) -> None:
+    """A copy of torch's makes them 1; what a file holds is what is streamed and converted."""
+    odd = torch.arange(12, dtype=torch.uint8).view(torch.bool).reshape(3, 4)
+    one = torch.tensor([9], dtype=torch.uint8).view(torch.bool)
+    torch.save({"turned": odd.t(), "one": one}, tmp_path / "odd.bin")
+    wanted = {"turned": odd.t(), "one": one}
+    lowmem.convert(tmp_path / "odd.bin", tmp_path / "out")
+    for source in (tmp_path / "odd.bin", tmp_path / "out"):
+        for key, tensor in lowmem.stream(source):
+            assert tensor.contiguous().view(torch.uint8).tolist() == wanted[key].view(torch.uint8).tolist()

@@ -57,6 +57,15 @@ def test_a_view_beyond_its_storage(file: Path) -> None:
         )
 
 
+def test_a_tensor_beyond_what_the_pickle_says_of_its_storage(file: Path) -> None:
+    """Although the record is longer; torch refuses it too."""
+    torch.save({"a": torch.arange(6.0)}, file)
+    claimed = rewritten(file, file.with_suffix(".odd"), lambda n, d: d.replace(b"cpuq\x06K\x06", b"cpuq\x06K\x05"))
+    picked = read_pickled(claimed)
+    with pytest.raises(CheckpointError, match="expected bytes 0 to 24 of its storage, found a storage of 20"):
+        picked.locate(leaves_of(picked.root))
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_ambiguous_zips_are_refused(tmp_path: Path) -> None:
     file = save({"a": torch.arange(4.0)}, tmp_path / "a.pt")

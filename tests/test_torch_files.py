@@ -217,6 +217,35 @@ def test_numpy_arrays(protocol: int, legacy: bool, file: Path) -> None:
     assert not entries["rows"].swapped
 
 
+@pytest.mark.parametrize(
+    ("kind", "order", "swapped"),
+    [("i2", ">", True), (">i2", "<", False), (">i2", ">", True), ("<i2", ">", True)],
+    ids=str,
+)
+@pytest.mark.parametrize("copied", [True, False], ids=["copied", "its own"])
+def test_the_byte_order_of_a_numpy_type_is_what_its_state_says(
+    kind: str, order: str, swapped: bool, copied: bool, file: Path
+) -> None:
+    """Unless the type is numpy's own and no copy: that takes no state."""
+    save({"a": np.arange(4, dtype=">i2")}, file, protocol=3)
+
+    def change(name: str, data: bytes) -> bytes:
+        text = kind.encode()
+        data = data.replace(b"X\x02\x00\x00\x00i2", b"X" + len(text).to_bytes(4, "little") + text)
+        data = data.replace(b"X\x01\x00\x00\x00>", b"X\x01\x00\x00\x00" + order.encode())
+        return data if copied else data.replace(b"\x89\x88\x87", b"\x89\x89\x87")
+
+    entries = check(rewritten(file, file.with_suffix(".odd"), change))
+    assert entries["a"].swapped == (swapped if copied or kind == ">i2" else False)
+
+
+def test_a_numpy_type_that_is_perhaps_a_copy_is_refused(file: Path) -> None:
+    save({"a": np.arange(4, dtype="<i2")}, file, protocol=3)
+    odd = rewritten(file, file.with_suffix(".odd"), lambda name, data: data.replace(b"\x89\x88\x87", b"\x89]\x87"))
+    with pytest.raises(CheckpointError, match="a numpy type that is neither a copy nor none"):
+        read_pickled(odd)
+
+
 @BOTH
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_arrays_that_are_named_twice_are_found_twice(protocol: int, legacy: bool, file: Path) -> None:

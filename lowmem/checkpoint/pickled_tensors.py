@@ -301,7 +301,10 @@ class Tensors(Machine):
     # Arrays of numpy.
 
     def _numpy_dtype(self, what: Global, args: tuple[Any, ...]) -> Any:
-        """`numpy.dtype(name, align, copy)`; ml_dtypes gives its class for a name."""
+        """`numpy.dtype(name, align, copy)`; ml_dtypes gives its class for a name.
+
+        What is not a copy is one of numpy's own types, which take no state.
+        """
         name = args[0] if args else None
         if type(name) is Global and name.module == "ml_dtypes" and name.name in SAFETENSORS_NAMES:
             return _NumpyType(name.name, name.name, False)
@@ -309,7 +312,10 @@ class Tensors(Machine):
             return Inert(what, args)
         order = name[:1] if name[:1] in ("<", ">", "|", "=") else ""
         code = name[len(order) :]
-        return _NumpyDraft(what, args, _NumpyType(_NUMPY.get(code), code[:40], order == ">"))
+        kind = _NumpyType(_NUMPY.get(code), code[:40], order == ">")
+        if len(args) > 2 and type(args[2]) not in (bool, int):
+            self.refuse("a numpy type that is neither a copy nor none")
+        return _NumpyDraft(what, args, kind) if order == ">" or (len(args) > 2 and args[2]) else kind
 
     def build(self, thing: Inert, state: Any) -> Any:
         """Arrays and their dtypes get what they are by their state; so did tensors before torch 0.4."""
@@ -387,7 +393,7 @@ class _NumpyDraft(Inert):
         order = state[1] if type(state) is tuple and len(state) > 4 else None
         structured = order is None or state[2] is not None or state[3] is not None or state[4] is not None
         dtype = None if structured else self.kind.dtype
-        return _NumpyType(dtype, self.kind.name, self.kind.swapped or order == ">")
+        return _NumpyType(dtype, self.kind.name, order == ">")
 
 
 def _unreadable(leaf: Leaf, why_not: str) -> Leaf:

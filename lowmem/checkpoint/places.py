@@ -186,10 +186,12 @@ class Locator:
         check_sizes(self.shard.file, key, leaf.shape)
         if not leaf.nbytes or place is None:
             return TensorEntry(key, leaf.dtype, leaf.shape, self.shard.file, 0, 0, leaf.strides)
-        if leaf.offset + leaf.nbytes > place.size:
+        # What the pickle says of the storage, and not what lies there: more may, and is not the storage's.
+        held = self.storages[leaf.storage].nbytes
+        if leaf.offset + leaf.nbytes > held:
             raise CheckpointError(
                 f"{self.shard.file}: tensor {key!r}: expected bytes {leaf.offset} to {leaf.offset + leaf.nbytes} of "
-                f"its storage, found a storage of {place.size}; the file is damaged, download it again"
+                f"its storage, found a storage of {held}; the file is damaged, download it again"
             )
         return TensorEntry(
             key,

@@ -105,12 +105,14 @@ def _parse_json(file: Path, header: bytes, behind: int) -> dict[str, Any]:
 
 
 def _may_repeat(header: bytes, table: dict[str, Any]) -> bool:
-    """Whether a key may stand twice: each entry has each field once, so a lost entry or field is one too many.
+    """Whether a key may stand twice: every pair has a colon, and a lost one is a colon too many.
 
-    Counting is ten times faster than a decoder that looks at every pair.
+    An entry has three fields, or is refused later. Counting is ten times faster than looking at every pair.
     """
-    entries = len(table) - ("__metadata__" in table)
-    return any(header.count(b'"%s"' % field) != entries for field in (b"dtype", b"shape", b"data_offsets"))
+    metadata = table.get("__metadata__")
+    if "__metadata__" not in table:
+        return header.count(b":") != 4 * len(table)
+    return not isinstance(metadata, dict) or header.count(b":") != 4 * len(table) - 3 + len(metadata)
 
 
 def decode_json(raw: bytes, unique: bool = True, more: int = 0) -> Any:

@@ -139,7 +139,7 @@ class FileDestination:
         cast = scratch.tensor[at : at + size].view(self._dtype)
         source = viewed(scratch.elements(move, scratch.place_of(move, at + size)), move.source)
         if move.region.dense:
-            cast.view(source.shape).copy_(source)
+            _copy(cast.view(source.shape), source)
             self._write(scratch.memory[at : at + size], self._offset + move.region.offset * self._dtype.itemsize)
         else:
             self._scatter(move.region, source)
@@ -193,7 +193,13 @@ def fill(tensor: torch.Tensor, region: Region, source: torch.Tensor) -> None:
 
     A source that is not contiguous has the shape of the region, or the region is dense.
     """
-    into, source = matched(tensor, region, source)
+    _copy(*matched(tensor, region, source))
+
+
+def _copy(into: torch.Tensor, source: torch.Tensor) -> None:
+    if into.dtype == source.dtype == torch.bool:
+        # As bytes: a copy of truth values makes each of them 0 or 1, and a file may hold others.
+        into, source = into.view(torch.uint8), source.view(torch.uint8)
     into.copy_(source)
 
 

@@ -28,14 +28,16 @@ def main() -> None:
     parser.add_argument("--findings", type=Path, default=Path("findings"), help="folder for what breaks something")
     parser.add_argument("--merge", type=Path, help="folder to take from into the kept corpus what reaches more")
     parser.add_argument("--by-chance", action="store_true", help="without coverage, and so without atheris")
-    wanted = parser.parse_args()
+    # The fuzzer merges in processes of its own, to which it gives its own arguments.
+    inner = sys.argv[3:] if sys.argv[1:2] == ["--inner"] else []
+    wanted = parser.parse_args([sys.argv[2]] if inner else None)
     if wanted.by_chance:
         _by_chance(wanted.target, wanted.runs, wanted.seed, wanted.findings)
     else:
-        _guided(wanted)
+        _guided(wanted, inner)
 
 
-def _guided(wanted: argparse.Namespace) -> None:
+def _guided(wanted: argparse.Namespace, inner: list[str]) -> None:
     import atheris
 
     # The rest is imported first, and not instrumented: torch, transformers.
@@ -69,10 +71,14 @@ def _guided(wanted: argparse.Namespace) -> None:
 
     kept = CORPUS / target.name
     kept.mkdir(parents=True, exist_ok=True)
-    arguments = ["fuzz", f"-artifact_prefix={findings}/{target.name}-", "-timeout=20", "-rss_limit_mb=4096"]
-    arguments += ["-max_len=65536", f"-seed={wanted.seed}", "-print_final_stats=1", "-use_value_profile=0"]
-    if wanted.merge:
-        arguments += ["-merge=1", str(kept), str(wanted.merge)]
+    again = f"{sys.executable} {Path(__file__).resolve().parent} --inner {target.name}"
+    arguments = [again, f"-artifact_prefix={findings}/{target.name}-", "-timeout=120", "-rss_limit_mb=4096"]
+    arguments += ["-max_len=16384", f"-seed={wanted.seed}", "-print_final_stats=1", "-use_value_profile=0"]
+    if inner:
+        arguments = [again, *inner]
+    elif wanted.merge:
+        # Fewer are kept where it does not count how often a line was reached.
+        arguments += ["-merge=1", "-use_counters=0", str(kept), str(wanted.merge)]
     else:
         arguments += [f"-runs={wanted.runs}", str(corpus), str(kept)]
         arguments += [f"-max_total_time={wanted.seconds}"] if wanted.seconds else []
@@ -82,10 +88,11 @@ def _guided(wanted: argparse.Namespace) -> None:
 
 def _by_chance(name: str, runs: int, seed: int, findings: Path) -> None:
     from fuzz.chance import run_by_chance
+    from fuzz.reference import compared
     from fuzz.targets import find
 
     guard = run_by_chance(find(name), runs, seed, findings)
-    print(f"{name}: {guard.executions} executions, {guard.refused} refused")
+    print(f"{name}: {guard.executions} executions, {guard.refused} refused; compared with {dict(compared)}")
 
 
 if __name__ == "__main__":

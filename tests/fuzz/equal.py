@@ -18,11 +18,18 @@ def check_equal(made: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Ten
     if made.keys() != wanted.keys():
         raise Broken(f"other tensors: {sorted(made.keys() ^ wanted.keys())[:4]!r}")
     for name, tensor in made.items():
-        other = wanted[name]
-        if tensor.dtype != other.dtype or tensor.shape != other.shape:
-            raise Broken(f"{name!r}: {tensor.dtype} {tuple(tensor.shape)}, not {other.dtype} {tuple(other.shape)}")
-        if not torch.equal(_bits(tensor), _bits(other)):
-            raise Broken(f"{name!r}: other values")
+        problem = check_same(tensor, wanted[name])
+        if problem:
+            raise Broken(f"{name!r}: {problem}")
+
+
+def check_same(tensor: torch.Tensor, other: torch.Tensor) -> str:
+    """What differs in dtype, shape or bytes; empty where nothing does."""
+    if tensor.dtype != other.dtype or tensor.shape != other.shape:
+        return f"{tensor.dtype} {tuple(tensor.shape)}, not {other.dtype} {tuple(other.shape)}"
+    if not tensor.numel() or torch.equal(_bits(tensor), _bits(other)):
+        return ""
+    return "other values"
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,7 @@ def find(name: str) -> Target:
 
 def all_targets() -> dict[str, Target]:
     """By name."""
-    from . import safetensors_files
+    from . import index_files, pickled_files, safetensors_files
 
-    return {target.name: target for target in (*safetensors_files.TARGETS,)}
+    modules = (safetensors_files, index_files, pickled_files)
+    return {target.name: target for module in modules for target in module.TARGETS}
