@@ -21,10 +21,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .._small_files import open_regular, read_small
 from ..errors import OutputError
 from ..planner.convert import FORMAT, ConvertPlan
 from ..planner.records import OffloadFile
-from ..sizes import format_size
+from ..sizes import MIB, format_size
 from .cleanup import undisturbed
 from .locks import hold
 from .offload_writer import sync
@@ -98,6 +99,12 @@ class ConversionFolder:
 
     def _take_up(self) -> None:
         names = {entry.name for entry in self.out.iterdir()}
+        if HIDDEN in names and (self.hidden.is_symlink() or not self.hidden.is_dir()):
+            # What is removed and written there would be of another folder.
+            raise OutputError(
+                f"{self.hidden}: expected the folder of an unfinished conversion, found "
+                f"{'a link' if self.hidden.is_symlink() else 'a file'}; remove it"
+            )
         state = _read_json(self.hidden / _STATE)
         ours = {HIDDEN, *(path.name for path in self._beside), *self._last, *(file.name for file in self._plan.files)}
         # Before there is a state, nothing of a conversion has its name.
@@ -140,7 +147,7 @@ class ConversionFolder:
 
     def is_whole(self, file: OffloadFile, *, verify: bool) -> bool:
         """Whether an earlier run has finished this file: its record, size, header and, with `verify`, every byte."""
-        record = _read_json(self.hidden / f"{file.name}.json")
+        record = _read_json(self.hidden / f"{file.name}.json", MIB + 4 * len(file.head) + file.size // 64)
         path = self.hidden / file.name
         if not path.exists():
             path = self.out / file.name
@@ -148,7 +155,9 @@ class ConversionFolder:
             if record["fingerprint"] != self._plan.fingerprint:
                 return False
             pieces = [Piece(offset, nbytes, found, "") for offset, nbytes, found in record["pieces"]]
-            with io.FileIO(path) as opened:
+            if not _is_all_of(file.size, pieces):
+                return False
+            with open_regular(path, links=False) as opened:
                 info = os.fstat(opened.fileno())
                 if (info.st_size, info.st_mtime_ns) != (file.size, record["mtime_ns"]):
                     return False
@@ -227,9 +236,19 @@ class ConversionFolder:
             self.out.rmdir()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _is_all_of(size: int, pieces: Iterable[Piece]) -> bool:
+    """Whether the pieces are every byte of a file, and each once."""
+    at = 0
+    for piece in pieces:
+        if piece.offset != at or not isinstance(piece.nbytes, int) or piece.nbytes < 0:
+            return False
+        at += piece.nbytes
+    return at == size
+
+
+def _read_json(path: Path, most: int = MIB) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_bytes())
+        table = json.loads(read_small(path, most, links=False))
     except (OSError, ValueError, RecursionError):
         return {}
     return table if isinstance(table, dict) else {}

@@ -25,7 +25,8 @@ def hold(folder: Path, wait: bool = False) -> int | None:
         return None
     fds: list[int] = []
     try:
-        open_into(fds, folder, os.O_RDONLY | os.O_CLOEXEC)
+        # What is no folder is not opened: a pipe would wait for its other end.
+        open_into(fds, folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
         fcntl.flock(fds[0], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BaseException as error:
         for fd in fds:

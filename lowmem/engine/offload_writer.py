@@ -16,7 +16,7 @@ import torch
 from .._mounts import is_on_local_disk
 from ..errors import OffloadError
 from ..planner.moves import Placement
-from ..planner.offload import INDEX, boot_id, index_of, is_finished
+from ..planner.offload import INDEX, boot_id, index_of, is_finished, read_finished
 from ..planner.records import OffloadPlan
 from ..sizes import format_size
 from .cleanup import open_into
@@ -148,18 +148,19 @@ def settle(plan: OffloadPlan) -> None:
     Raises:
         OffloadError: it is not as it was planned any more, or the disk lost some of it.
     """
-    if not is_finished(plan):
+    table = read_finished(plan)
+    if table is None:
         raise OffloadError(f"{plan.folder}: was removed or changed since it was planned; load again, to write it anew")
     index = plan.folder / INDEX
     try:
-        table = json.loads(index.read_text(encoding="utf-8"))
         if table["boot"] is None or time.time() - index.stat().st_mtime < _WRITTEN_BACK:
             return
         for file in plan.files:
             sync(plan.folder / file.name)
         mended = plan.folder / f".{INDEX}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
-            mended.write_text(json.dumps({**table, "boot": None}, indent=1), encoding="utf-8")
+            anew = index_of(plan, str(table.get("source")), plan.folder, None)
+            mended.write_text(json.dumps(anew, indent=1), encoding="utf-8")
             sync(mended)
             mended.replace(index)
         finally:

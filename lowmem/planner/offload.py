@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._small_files import open_regular, read_small
 from ..checkpoint import Checkpoint, Shard
 from ..checkpoint.records import origin_of
 from ..checkpoint.safetensors import layout
 from ..dtypes import itemsize
 from ..mapping import Link
+from ..sizes import MIB
 from .moves import Placement
 from .records import Group, OffloadFile, OffloadPlan
 
@@ -133,20 +136,31 @@ def index_of(plan: OffloadPlan, source: str, folder: Path, boot: str | None) -> 
 
 def is_finished(plan: OffloadPlan) -> bool:
     """Whether the folder holds exactly these files, whole. Reads the index and the headers only."""
+    return read_finished(plan) is not None
+
+
+def read_finished(plan: OffloadPlan) -> Mapping[str, Any] | None:
+    """The index of a folder that holds exactly these files, whole, and in itself; None of another.
+
+    What is a link may be anybody's, and may lead to anything.
+    """
     try:
-        index = json.loads((plan.folder / INDEX).read_text(encoding="utf-8"))
+        if plan.folder.is_symlink():
+            return None
+        # An index has for each tensor less than its header, but for the escapes of JSON, and the source's path.
+        most = MIB + 4 * sum(len(file.head) for file in plan.files)
+        index: dict[str, Any] = json.loads(read_small(plan.folder / INDEX, most, links=False))
         if index.get("format") != FORMAT or index.get("fingerprint") != plan.fingerprint:
-            return False
+            return None
         if index["boot"] is not None and index["boot"] != boot_id():
-            return False
+            return None
         for file in plan.files:
-            path = plan.folder / file.name
-            info = path.stat()
-            if (info.st_size, info.st_mtime_ns) != (file.size, index["mtimes"].get(file.name)):
-                return False
-            with path.open("rb") as f:
-                if f.read(len(file.head)) != file.head:
-                    return False
+            with open_regular(plan.folder / file.name, links=False) as opened:
+                info = os.fstat(opened.fileno())
+                if (info.st_size, info.st_mtime_ns) != (file.size, index["mtimes"].get(file.name)):
+                    return None
+                if opened.read(len(file.head)) != file.head:
+                    return None
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        return False
-    return True
+        return None
+    return index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import sys
 import sysconfig
@@ -42,6 +43,7 @@ _CHANGING = (
     ),
     "tempfile.mkstemp",
 )
+_OPENS_BESIDE = getattr(getattr(shutil, "_rmtree_safe_fd", None), "__code__", None)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -141,11 +143,13 @@ class Guard:
             writes = bool(flags & _WRITING) if isinstance(flags, int) else any(c in (mode or "") for c in "wax+")
             if isinstance(path, int) or (not writes and self._is_own(path)):
                 return
+            if not writes and sys._getframe(1).f_code is _OPENS_BESIDE:
+                return  # Of a folder that was looked at when its removal began, whose descriptor is not told here.
             if not _below(path, rules.write if writes else rules.read + rules.write):
                 self._break(f"opened {path!r} to {'write' if writes else 'read'}")
         elif event in _CHANGING:
-            for path in args[: 2 if event in ("os.rename", "os.link", "os.symlink", "shutil.move") else 1]:
-                if isinstance(path, str | bytes | os.PathLike) and not _below(path, rules.write):
+            for path in _changed(event, args):
+                if not _below(path, rules.write):
                     self._break(f"{event}{args!r}"[:500])
         elif event in _RUNNING and not self._is_harmless(event, args):
             self._break(f"{event}{args!r}"[:500])
@@ -190,6 +194,27 @@ class Unwatched(Guard):
 
 def _real(path: Path) -> tuple[str, ...]:
     return (os.path.realpath(path),)
+
+
+def _changed(event: str, args: tuple[Any, ...]) -> Iterator[str]:
+    """What is changed, by its whole path."""
+    count = 2 if event in ("os.rename", "os.link", "shutil.move") else 1
+    # Of a link and of a copy the second is what is made.
+    named = args[1:2] if event in ("os.symlink", "shutil.copyfile") else args[:count]
+    by_name = event in ("os.remove", "os.rmdir", "os.rename", "os.symlink", "os.link")
+    # Such names may be told beside the descriptor of their folder (`shutil.rmtree`).
+    folders = [fd for fd in args[1:] if isinstance(fd, int)] if by_name else []
+    for n, path in enumerate(named):
+        if not isinstance(path, str | bytes | os.PathLike):
+            continue
+        fd = folders[n] if n < len(folders) else -1
+        whole = os.path.join(f"/proc/self/fd/{fd}" if fd >= 0 else "", os.fsdecode(path))
+        if by_name:
+            # A link is removed or renamed, and not what it leads to.
+            head, name = os.path.split(whole)
+            whole = os.path.join(os.path.realpath(head), name)
+            whole = os.path.join(os.path.dirname(whole), "link") if os.path.islink(whole) else whole
+        yield whole
 
 
 def _below(path: Any, folders: tuple[str, ...]) -> bool:

@@ -54,6 +54,11 @@ def find(name: str) -> Target:
 
 def all_targets() -> dict[str, Target]:
     """By name."""
-    from . import safetensors_files
+    from . import conversions, offload_folders, safetensors_files
 
-    return {target.name: target for target in (*safetensors_files.TARGETS,)}
+    every = (
+        *safetensors_files.TARGETS,
+        *conversions.TARGETS,
+        *offload_folders.TARGETS,
+    )
+    return {target.name: target for target in every}
