@@ -22,7 +22,8 @@ from .sizes import MIB, shown
 # As coreutils' sha256sum writes it: a backslash in front says that the name is escaped; `*` is for binary mode.
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
-_MOST_OF_A_MANIFEST = 64 * MIB
+# A hundred thousand files; what is made of a line is some times as large as the line.
+_MOST_OF_A_MANIFEST = 8 * MIB
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from .._page_cache import give_back, look
+from .._small_files import open_regular
 from ..planner import Progress, ProgressCallback
 from ..sizes import MIB
 
@@ -57,7 +58,8 @@ def _hash(file: Path, kind: str, stop: threading.Event, moved: Callable[[Path, i
     """By reading it once, in a small buffer; pages that were not in memory before are given back."""
     buffer = memoryview(bytearray(_BUFFER))
     try:
-        with file.open("rb", buffering=0) as opened:
+        # A pipe or a device may have no end.
+        with open_regular(file) as opened:
             fd = opened.fileno()
             size = os.fstat(fd).st_size
             cached = look(fd, size)

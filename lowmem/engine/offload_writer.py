@@ -121,10 +121,10 @@ class OffloadWriter:
         if is_finished(self._plan):
             # Another process was first: its files are ours, byte for byte, and may be in use.
             return
-        if final.is_symlink() or final.is_file():
-            final.unlink()
-        elif final.exists():
+        if final.is_dir() and not final.is_symlink():
             shutil.rmtree(final)
+        else:
+            final.unlink(missing_ok=True)
         self._folder.rename(final)
 
     def abandon(self) -> None:
@@ -184,7 +184,7 @@ def sync(path: Path) -> None:
 def _sweep(root: Path) -> None:
     """Remove what killed writers left; the lock of a live one protects its folder."""
     for folder in root.glob(".*.tmp"):
-        if _TEMPORARY.fullmatch(folder.name) and is_abandoned(folder):
+        if _TEMPORARY.fullmatch(folder.name) and not folder.is_symlink() and is_abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
