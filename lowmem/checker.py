@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import time
@@ -22,8 +23,8 @@ from .sizes import MIB, shown
 # As coreutils' sha256sum writes it: a backslash in front says that the name is escaped; `*` is for binary mode.
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
-# A hundred thousand files; what is made of a line is some times as large as the line.
-_MOST_OF_A_MANIFEST = 8 * MIB
+# Some ten thousand files; what is made of a line is many times as large as the line.
+_MOST_OF_A_MANIFEST = 2 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,10 +233,10 @@ def _read_manifest(path: Path) -> dict[str, str]:
     if len(raw) > _MOST_OF_A_MANIFEST:
         raise CheckpointError(f"{path}: expected a manifest of at most {_MOST_OF_A_MANIFEST} bytes, found more")
     wanted: dict[str, str] = {}
-    for number, line in enumerate(os.fsdecode(raw).split("\n"), start=1):
-        line = line.removesuffix("\r")
-        if not line:
+    for number, text in enumerate(io.BytesIO(raw), start=1):
+        if text in (b"\n", b"\r\n", b"\r"):
             continue
+        line = os.fsdecode(text).removesuffix("\n").removesuffix("\r")
         match = _LINE.fullmatch(line)
         if match is None:
             raise CheckpointError(

@@ -365,8 +365,11 @@ def _read_device_map(text: str | None) -> Any:
     twice: list[str] = []
 
     def as_table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        twice.extend(key for key in table if len(table) < len(pairs) and sum(key == k for k, _ in pairs) > 1)
+        table: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in table:
+                twice.append(key)
+            table[key] = value
         return table
 
     try:

@@ -82,7 +82,7 @@ def _put(place: Path, name: str, node: list[Any], sound: Mapping[str, bytes], kn
     if kind == "sound":
         place.write_bytes(sound.get(name, b""))
     elif kind == "damaged":
-        place.write_bytes(base64.b64decode(str(value)))
+        place.write_bytes(_bytes(value))
     elif kind == "json":
         place.write_text(json.dumps(_filled(value, known)), encoding="utf-8")
     elif kind == "deep":
@@ -96,6 +96,13 @@ def _put(place: Path, name: str, node: list[Any], sound: Mapping[str, bytes], kn
         os.mkfifo(place)
     elif kind == "folder":
         place.mkdir()
+
+
+def _bytes(text: Any) -> bytes:
+    try:
+        return base64.b64decode(str(text))
+    except ValueError:
+        return b""
 
 
 def _filled(value: Any, known: Mapping[str, Any]) -> Any:
@@ -149,7 +156,7 @@ def _damaged(name: str, node: list[Any], chance: random.Random, sound: Mapping[s
             value = change(value, chance)
         return ["json", value]
     if node[0] == "damaged" and len(node) > 1:
-        return ["damaged", base64.b64encode(damage(base64.b64decode(str(node[1])), chance)).decode()]
+        return ["damaged", base64.b64encode(damage(_bytes(node[1]), chance)).decode()]
     if node[0] == "sound":
         return ["damaged", base64.b64encode(damage(sound.get(name, b""), chance)).decode()]
     return chance.choice((["sound"], ["json", chance.choice(ODD)], ["folder"]))

@@ -54,11 +54,12 @@ def find(name: str) -> Target:
 
 def all_targets() -> dict[str, Target]:
     """By name."""
-    from . import conversions, manifests, offload_folders, safetensors_files
+    from . import conversions, device_maps, manifests, offload_folders, safetensors_files
 
     every = (
         *safetensors_files.TARGETS,
         *conversions.TARGETS,
+        *device_maps.TARGETS,
         *manifests.TARGETS,
         *offload_folders.TARGETS,
     )
