@@ -8,6 +8,8 @@ import os
 import stat
 from pathlib import Path
 
+# What describes a model: larger ones are none, and what is made of a JSON text is many times as large as the text.
+MOST_OF_A_CONFIG = 16 * 1024**2
 # Without these (Windows) there are no pipes in folders either.
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
@@ -56,7 +58,7 @@ def read_small(path: Path, most: int, *, links: bool = True) -> bytes:
             raise OSError(errno.EFBIG, f"expected at most {most} bytes, found {size}", os.fspath(path))
         # Some file systems tell no size (/proc).
         found = bytearray()
-        while (part := opened.read(most + 1 - len(found))):
+        while part := opened.read(most + 1 - len(found)):
             found += part
             if len(found) > most:
                 raise OSError(errno.EFBIG, f"expected at most {most} bytes, found more", os.fspath(path))

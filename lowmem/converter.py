@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ._collector import paused_collector
+from ._small_files import MOST_OF_A_CONFIG, read_small
 from .checkpoint import Checkpoint, make_wish, survey
 from .converting_int8 import KEEP, Declared, declare, find_change, read_table
 from .dtypes import parse_dtype
 from .engine import undisturbed
 from .engine.conversion_folder import ConversionFolder
 from .engine.shard_writer import Sealer, ShardFile, write_shard
-from .errors import OptionError
+from .errors import CheckpointError, OptionError
 from .planner import Progress, ProgressCallback
 from .planner.convert import INDEX, ConvertPlan, ConvertRequest, make_convert_plan
 from .planner.request import (
@@ -299,7 +300,12 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict
         # As save_pretrained of transformers writes it (modeling_utils.py).
         last[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     if checkpoint.config is not None:
-        text = checkpoint.config.read_bytes()
+        try:
+            text = read_small(checkpoint.config, MOST_OF_A_CONFIG)
+        except OSError as error:
+            raise CheckpointError(
+                f"{checkpoint.config}: cannot be read: {error.strerror or error}; bring the model's own, or remove it"
+            ) from error
         table = read_table(checkpoint.config)
         stated = [name for name in ("dtype", "torch_dtype") if isinstance(table.get(name), str)]
         wrong = plan.dtype != "auto" and any(table[name] != plan.dtype for name in stated)
@@ -308,8 +314,13 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict
             # other names here; save_pretrained leaves the names out too.
             table.update(dict.fromkeys(stated, plan.dtype) if wrong else {})
             table.pop("transformers_weights", None)
-            declare(table, declared)
-            text = (json.dumps(table, indent=2) + "\n").encode()
+            try:
+                declare(table, declared)
+                text = (json.dumps(table, indent=2) + "\n").encode()
+            except RecursionError as error:
+                raise CheckpointError(
+                    f"{checkpoint.config}: nested too deep to be written again; bring the model's own"
+                ) from error
         last[_CONFIG] = text
     return last
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ._small_files import MOST_OF_A_CONFIG, read_small
 from .checkpoint import Checkpoint
 from .checkpoint.int8 import is_int8_weight, scales_of
 from .dtypes import CASTABLE, is_floating
@@ -176,7 +177,7 @@ def _remove(table: dict[str, Any]) -> None:
 def read_table(path: Path) -> dict[str, Any]:
     """What a JSON file says, if it is an object; empty otherwise."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        table = json.loads(path.read_bytes())
+        table = json.loads(read_small(path, MOST_OF_A_CONFIG))
         if isinstance(table, dict):
             return table
     return {}

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from ._small_files import MOST_OF_A_CONFIG, read_small
 from .checkpoint import make_wish, survey
 from .checkpoint.file_names import canonical_index, canonical_name
 from .checkpoint.int8 import is_int8_weight
@@ -323,8 +324,8 @@ def _may_be_int8(source: str | os.PathLike[str], options: Mapping[str, Any]) -> 
     """What a config in a folder does not rule out; its headers need not be looked at twice then."""
     config = Path(os.fspath(source), options.get("subfolder") or "", "config.json")
     try:
-        return b'"quantization_config"' in config.read_bytes()
-    except OSError:
+        return b'"quantization_config"' in read_small(config, MOST_OF_A_CONFIG)
+    except (OSError, ValueError):
         return True
 
 

@@ -12,7 +12,6 @@ like a model.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..errors import ModelError
+
 _here = threading.local()
 _lock = threading.Lock()
 _users = 0
@@ -42,18 +44,48 @@ def empty_parameters(registrations: Registrations | None = None) -> Iterator[Non
     (`head.weight = embed.weight`), and acts on every thread. Here a parameter that is on meta already stays the
     object that it is. Buffers stay real because no checkpoint holds the non-persistent ones (rotary `inv_freq`).
     """
+    outer = getattr(_here, "empty", None)
+    with _hearing():
+        _here.empty = Registrations() if registrations is None else registrations
+        try:
+            yield
+        finally:
+            _here.empty = outer
+
+
+@contextmanager
+def few_parameters(most: int, where: str) -> Iterator[None]:
+    """This thread registers at most so many parameters inside.
+
+    Each costs memory and time on the meta device too, and a config may ask for any number of layers.
+
+    Args:
+        most: how many.
+        where: what is refused otherwise.
+
+    Raises:
+        ModelError: there are more.
+    """
+    outer = getattr(_here, "room", None)
+    with _hearing():
+        _here.room = [most, most, where]
+        try:
+            yield
+        finally:
+            _here.room = outer
+
+
+@contextmanager
+def _hearing() -> Iterator[None]:
     global _users, _register
     with _lock:
         if not _users:
             _register = nn.Module.register_parameter
             nn.Module.register_parameter = _register_here  # type: ignore[method-assign, assignment]
         _users += 1
-    outer = getattr(_here, "empty", None)
-    _here.empty = Registrations() if registrations is None else registrations
     try:
         yield
     finally:
-        _here.empty = outer
         with _lock:
             _users -= 1
             if not _users:
@@ -62,6 +94,14 @@ def empty_parameters(registrations: Registrations | None = None) -> Iterator[Non
 
 def _register_here(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
     _register(module, name, param)
+    room = getattr(_here, "room", None)
+    if room is not None:
+        room[0] -= 1
+        if room[0] < 0:
+            raise ModelError(
+                f"{room[2]}: describes a model of more than {room[1]} parameters, many times what the checkpoint "
+                "holds; bring the config.json that belongs to the checkpoint, or give model="
+            )
     registrations: Registrations | None = getattr(_here, "empty", None)
     if registrations is None:
         return

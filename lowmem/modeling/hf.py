@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._small_files import MOST_OF_A_CONFIG, read_small
 from ..checkpoint import Checkpoint
 from ..checkpoint.int8 import has_scales
 from ..errors import ModelError, OptionError, UnsupportedError
 from .classes import Chosen, choose
-from .failures import refusing
+from .empty import few_parameters
+from .failures import describe, refusing
 from .parallel import distributed_model, prepared
 from .quantised import DEFAULT_THRESHOLD, int8_config, refuse_quantised
 from .request import ModelRequest
@@ -141,6 +143,11 @@ def _left_alone(folder: Path, request: ModelRequest) -> Iterator[str]:
         yield f"{code}: code for generate(), which did not run; trust_remote_code=True lets it"
 
 
+# Parameters of a model that a checkpoint may be for: its parts may lie elsewhere, and heads may be new.
+_FEWEST = 8192
+_MOST_EACH = 16
+
+
 def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module:
     """The model on meta, at its final dtypes.
 
@@ -172,6 +179,7 @@ def build(blueprint: Blueprint, checkpoint: Checkpoint, dtype: str) -> nn.Module
         _refusing_implementations(blueprint),
         torch.device("meta"),
         safe(),
+        few_parameters(_FEWEST + _MOST_EACH * len(checkpoint), where),
         nullcontext() if meshes is None else initialization.no_tie_weights(),
     ):
         model: nn.Module = chosen.cls._from_config(config, dtype=resolved, **given)
@@ -219,9 +227,9 @@ _EXPERTS = ("experts_implementation", "grouped_mm", "expert")
 
 def _read_table(config: Path) -> dict[str, Any]:
     try:
-        table = json.loads(config.read_text(encoding="utf-8"))
+        table = json.loads(read_small(config, MOST_OF_A_CONFIG).decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{config}: not valid JSON ({error}); bring the model's own config.json") from error
+        raise ModelError(f"{config}: not valid JSON ({describe(error)}); bring the model's own config.json") from error
     if not isinstance(table, dict):
         raise ModelError(f"{config}: expected a JSON object; bring the model's own config.json")
     return table

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .._small_files import MOST_OF_A_CONFIG, read_small
 from ..checkpoint import Checkpoint
 from ..errors import LowmemError, ModelError, OptionError
 from ..sizes import shown
@@ -98,7 +99,7 @@ def is_timm_config(config: Path) -> bool:
     be read is for its reader to refuse.
     """
     try:
-        table = json.loads(config.read_bytes())
+        table = json.loads(read_small(config, MOST_OF_A_CONFIG))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(table, dict) and "architecture" in table and not {"model_type", "architectures"} & table.keys()
@@ -139,7 +140,7 @@ def read_timm_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> TimmBl
     config, where = checkpoint.config, str(checkpoint.config)
     options = _options(request)
     with refusing(f"{where}: cannot be read"):
-        text = config.read_text(encoding="utf-8")
+        text = read_small(config, MOST_OF_A_CONFIG).decode()
         architecture = _check_table(where, json.loads(text))
     timm = import_timm(where)
     if not timm.is_model(architecture):

@@ -58,6 +58,7 @@ def _guided(wanted: argparse.Namespace) -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     for data in target.seeds():
         (corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)
+
     def once(data: bytes) -> None:
         target.run(guard, data, folder)
 

@@ -25,7 +25,7 @@ _FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 _known: dict[Path, tuple[dict[str, bytes], dict[str, bytes]]] = {}
 
 
-class _Ended(Exception):
+class _EndedError(Exception):
     """What ends a conversion when all its files are whole."""
 
 
@@ -97,9 +97,9 @@ def _first(folder: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
     _convert(model, folder / "whole")
     whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
     try:
-        with patch.object(ConversionFolder, "publish", side_effect=_Ended):
+        with patch.object(ConversionFolder, "publish", side_effect=_EndedError):
             _convert(model, folder / "out")
-    except _Ended:
+    except _EndedError:
         pass
     waiting = {path.name: path.read_bytes() for path in (folder / "out" / HIDDEN).iterdir()}
     for name in _FILES:

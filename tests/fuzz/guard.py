@@ -208,13 +208,11 @@ def _changed(event: str, args: tuple[Any, ...]) -> Iterator[str]:
         if not isinstance(path, str | bytes | os.PathLike):
             continue
         fd = folders[n] if n < len(folders) else -1
-        whole = os.path.join(f"/proc/self/fd/{fd}" if fd >= 0 else "", os.fsdecode(path))
+        whole = Path(f"/proc/self/fd/{fd}" if fd >= 0 else "", os.fsdecode(path))
         if by_name:
             # A link is removed or renamed, and not what it leads to.
-            head, name = os.path.split(whole)
-            whole = os.path.join(os.path.realpath(head), name)
-            whole = os.path.join(os.path.dirname(whole), "link") if os.path.islink(whole) else whole
-        yield whole
+            whole = Path(os.path.realpath(whole.parent), "link" if whole.is_symlink() else whole.name)
+        yield str(whole)
 
 
 def _below(path: Any, folders: tuple[str, ...]) -> bool:

@@ -54,10 +54,11 @@ def find(name: str) -> Target:
 
 def all_targets() -> dict[str, Target]:
     """By name."""
-    from . import conversions, device_maps, manifests, offload_folders, safetensors_files
+    from . import configs, conversions, device_maps, manifests, offload_folders, safetensors_files
 
     every = (
         *safetensors_files.TARGETS,
+        *configs.TARGETS,
         *conversions.TARGETS,
         *device_maps.TARGETS,
         *manifests.TARGETS,
