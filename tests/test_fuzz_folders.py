@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import tempfile
@@ -123,12 +124,26 @@ def test_a_map_without_the_whole_model_may_have_modules_inside_others() -> None:
     assert all(DeviceMap(flat).of(name) == DeviceMap(table).of(name) for name in Made.model.state_dict())
 
 
-def test_a_config_too_deep_to_be_written_again_is_refused(tmp_path: Path) -> None:
-    """`convert` to another dtype writes the config anew, and says so where it cannot."""
+def test_a_config_of_layers_without_end_is_refused(tmp_path: Path) -> None:
+    """A model of many times the checkpoint's tensors is not built, whatever the config says of its layers."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").write_bytes(save({"a": torch.ones(4)}))
-    deep = "[" * 700 + "]" * 700
-    (model / "config.json").write_text(f'{{"dtype": "float32", "deep": {deep}}}')
-    with pytest.raises(lowmem.CheckpointError, match="too deep"):
-        lowmem.convert(model, tmp_path / "out", dtype="bfloat16")
+    sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 8, "num_attention_heads": 2}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**12, **sizes}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lowmem.ModelError, match=r"describes a model of more than 8208 parameters"):
+        lowmem.plan(model)
+
+
+def test_nothing_is_removed_where_a_link_leads(tmp_path: Path) -> None:
+    """A link in the place of a conversion's hidden folder is refused; what it leads to stays."""
+    model, out, other = tmp_path / "model.safetensors", tmp_path / "out", tmp_path / "other"
+    model.write_bytes(save({"a": torch.ones(4)}))
+    other.mkdir()
+    out.mkdir()
+    (other / "held").write_text("held")
+    (out / ".lowmem-convert").symlink_to(other)
+    with pytest.raises(lowmem.OutputError, match="found a link; remove it"):
+        lowmem.convert(model, out)
+    assert (other / "held").read_text() == "held"
