@@ -24,6 +24,7 @@ ORDER = [
     "dtypes",
     "_collector",
     "_mounts",
+    "_small_files",
     "_page_cache",
     "_mapped_pages",
     "_patterns",
