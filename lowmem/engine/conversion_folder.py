@@ -148,7 +148,7 @@ class ConversionFolder:
         """Whether an earlier run has finished this file: its record, size, header and, with `verify`, every byte."""
         record = _read_json(self.hidden / f"{file.name}.json", MIB + 4 * len(file.head) + file.size // 64)
         path = self.hidden / file.name
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             path = self.out / file.name
         try:
             if record["fingerprint"] != self._plan.fingerprint:
