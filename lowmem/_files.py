@@ -19,6 +19,8 @@ COPIES = 4
 # Of a shape: what torch itself can compute with.
 MOST_SIZES = 64
 _PIECE = 1 << 20
+# What became a pipe since it was asked must not hang. Without these (Windows) there are none in folders.
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 # Bytes that CPython takes for what a character of JSON begins or ends, where most of it is that; half a text's for a
 # quotation mark. A list of nothing, a table of one, the place in a table, the place in a list and a number.
 _WEIGHTS = {b"[": 104, b"{": 250, b":": 110, b",": 42, b'"': 32}
@@ -28,33 +30,46 @@ class TooHeavyError(ValueError):
     """JSON that would take much memory when it is decoded."""
 
 
-def read_small(path: Path, most: int = MOST) -> bytes:
+def open_regular(path: Path, *, links: bool = True) -> io.FileIO:
+    """Open a regular file to read.
+
+    Args:
+        path: of the file.
+        links: whether it may be a link to one.
+
+    Raises:
+        OSError: it is of another kind, which could hang or never end; or it cannot be opened.
+    """
+    # Ask before opening, for to open a device may do something; and after, for it may be another by then.
+    _check(path, path.stat(follow_symlinks=links))
+    no_link = 0 if links else getattr(os, "O_NOFOLLOW", 0)
+    opened = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | _AT_ONCE | no_link))
+    try:
+        _check(path, os.fstat(opened.fileno()))
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def read_small(path: Path, most: int = MOST, *, links: bool = True) -> bytes:
     """All bytes of a regular file of at most `most`.
 
     Raises:
-        OSError: it is of another kind, which could hang or never end; it is larger; or it cannot be read.
+        OSError: it is of another kind; it is larger; or it cannot be read.
     """
-    # Ask before opening: opening a fifo would hang, a device could do anything.
-    _check(path, path.stat(), most)
     pieces, size = [], 0
-    with io.FileIO(path, opener=_open) as file:
-        _check(path, os.fstat(file.fileno()), most)
+    with open_regular(path, links=links) as file:
+        claimed = os.fstat(file.fileno()).st_size
+        if claimed > most:
+            raise _larger(path, most, str(claimed))
+        # Some file systems tell no size (/proc).
         while size <= most and (piece := file.read(_PIECE)):
             pieces.append(piece)
             size += len(piece)
     if size > most:
         raise _larger(path, most, f"{size} or more")
     return b"".join(pieces)
-
-
-def check_kind(path: Path) -> None:
-    """Look whether a file is a regular one.
-
-    Raises:
-        OSError: it is of another kind, or is not there.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "expected a regular file, found another kind", str(path))
 
 
 def check_small(path: Path, most: int = MOST) -> None:
@@ -92,16 +107,9 @@ def decoded_size(raw: bytes) -> int:
     return len(raw) * (width + 1) + sum(weight * raw.count(mark) for mark, weight in _WEIGHTS.items())
 
 
-def _open(path: str, flags: int) -> int:
-    # What became a fifo since it was asked must not hang either.
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def _check(path: Path, info: os.stat_result, most: int) -> None:
+def _check(path: Path, info: os.stat_result) -> None:
     if not stat.S_ISREG(info.st_mode):
-        raise OSError(errno.EINVAL, f"expected a regular file of at most {most} bytes, found another kind", str(path))
-    if info.st_size > most:
-        raise _larger(path, most, str(info.st_size))
+        raise OSError(errno.EINVAL, "expected a regular file, found another kind", str(path))
 
 
 def _larger(path: Path, most: int, found: str) -> OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -25,7 +26,8 @@ from .sizes import MIB, shown
 # As coreutils' sha256sum writes it: a backslash in front says that the name is escaped; `*` is for binary mode.
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
-_MOST_OF_A_MANIFEST = 64 * MIB
+# Some ten thousand files; what is made of a line is many times as large as the line.
+_MOST_OF_A_MANIFEST = 2 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,10 +247,10 @@ def _read_manifest(path: Path) -> dict[str, str]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; check the path") from error
     wanted: dict[str, str] = {}
-    for number, line in enumerate(os.fsdecode(raw).split("\n"), start=1):
-        line = line.removesuffix("\r")
-        if not line:
+    for number, text in enumerate(io.BytesIO(raw), start=1):
+        if text in (b"\n", b"\r\n", b"\r"):
             continue
+        line = os.fsdecode(text).removesuffix("\n").removesuffix("\r")
         match = _LINE.fullmatch(line)
         if match is None:
             raise CheckpointError(

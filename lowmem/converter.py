@@ -324,8 +324,13 @@ def _last(checkpoint: Checkpoint, plan: ConvertPlan, declared: Declared) -> dict
             # other names here; save_pretrained leaves the names out too.
             table.update(dict.fromkeys(stated, plan.dtype) if wrong else {})
             table.pop("transformers_weights", None)
-            declare(table, declared)
-            text = (json.dumps(table, indent=2) + "\n").encode()
+            try:
+                declare(table, declared)
+                text = (json.dumps(table, indent=2) + "\n").encode()
+            except RecursionError as error:
+                raise CheckpointError(
+                    f"{checkpoint.config}: nested too deep to be written again; bring the model's own"
+                ) from error
         last[_CONFIG] = text
     return last
 

@@ -97,11 +97,11 @@ FORBIDDEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "the environment": (lambda folder: os.environ.update(OF_A_TEST="1"), "os.putenv"),
     "the default dtype": (lambda folder: torch.set_default_dtype(torch.float64), "default dtype"),
     "the garbage collector": (lambda folder: gc.disable(), "garbage collector"),
-    "an endless text": (lambda folder: quiet_raise(Endless()), "an error of 30000 characters"),
+    "an endless text": (lambda folder: quiet_raise(EndlessError()), "an error of 30000 characters"),
 }
 
 
-class Endless(CheckpointError):
+class EndlessError(CheckpointError):
     """Its text is not bounded, as that of all others is."""
 
     def __str__(self) -> str:

@@ -12,8 +12,8 @@ like a model. The result is finished when `state.json` goes; whoever reads OUT b
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
-import io
 import json
 import os
 import shutil
@@ -22,11 +22,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .._files import check_weight, read_small
+from .._files import check_weight, open_regular, read_small
 from ..errors import OutputError
 from ..planner.convert import FORMAT, ConvertPlan
 from ..planner.records import OffloadFile
-from ..sizes import format_size
+from ..sizes import MIB, format_size
 from .cleanup import OpenFiles, undisturbed
 from .locks import hold, release
 from .offload_writer import sync
@@ -117,6 +117,12 @@ class ConversionFolder:
 
     def _take_up(self) -> None:
         names = {entry.name for entry in self.out.iterdir()}
+        if HIDDEN in names and (self.hidden.is_symlink() or not self.hidden.is_dir()):
+            # What is removed and written there would be of another folder.
+            raise OutputError(
+                f"{self.hidden}: expected the folder of an unfinished conversion, found "
+                f"{'a link' if self.hidden.is_symlink() else 'a file'}; remove it"
+            )
         state = _read_json(self.hidden / _STATE)
         ours = {HIDDEN, *(path.name for path in self._beside), *self._last, *(file.name for file in self._plan.files)}
         # Before there is a state, nothing of a conversion has its name.
@@ -163,13 +169,16 @@ class ConversionFolder:
         """Whether an earlier run has finished this file: its record, size, header and, with `verify`, every byte."""
         path = self.hidden / file.name
         try:
-            if not path.exists():
+            if not path.exists() and not path.is_symlink():
                 path = self.out / file.name
-            record = _read_json(self.hidden / f"{file.name}.json")
+            # A piece's sum takes some characters.
+            record = _read_json(self.hidden / f"{file.name}.json", MIB + 4 * len(file.head) + file.size // 64)
             if record["fingerprint"] != self._plan.fingerprint:
                 return False
             pieces = [Piece(offset, nbytes, found, "") for offset, nbytes, found in record["pieces"]]
-            with io.FileIO(path) as opened:
+            if not _is_all_of(file.size, pieces):
+                return False
+            with open_regular(path, links=False) as opened:
                 info = os.fstat(opened.fileno())
                 if (info.st_size, info.st_mtime_ns) != (file.size, record["mtime_ns"]):
                     return False
@@ -263,22 +272,32 @@ class ConversionFolder:
         """Remove the hidden folder, if it is there."""
         if not self.hidden.is_dir():
             return
-        # Path.glob passes over what cannot be listed, and whole files would be removed.
-        inside = list(self.hidden.iterdir())
-        if any(path.name.endswith(".safetensors.json") for path in inside):
-            return
-        for path in inside:
+        for path in self.hidden.iterdir():
             path.unlink()
         self.hidden.rmdir()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _is_all_of(size: int, pieces: Iterable[Piece]) -> bool:
+    """Whether the pieces are every byte of a file, and each once."""
+    at = 0
+    for piece in pieces:
+        if piece.offset != at or not isinstance(piece.nbytes, int) or piece.nbytes < 0:
+            return False
+        at += piece.nbytes
+    return at == size
+
+
+def _read_json(path: Path, most: int = MIB) -> dict[str, Any]:
     """The object in a file; an empty one where there is none, or a damaged one. That it cannot be read is an error."""
     try:
-        raw = read_small(path)
+        raw = read_small(path, most, links=False)
         check_weight(raw)
         table = json.loads(raw)
-    except (FileNotFoundError, ValueError, RecursionError):
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EINVAL, errno.EFBIG, errno.ELOOP):
+            raise
+        return {}
+    except (ValueError, RecursionError):
         return {}
     return table if isinstance(table, dict) else {}
 

@@ -7,10 +7,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
-from .._files import check_kind
+from .._files import open_regular
 from .._page_cache import give_back, look
 from ..planner import Progress, ProgressCallback
 from ..sizes import MIB
@@ -18,6 +18,8 @@ from ..sizes import MIB
 _BUFFER = MIB
 _WORKERS = 4
 _PROGRESS_EVERY = 0.1
+# Files that are asked for; each takes a kilobyte.
+_AT_ONCE = 512
 
 
 def hash_all(
@@ -33,14 +35,16 @@ def hash_all(
     stop = threading.Event()
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="lowmem-check") as pool:
         try:
-            tasks: dict[Future[str | OSError], tuple[Path, str]] = {
-                pool.submit(_hash, file, kind, stop, meter.moved): (file, kind) for file, kind in wanted
-            }
-            running = set(tasks)
-            while running:
-                running = wait(running, timeout=_PROGRESS_EVERY, return_when=FIRST_COMPLETED).not_done
-                meter.report()
-            return {key: task.result() for task, key in tasks.items()}, meter.done
+            found = {}
+            for first in range(0, len(wanted), _AT_ONCE):
+                keys = wanted[first : first + _AT_ONCE]
+                # One at a time: to wait for all at once is to look at all of them for each that ends.
+                for key, task in [(key, pool.submit(_hash, *key, stop, meter.moved)) for key in keys]:
+                    while wait([task], timeout=_PROGRESS_EVERY).not_done:
+                        meter.report()
+                    meter.report()
+                    found[key] = task.result()
+            return found, meter.done
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -56,11 +60,10 @@ def _size(file: Path) -> int:
 
 def _hash(file: Path, kind: str, stop: threading.Event, moved: Callable[[Path, int], None]) -> str | OSError:
     """By reading it once, in a small buffer; pages that were not in memory before are given back."""
-    buffer = memoryview(bytearray(_BUFFER))
     try:
-        # Ask before opening: a manifest may name a fifo, which would hang, or a device, which would never end.
-        check_kind(file)
-        with file.open("rb", buffering=0) as opened:
+        # A manifest may name a fifo, which would hang, or a device, which would never end.
+        with open_regular(file) as opened:
+            buffer = memoryview(bytearray(_BUFFER))
             fd = opened.fileno()
             size = os.fstat(fd).st_size
             cached = look(fd, size)
@@ -74,7 +77,8 @@ def _hash(file: Path, kind: str, stop: threading.Event, moved: Callable[[Path, i
                 moved(file, got)
             return state.hexdigest()
     except OSError as error:
-        return error
+        # Its traceback would hold the buffer.
+        return error.with_traceback(None)
 
 
 class _Meter:

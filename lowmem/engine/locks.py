@@ -27,7 +27,8 @@ def hold(held: list[int], folder: Path, wait: bool = False) -> bool:
     if sys.platform == "win32":
         return False
     while True:
-        open_into(held, folder, os.O_RDONLY | os.O_CLOEXEC)
+        # What is no folder is not opened: a pipe would wait for its other end.
+        open_into(held, folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
         try:
             fcntl.flock(held[-1], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 
-from .._files import read_small
 from .._mounts import is_on_local_disk
 from ..errors import OffloadError
 from ..planner.moves import Placement
-from ..planner.offload import INDEX, boot_id, index_of, is_finished, why_unfinished
+from ..planner.offload import INDEX, boot_id, index_of, is_finished, read_finished
 from ..planner.records import OffloadPlan
 from ..sizes import format_size
 from .cleanup import OpenFiles, close_all, close_read, open_into, undisturbed
@@ -124,10 +123,10 @@ class OffloadWriter:
         if is_finished(self._plan):
             # Another process was first: its files are ours, byte for byte, and may be in use.
             return
-        if final.is_symlink() or final.is_file():
-            final.unlink()
-        elif final.exists():
+        if final.is_dir() and not final.is_symlink():
             shutil.rmtree(final)
+        else:
+            final.unlink(missing_ok=True)
         self._folder.rename(final)
 
     def abandon(self) -> None:
@@ -149,15 +148,14 @@ def settle(plan: OffloadPlan) -> None:
     Raises:
         OffloadError: it is not as it was planned any more, or the disk lost some of it.
     """
-    why = why_unfinished(plan)
-    if why is not None:
+    table = read_finished(plan)
+    if isinstance(table, str):
         raise OffloadError(
-            f"{plan.folder}: was removed or changed since it was planned ({why}); load again, to write it anew"
+            f"{plan.folder}: was removed or changed since it was planned ({table}); load again, to write it anew"
         )
     _tidy(plan.folder.parent)
     index = plan.folder / INDEX
     try:
-        table = json.loads(read_small(index))
         if table["boot"] is None or time.time() - index.stat().st_mtime < _WRITTEN_BACK:
             return
         for file in plan.files:
@@ -167,7 +165,8 @@ def settle(plan: OffloadPlan) -> None:
             left.unlink(missing_ok=True)
         mended = plan.folder / f".{INDEX}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
-            mended.write_text(json.dumps({**table, "boot": None}, indent=1), encoding="utf-8")
+            anew = index_of(plan, str(table.get("source")), plan.folder, None)
+            mended.write_text(json.dumps(anew, indent=1), encoding="utf-8")
             sync(mended)
             mended.replace(index)
         finally:
@@ -204,7 +203,7 @@ def _tidy(root: Path) -> None:
 def _sweep(root: Path) -> None:
     """Remove what killed writers left; the lock of a live one protects its folder."""
     for folder in root.glob(".*.tmp"):
-        if _TEMPORARY.fullmatch(folder.name) and is_abandoned(folder):
+        if _TEMPORARY.fullmatch(folder.name) and not folder.is_symlink() and is_abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -234,6 +234,8 @@ def disjoint(table: Mapping[str, str], skeleton: Skeleton) -> dict[str, str]:
         parents.add("")
     if not parents & set(table):
         return dict(table)
+    # The model encloses them, whether the map names it or not.
+    parents.add("")
     devices = DeviceMap(table)
     flat: dict[str, str] = {}
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._files import check_weight, read_small
+from .._files import check_weight, open_regular, read_small
 from ..checkpoint import Checkpoint, Shard
 from ..checkpoint.records import origin_of
 from ..checkpoint.safetensors import layout
 from ..dtypes import itemsize
 from ..mapping import Link
+from ..sizes import MIB
 from .moves import Placement
 from .records import Group, OffloadFile, OffloadPlan
 
@@ -134,31 +136,34 @@ def index_of(plan: OffloadPlan, source: str, folder: Path, boot: str | None) -> 
 
 def is_finished(plan: OffloadPlan) -> bool:
     """Whether the folder holds exactly these files, whole. Reads the index and the headers only."""
-    return why_unfinished(plan) is None
+    return not isinstance(read_finished(plan), str)
 
 
-def why_unfinished(plan: OffloadPlan) -> str | None:
-    """None for a folder that is finished; else in a few words why not."""
+def read_finished(plan: OffloadPlan) -> Mapping[str, Any] | str:
+    """The index of a folder that holds exactly these files, whole, and in itself; of another in a few words why not.
+
+    What is a link may be anybody's, and may lead to anything.
+    """
     try:
-        raw = read_small(plan.folder / INDEX)
+        if plan.folder.is_symlink():
+            return "it is a link"
+        # An index has for each tensor less than its header, but for the escapes of JSON, and the source's path.
+        raw = read_small(plan.folder / INDEX, MIB + 4 * sum(len(file.head) for file in plan.files), links=False)
         check_weight(raw)
-        index = json.loads(raw)
+        index: dict[str, Any] = json.loads(raw)
         if index.get("format") != FORMAT or index.get("fingerprint") != plan.fingerprint:
             return "of another load"
         if index["boot"] is not None and index["boot"] != boot_id():
             return "the machine was started anew before its bytes were on the disk"
         for file in plan.files:
-            path = plan.folder / file.name
-            if not path.is_file():
-                return f"{file.name} is no file, or gone"
-            info = path.stat()
-            if (info.st_size, info.st_mtime_ns) != (file.size, index["mtimes"].get(file.name)):
-                return f"{file.name} was written to"
-            with path.open("rb") as f:
-                if f.read(len(file.head)) != file.head:
+            with open_regular(plan.folder / file.name, links=False) as opened:
+                info = os.fstat(opened.fileno())
+                if (info.st_size, info.st_mtime_ns) != (file.size, index["mtimes"].get(file.name)):
+                    return f"{file.name} was written to"
+                if opened.read(len(file.head)) != file.head:
                     return f"{file.name} begins otherwise"
     except OSError as error:
         return f"{error.filename or INDEX}: {error.strerror or error}"
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return f"{INDEX} is damaged"
-    return None
+    return index

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import re
+import shutil
 import signal
 import sys
 import sysconfig
@@ -53,7 +54,10 @@ _CHANGING: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("os.rename", "os.link", "shutil.move"), (0, 1)),
     **dict.fromkeys(("os.symlink", "shutil.copyfile", "shutil.copymode", "shutil.copystat"), (1,)),
 }
+# Of these a link among the names is what is changed, and not what it leads to.
+_BY_NAME = frozenset({"os.remove", "os.rmdir", "os.rename", "os.symlink", "os.link"})
 _LISTING = frozenset({"os.listdir", "os.scandir", "glob.glob", "os.walk"})
+_OPENS_BESIDE = getattr(getattr(shutil, "_rmtree_safe_fd", None), "__code__", None)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # What lowmem asks of the kernel, by names that it has from no file.
 _KERNEL = re.compile(
@@ -206,11 +210,13 @@ class Guard:
             writes = bool(flags & _WRITING) if isinstance(flags, int) else any(c in (mode or "") for c in "wax+")
             if isinstance(path, int) or (not writes and self._is_own(path)):
                 return
+            if not writes and sys._getframe(1).f_code is _OPENS_BESIDE:
+                return  # Of a folder that was looked at when its removal began, whose descriptor is not told here.
             if not _below(path, rules.write if writes else rules.read + rules.write):
                 self._break(f"opened {path!r} to {'write' if writes else 'read'}")
         elif event in _CHANGING:
-            for at in _CHANGING[event]:
-                if at < len(args) and _is_path(args[at]) and not _below(args[at], rules.write):
+            for path in _changed(event, args):
+                if not _below(path, rules.write):
                     self._break(f"{event}{args!r}"[:500])
         elif event in _LISTING:
             if (
@@ -295,6 +301,20 @@ def _real(path: Path) -> tuple[str, ...]:
 
 def _is_path(value: Any) -> bool:
     return isinstance(value, str | bytes | os.PathLike)
+
+
+def _changed(event: str, args: tuple[Any, ...]) -> Iterator[str]:
+    """What is changed, by its whole path."""
+    # Such names may be told beside the descriptor of their folder (`shutil.rmtree`).
+    folders = [fd for fd in args[1:] if isinstance(fd, int)] if event in _BY_NAME else []
+    for n, at in enumerate(_CHANGING[event]):
+        if at >= len(args) or not _is_path(args[at]):
+            continue
+        fd = folders[n] if n < len(folders) else -1
+        whole = Path(f"/proc/self/fd/{fd}" if fd >= 0 else "", os.fsdecode(args[at]))
+        if event in _BY_NAME:
+            whole = Path(os.path.realpath(whole.parent), "link" if whole.is_symlink() else whole.name)
+        yield str(whole)
 
 
 def _below(path: Any, folders: tuple[str, ...]) -> bool:

@@ -54,7 +54,17 @@ def find(name: str) -> Target:
 
 def all_targets() -> dict[str, Target]:
     """By name."""
-    from . import index_files, pickled_files, safetensors_files
+    from . import (
+        configs,
+        conversions,
+        device_maps,
+        index_files,
+        manifests,
+        offload_folders,
+        pickled_files,
+        safetensors_files,
+    )
 
-    modules = (safetensors_files, index_files, pickled_files)
-    return {target.name: target for module in modules for target in module.TARGETS}
+    files = (safetensors_files, index_files, pickled_files)
+    folders = (configs, conversions, device_maps, manifests, offload_folders)
+    return {target.name: target for module in (*files, *folders) for target in module.TARGETS}
