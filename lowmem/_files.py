@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -72,14 +73,31 @@ def read_small(path: Path, most: int = MOST, *, links: bool = True) -> bytes:
     return b"".join(pieces)
 
 
-def check_small(path: Path, most: int = MOST) -> None:
-    """Look whether a file that others will read is small, and whether decoding it as JSON would take little.
+def read_config(path: Path, weights: Path | None = None) -> bytes:
+    """All bytes of a small file, to be decoded as a config, also by others.
+
+    Args:
+        path: of the file.
+        weights: the folder of those that it is for, where it does not lie beside them.
 
     Raises:
         OSError: as `read_small`.
-        TooHeavyError: decoding it would take more memory than it may.
+        TooHeavyError: decoding it would take more memory than it may: as much as the weights besides, for a config has
+            the name of each label of which they have a row.
     """
-    check_weight(read_small(path, most), times=COPIES)
+    raw = read_small(path)
+    check_weight(raw, held_in(weights or path.parent), COPIES)
+    return raw
+
+
+def held_in(folder: Path) -> int:
+    """Bytes of the files in a folder: those of a model are many times what its index and its config take."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file():
+                total += entry.stat().st_size
+    return total
 
 
 def check_weight(raw: bytes, more: int = 0, times: int = 1) -> None:
@@ -93,7 +111,7 @@ def check_weight(raw: bytes, more: int = 0, times: int = 1) -> None:
     Raises:
         TooHeavyError: it would take more.
     """
-    if len(raw) > ROOM // 128 and (taken := times * decoded_size(raw)) > len(raw) + ROOM + more:
+    if times * len(raw) > ROOM // 128 and (taken := times * decoded_size(raw)) > len(raw) + ROOM + more:
         raise TooHeavyError(
             f"expected at most {len(raw) + ROOM + more} bytes of memory to decode it, found {len(raw)} bytes of JSON "
             f"that take about {taken}"

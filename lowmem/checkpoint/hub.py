@@ -20,8 +20,9 @@ from .._files import read_small
 from ..errors import LowmemError, OptionError, SourceError
 from .file_names import PICKLES, SAFETENSORS, is_index, listed
 from .folder import Choice, choose
-from .location import Place, is_folder, local_place, shards_named, table_in, within
+from .location import Place, is_folder, local_place, shards_named, within
 from .selection import Selection, is_revision
+from .there import table_at
 
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
 _ID = re.compile(rf"((?:{_PART}/)?{_PART})(?:@(.+))?", re.ASCII)
@@ -245,7 +246,7 @@ def _needed(library: Any, wanted: _Wanted, revision: str | None, names: Sequence
         lambda: _by_folder(held),
         lambda index: shards_named(fetched(index)),
         lambda name: wanted.inside(name) in every,
-        lambda name: table_in(fetched(name)) if wanted.inside(name) in every else {},
+        lambda name: table_at(fetched(name)) if wanted.inside(name) in every else {},
         lambda folder: f"with subfolder={wanted.inside(folder)!r} (--subfolder)",
         "the repository itself lacks some",
         "it is the repository of something else",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from .._files import TooHeavyError, read_small
+from .._files import TooHeavyError, held_in, read_small
 from ..errors import CheckpointError
 from .file_names import is_weights
 from .location import names_in
@@ -62,7 +61,7 @@ def read_listing(found: Source) -> Listing | None:
 
 def _read_index(index: Path, folder: Path) -> tuple[dict[str, str], Any]:
     try:
-        table = decode_json(read_small(index), more=_held_in(folder))
+        table = decode_json(read_small(index), more=held_in(folder))
     except OSError as error:
         raise CheckpointError(
             f"{index}: cannot be read: {error.strerror or error}; check the path and its permissions, or download it "
@@ -88,16 +87,6 @@ def _read_index(index: Path, folder: Path) -> tuple[dict[str, str], Any]:
         raise CheckpointError(f"{index}: expected tensors in the weight_map, found none; download it again")
     metadata = table.get("metadata")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
-
-
-def _held_in(folder: Path) -> int:
-    """Bytes of the files beside an index: those of a model are many times what the index takes."""
-    total = 0
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
-            if entry.is_file():
-                total += entry.stat().st_size
-    return total
 
 
 def _inside(index: Path, folder: Path, name: str, key: str, roots: Callable[[], tuple[Path, Path | None]]) -> Path:

@@ -62,7 +62,7 @@ def local_place(text: str, folder: Path, subfolder: str = "") -> Place:
         lambda: {n: names_in(folder / n) for n in names if not n.startswith(".") and is_folder(folder / n)},
         lambda index: shards_named(folder / index),
         lambda name: is_there(folder / name),
-        lambda name: table_in(folder / name),
+        lambda name: table_at(folder / name),
         lambda below: f"such as {folder / below}, or say subfolder={within(subfolder, below)!r} (--subfolder)",
     )
 
@@ -74,19 +74,10 @@ def within(outer: str, name: str) -> str:
 
 def shards_named(index: Path) -> frozenset[str] | None:
     """The names of the shards in an index, or None when it cannot be read: that is for its reader to say."""
-    named = table_in(index).get("weight_map")
+    named = table_at(index).get("weight_map")
     if not isinstance(named, dict):
         return None
     return frozenset(name for name in named.values() if isinstance(name, str))
-
-
-def table_in(file: Path) -> Mapping[str, Any]:
-    """The object in a JSON file; an empty one when there is none that can be read: that is for its reader to say.
-
-    Raises:
-        SourceError: the machine failed, which is no answer.
-    """
-    return table_at(file)
 
 
 def is_folder(path: Path) -> bool:

@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .._files import check_weight, read_small
+from .._files import check_weight, held_in, read_small
 from ..errors import SourceError
+from ..sizes import MIB
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 # What may not be read, or is no small file, is no failure of the machine: its reader says so.
 _CLOSED = (*_ABSENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EFBIG, errno.EINVAL)
+
+# More than the index of any model takes when it is decoded, which may be there before its shards.
+_FOR_AN_INDEX = 16 * MIB
 
 
 @contextmanager
@@ -59,7 +63,7 @@ def table_at(path: Path) -> dict[str, Any]:
     with looking_at(path):
         try:
             raw = read_small(path)
-            check_weight(raw)
+            check_weight(raw, held_in(path.parent) + _FOR_AN_INDEX)
             table = json.loads(raw)
         except OSError as error:
             if error.errno not in _CLOSED:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._files import check_small
+from .._files import read_config
 from ..checkpoint.there import is_file_at
 from ..errors import ModelError, OptionError, UnsupportedError
 from .failures import refusing
@@ -114,7 +114,7 @@ def _auto_config(place: _Place, given: Mapping[str, Any]) -> tuple[Any, dict[str
     with refusing(f"{place.where}: transformers cannot read it"):
         beside = Path(source or place.folder)
         if (file := beside / "config.json" if beside.is_dir() else beside).is_file():
-            check_small(file)
+            read_config(file, place.folder)
         config, left = place.transformers.AutoConfig.from_pretrained(
             source or str(place.folder),
             trust_remote_code=place.request.trust_remote_code,

@@ -16,31 +16,38 @@ from ..errors import ModelError
 
 # Names of what a model has a list of, or a config makes one of: `num_hidden_layers`, `n_layer`, `depths`, `num_labels`.
 _COUNTS = re.compile(r"(layers?|depths?|blocks?|experts?|heads?|labels|classes|stages|levels|hops|groups?)\d*$")
-# More than any model has of any of them.
+# More than any model has of any of them, but for those of which the last layer has a row each.
 _MOST = 100_000
+_ROWS = re.compile(r"(labels|classes)\d*$")
+# Less than a row has, and as much as the names that a config makes of a number of labels.
+_BYTES_OF_A_ROW = 256
 # Modules and parameters of a model, for a checkpoint of nothing, for each of its tensors, and for so many bytes of it.
 _FOR_NOTHING = 20_000
 _FOR_A_TENSOR = 64
 _BYTES_EACH = 1 << 16
 
 
-def refuse_endless(where: str, table: Mapping[str, Any]) -> None:
+def refuse_endless(where: str, table: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Look at how many of anything a config demands, before a class of transformers makes a list as long as that.
 
     Raises:
-        ModelError: more than any model has.
+        ModelError: more than any model has, or more labels than the checkpoint has room for.
     """
+    rows = max(_MOST, checkpoint.nbytes // _BYTES_OF_A_ROW)
     left: list[tuple[str, Any]] = list(table.items())
     while left:
         key, value = left.pop()
         if isinstance(value, dict):
-            left += value.items()
+            # The keys of this one are names of labels.
+            left += value.items() if key != "label2id" else ()
         elif isinstance(value, list):
             left += ((key, item) for item in value)
         elif isinstance(value, (int, float)) and value > _MOST and _COUNTS.search(key):
-            raise ModelError(
-                f"{where}: {key!r}: expected at most {_MOST}, found {value!r}; bring the model's own config.json"
-            )
+            most = rows if _ROWS.search(key) else _MOST
+            if value > most:
+                raise ModelError(
+                    f"{where}: {key!r}: expected at most {most}, found {value!r}; bring the model's own config.json"
+                )
 
 
 @contextmanager

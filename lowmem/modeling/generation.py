@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .._files import check_small
+from .._files import read_config
 from ..checkpoint.there import is_file_at, looking_at
 from .failures import refusing
 from .hf import Blueprint
@@ -64,12 +64,11 @@ def _config(model: nn.Module, folder: Path | None, blueprint: Blueprint | None) 
     changes = {} if blueprint is None else dict(blueprint.chosen.generation_kwargs)
     file = folder / "generation_config.json"
     if is_file_at(file):
-        with looking_at(file):
-            # transformers would take what cannot be read for what is not there.
-            file.read_bytes()
         with refusing(f"{file}: transformers cannot use it; correct it, or remove it"):
+            with looking_at(file):
+                # transformers would take what cannot be read for what is not there.
+                read_config(file)
             try:
-                check_small(file)
                 return GenerationConfig.from_pretrained(str(folder), local_files_only=True, **changes)
             except OSError:
                 pass

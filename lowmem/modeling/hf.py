@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._files import COPIES, check_weight, read_small
+from .._files import read_config
 from ..checkpoint import Checkpoint
 from ..checkpoint.int8 import has_scales
 from ..checkpoint.there import is_file_at, is_there, looking_at
@@ -85,7 +85,7 @@ def read_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> Blueprint:
         assert checkpoint.config is not None
         with refusing(f"{where}: cannot be read"):
             table = _read_table(checkpoint.config)
-        refuse_endless(where, table)
+        refuse_endless(where, table, checkpoint)
         refuse_quantised(checkpoint, where, table)
         for key in ("dtype", "torch_dtype"):
             _parse_dtype(table.get(key), key, where)
@@ -225,10 +225,9 @@ _EXPERTS = ("experts_implementation", "grouped_mm", "expert")
 
 
 def _read_table(config: Path) -> dict[str, Any]:
-    with looking_at(config):
-        text = read_small(config)
     try:
-        check_weight(text, times=COPIES)
+        with looking_at(config):
+            text = read_config(config)
         table = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{config}: not valid JSON ({error}); bring the model's own config.json") from error

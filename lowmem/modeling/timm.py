@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .._files import COPIES, check_weight, read_small
+from .._files import read_config
 from .._shared import Shared
 from ..checkpoint import Checkpoint
 from ..checkpoint.there import is_there, table_at
@@ -104,12 +104,6 @@ def is_timm_config(config: Path) -> bool:
     return "architecture" in table and not {"model_type", "architectures"} & table.keys()
 
 
-def _text_of(config: Path) -> str:
-    raw = read_small(config)
-    check_weight(raw, times=COPIES)
-    return raw.decode()
-
-
 def import_timm(where: str) -> Any:
     """The package, or why it cannot be had.
 
@@ -145,7 +139,7 @@ def read_timm_blueprint(checkpoint: Checkpoint, request: ModelRequest) -> TimmBl
     config, where = checkpoint.config, str(checkpoint.config)
     options = _options(request)
     with refusing(f"{where}: cannot be read"):
-        text = _text_of(config)
+        text = read_config(config).decode()
         architecture = _check_table(where, json.loads(text))
     timm = import_timm(where)
     if not timm.is_model(architecture):

@@ -149,7 +149,7 @@ def read_finished(plan: OffloadPlan) -> Mapping[str, Any] | str:
             return "it is a link"
         # An index has for each tensor less than its header, but for the escapes of JSON, and the source's path.
         raw = read_small(plan.folder / INDEX, MIB + 4 * sum(len(file.head) for file in plan.files), links=False)
-        check_weight(raw)
+        check_weight(raw, plan.nbytes)
         index: dict[str, Any] = json.loads(raw)
         if index.get("format") != FORMAT or index.get("fingerprint") != plan.fingerprint:
             return "of another load"
