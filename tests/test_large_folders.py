@@ -14,6 +14,7 @@ import lowmem
 from lowmem import _files
 from lowmem.checkpoint.location import shards_named
 from lowmem.errors import ModelError
+from lowmem.modeling import demands
 
 
 def classifier(folder: Path, labels: int, **said: Any) -> Path:
@@ -80,3 +81,19 @@ def test_an_index_on_disk_may_take_as_much_memory_as_its_files_have_bytes(
     second = load()
     assert second.plan.offload is not None
     assert second.plan.offload.reused
+
+
+def test_modules_are_not_counted_any_more_when_a_build_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the program's own models would be refused later."""
+    weights = tmp_path / "model.bin"
+    torch.save(nn.Linear(2, 2).state_dict(), weights)
+
+    def interrupted(hook: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demands.hooks, "register_module_module_registration_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt), demands.counted("here", lowmem.inspect(weights)):
+        pass
+    assert not demands.hooks._global_parameter_registration_hooks

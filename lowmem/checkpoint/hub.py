@@ -20,9 +20,9 @@ from .._files import read_small
 from ..errors import LowmemError, OptionError, SourceError
 from .file_names import PICKLES, SAFETENSORS, is_index, listed
 from .folder import Choice, choose
-from .location import Place, is_folder, local_place, shards_named, within
+from .location import Place, local_place, shards_named, within
 from .selection import Selection, is_revision
-from .there import table_at
+from .there import is_folder_at, table_at
 
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
 _ID = re.compile(rf"((?:{_PART}/)?{_PART})(?:@(.+))?", re.ASCII)
@@ -182,7 +182,7 @@ def _held(repository: Path) -> str:
 def _check(wanted: _Wanted, folder: Path) -> None:
     """A snapshot holds what was fetched, which may be a part: its weights must be there, and all of them."""
     inside, selection = folder / wanted.selection.subfolder, wanted.selection
-    if not is_folder(inside):
+    if not is_folder_at(inside):
         raise SourceError(
             f"{wanted.name}: no folder {selection.subfolder} in what is cached of it ({folder}); {wanted.remedy}, if "
             "the repository has it"

@@ -55,11 +55,11 @@ def local_place(text: str, folder: Path, subfolder: str = "") -> Place:
     except OSError as error:
         raise SourceError(f"{text}: cannot be listed: {error.strerror or error}") from error
     # A folder may be called model.bin, but its weights are then inside.
-    files = [n for n in names if not ((is_weights(n, False) or is_weights(n, True)) and is_folder(folder / n))]
+    files = [n for n in names if not ((is_weights(n, False) or is_weights(n, True)) and _is_folder(folder / n))]
     return Place(
         within(text, subfolder),
         files,
-        lambda: {n: names_in(folder / n) for n in names if not n.startswith(".") and is_folder(folder / n)},
+        lambda: {n: names_in(folder / n) for n in names if not n.startswith(".") and _is_folder(folder / n)},
         lambda index: shards_named(folder / index),
         lambda name: is_there(folder / name),
         lambda name: table_at(folder / name),
@@ -80,7 +80,7 @@ def shards_named(index: Path) -> frozenset[str] | None:
     return frozenset(name for name in named.values() if isinstance(name, str))
 
 
-def is_folder(path: Path) -> bool:
+def _is_folder(path: Path) -> bool:
     """Whether a folder is there, and can be told to be."""
     try:
         return path.is_dir()

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as hooks
 
+from .._shared import Shared
 from ..checkpoint import Checkpoint
 from ..errors import ModelError
 
@@ -25,6 +26,9 @@ _BYTES_OF_A_ROW = 256
 _FOR_NOTHING = 20_000
 _FOR_A_TENSOR = 64
 _BYTES_EACH = 1 << 16
+
+_here = threading.local()
+_handles: list[Any] = []
 
 
 def refuse_endless(where: str, table: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -58,23 +62,40 @@ def counted(where: str, checkpoint: Checkpoint) -> Iterator[None]:
         ModelError: it has more.
     """
     most = _FOR_NOTHING + _FOR_A_TENSOR * len(checkpoint) + checkpoint.nbytes // _BYTES_EACH
-    here, made = threading.get_ident(), 0
+    made = 0
 
-    def count(module: nn.Module, name: str, part: Any) -> None:
+    def count() -> None:
         nonlocal made
-        made += threading.get_ident() == here
+        made += 1
         if made > most:
             raise ModelError(
                 f"{where}: expected a model that {len(checkpoint)} tensors can fill, found one of more than {most} "
                 "modules and parameters; bring the config.json that belongs to the weights"
             )
 
-    handles = [
-        hooks.register_module_parameter_registration_hook(count),
-        hooks.register_module_module_registration_hook(count),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _counting.changed():
+        outer = getattr(_here, "count", None)
+        try:
+            _here.count = count
+            yield
+        finally:
+            _here.count = outer
+
+
+def _count(module: nn.Module, name: str, part: Any) -> None:
+    if (count := getattr(_here, "count", None)) is not None:
+        count()
+
+
+def _begin() -> None:
+    _handles.append(hooks.register_module_parameter_registration_hook(_count))
+    _handles.append(hooks.register_module_module_registration_hook(_count))
+
+
+def _end() -> None:
+    while _handles:
+        _handles[-1].remove()
+        _handles.pop()
+
+
+_counting = Shared(_begin, _end)
