@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -98,12 +99,13 @@ def _inside(index: Path, folder: Path, name: str, key: str, roots: Callable[[], 
         )
     try:
         file.lstat()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        # A name too long is that of no file.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise _unfollowed(file, key, error) from error
         raise CheckpointError(
             f"{index}: tensor {key!r}: expected in {short(name)}, which is missing in {folder}; download it again"
         ) from None
-    except OSError as error:
-        raise _unfollowed(file, key, error) from error
     try:
         (root, blobs), real = roots(), file.resolve(strict=True)
     except (FileNotFoundError, NotADirectoryError, RuntimeError) as error:
