@@ -17,7 +17,7 @@ from ..errors import ModelError
 # Names of what a model has a list of, or a config makes one of: `num_hidden_layers`, `n_layer`, `depths`, `num_labels`.
 _COUNTS = re.compile(r"(layers?|depths?|blocks?|experts?|heads?|labels|classes|stages|levels|hops|groups?)\d*$")
 # More than any model has of any of them.
-_MOST = 100_000
+MOST = 100_000
 # Modules and parameters of a model, for a checkpoint of nothing, for each of its tensors, and for so many bytes of it.
 _FOR_NOTHING = 20_000
 _FOR_A_TENSOR = 64
@@ -37,9 +37,9 @@ def refuse_endless(where: str, table: Mapping[str, Any]) -> None:
             left += value.items()
         elif isinstance(value, list):
             left += ((key, item) for item in value)
-        elif isinstance(value, (int, float)) and value > _MOST and _COUNTS.search(key):
+        elif isinstance(value, (int, float)) and value > MOST and _COUNTS.search(key):
             raise ModelError(
-                f"{where}: {key!r}: expected at most {_MOST}, found {value!r}; bring the model's own config.json"
+                f"{where}: {key!r}: expected at most {MOST}, found {value!r}; bring the model's own config.json"
             )
 
 
