@@ -27,7 +27,7 @@ from .sizes import MIB, shown
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
 # Some ten thousand files; what is made of a line is many times as large as the line.
-_MOST_OF_A_MANIFEST = 2 * MIB
+MOST_OF_A_MANIFEST = 2 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +243,7 @@ def _read_manifest(path: Path) -> dict[str, str]:
         CheckpointError: it cannot be read, or a line is not of that format or leads out of the folder.
     """
     try:
-        raw = read_small(path, _MOST_OF_A_MANIFEST)
+        raw = read_small(path, MOST_OF_A_MANIFEST)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; check the path") from error
     wanted: dict[str, str] = {}

@@ -130,9 +130,9 @@ def test_a_config_of_layers_without_end_is_refused(tmp_path: Path) -> None:
     model.mkdir()
     (model / "model.safetensors").write_bytes(save({"a": torch.ones(4)}))
     sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 8, "num_attention_heads": 2}
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**12, **sizes}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 90_000, **sizes}
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(lowmem.ModelError, match=r"describes a model of more than 8208 parameters"):
+    with pytest.raises(lowmem.ModelError, match=r"a model that 1 tensors can fill"):
         lowmem.plan(model)
 
 

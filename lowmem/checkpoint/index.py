@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from .file_names import is_weights
 from .location import names_in
 from .records import TensorEntry, stored_bytes
-from .safetensors import check_name, decode_json, short
+from .safetensors import check_extent, decode_json, short
 from .source import Source
 
 # In an index that lowmem wrote: name that is left out → name under which its bytes are stored. For people and other
@@ -77,8 +77,8 @@ def _read_index(index: Path, folder: Path) -> tuple[dict[str, str], Any]:
         raise CheckpointError(
             f"{index}: expected a 'weight_map' of key to file name, found {short(table)}; download it again"
         )
+    check_extent(index, max(weight_map, key=len, default=""))
     for key, name in weight_map.items():
-        check_name(index, key)
         if not isinstance(name, str):
             raise CheckpointError(
                 f"{index}: tensor {key!r}: expected a file name in the weight_map, found {short(name)}; "

@@ -14,7 +14,7 @@ from ..dtypes import itemsize
 from ..errors import CheckpointError, UnsupportedError
 from .pickled_tensors import Storage
 from .records import Leaf, Packed, Shard, TensorEntry
-from .safetensors import check_name, check_sizes
+from .safetensors import check_extent
 
 # Addresses of unpacked ranges are multiples of it, so that elements are aligned there as in a file.
 _ALIGNMENT = 64
@@ -182,8 +182,7 @@ class Locator:
         return tuple(made.values())
 
     def _entry(self, key: str, leaf: Leaf, place: Place | None) -> TensorEntry:
-        check_name(self.shard.file, key)
-        check_sizes(self.shard.file, key, leaf.shape)
+        check_extent(self.shard.file, key, leaf.shape)
         if not leaf.nbytes or place is None:
             return TensorEntry(key, leaf.dtype, leaf.shape, self.shard.file, 0, 0, leaf.strides)
         # What the pickle says of the storage, and not what lies there: more may, and is not the storage's.

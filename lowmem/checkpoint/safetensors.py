@@ -169,25 +169,19 @@ def _integer(text: str) -> int | float:
     return -0.0 if text == "-0" else int(text)
 
 
-def check_name(file: Path, key: str) -> None:
-    """Refuse a name that is longer than any: it would be in every message and table.
+def check_extent(file: Path, key: str, shape: Sequence[int] = ()) -> None:
+    """Refuse a name that is longer than any, or a shape of more sizes than torch can compute with.
+
+    They would be in every message and table.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: it is longer, or has more.
     """
     if len(key) > LONGEST_NAME:
         raise CheckpointError(
             f"{file}: tensor {short(key)}: expected a name of at most {LONGEST_NAME} characters, found {len(key)}; "
             "the file is damaged, download it again"
         )
-
-
-def check_sizes(file: Path, key: str, shape: Sequence[int]) -> None:
-    """Refuse a shape of more sizes than torch can compute with: it would be in every message and table.
-
-    Raises:
-        CheckpointError: it has more.
-    """
     if len(shape) > MOST_SIZES:
         raise CheckpointError(
             f"{file}: tensor {key!r}: expected a shape of at most {MOST_SIZES} sizes, found {len(shape)}; "
@@ -196,7 +190,8 @@ def check_sizes(file: Path, key: str, shape: Sequence[int]) -> None:
 
 
 def _entry(file: Path, key: str, info: Any, start: int) -> TensorEntry:
-    check_name(file, key)
+    if len(key) > LONGEST_NAME:
+        check_extent(file, key)
     try:
         name, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
         # `type is int` keeps out True, 1.0 and friends.
@@ -209,7 +204,8 @@ def _entry(file: Path, key: str, info: Any, start: int) -> TensorEntry:
             f"{file}: tensor {key!r}: expected dtype, shape and data_offsets in whole numbers from 0 to 2**63, "
             f"found {short(info)}; the file is damaged, download it again"
         )
-    check_sizes(file, key, shape)
+    if len(shape) > MOST_SIZES:
+        check_extent(file, key, shape)
     element = SAFETENSORS_DTYPES.get(name) if type(name) is str else None
     if element is None:
         known = ", ".join(SAFETENSORS_DTYPES)

@@ -18,7 +18,7 @@ from ..errors import ModelError
 # Names of what a model has a list of, or a config makes one of: `num_hidden_layers`, `n_layer`, `depths`, `num_labels`.
 _COUNTS = re.compile(r"(layers?|depths?|blocks?|experts?|heads?|labels|classes|stages|levels|hops|groups?)\d*$")
 # More than any model has of any of them, but for those of which the last layer has a row each.
-_MOST = 100_000
+MOST = 100_000
 _ROWS = re.compile(r"(labels|classes)\d*$")
 # Less than a row has, and as much as the names that a config makes of a number of labels.
 _BYTES_OF_A_ROW = 256
@@ -37,7 +37,7 @@ def refuse_endless(where: str, table: Mapping[str, Any], checkpoint: Checkpoint)
     Raises:
         ModelError: more than any model has, or more labels than the checkpoint has room for.
     """
-    rows = max(_MOST, checkpoint.nbytes // _BYTES_OF_A_ROW)
+    rows = max(MOST, checkpoint.nbytes // _BYTES_OF_A_ROW)
     left: list[tuple[str, Any]] = list(table.items())
     while left:
         key, value = left.pop()
@@ -46,8 +46,8 @@ def refuse_endless(where: str, table: Mapping[str, Any], checkpoint: Checkpoint)
             left += value.items() if key != "label2id" else ()
         elif isinstance(value, list):
             left += ((key, item) for item in value)
-        elif isinstance(value, (int, float)) and value > _MOST and _COUNTS.search(key):
-            most = rows if _ROWS.search(key) else _MOST
+        elif isinstance(value, (int, float)) and value > MOST and _COUNTS.search(key):
+            most = rows if _ROWS.search(key) else MOST
             if value > most:
                 raise ModelError(
                     f"{where}: {key!r}: expected at most {most}, found {value!r}; bring the model's own config.json"

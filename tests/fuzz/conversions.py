@@ -68,18 +68,19 @@ def _execute(guard: Guard, data: bytes, folder: Path) -> None:
         **{f"${key}": value for key, value in json.loads(waiting["state.json"]).items() if key != "source"},
     }
     sound = {f"{HIDDEN}/{name}": text for name, text in waiting.items()} | {name: wanted[name] for name in _FILES}
+    (folder / "to").mkdir(exist_ok=True)
     files = scenes.decode(data)
     if files is None:
         # No scene: the record of the first file.
         files = {name: ["sound"] for name in sound if name.startswith(HIDDEN)}
-        (folder / "out" / HIDDEN).mkdir(parents=True)
-        (folder / "out" / HIDDEN / f"{_FILES[0]}.json").write_bytes(data)
-    scenes.make(files, folder / "out", sound, known, _TIME)
+        (folder / "to" / "out" / HIDDEN).mkdir(parents=True)
+        (folder / "to" / "out" / HIDDEN / f"{_FILES[0]}.json").write_bytes(data)
+    scenes.make(files, folder / "to" / "out", sound, known, _TIME)
     model = _model(folder)
-    made = guard.run(lambda: _convert(model, folder / "out"), size=len(data), read=model, write=folder / "out")
+    made = guard.run(lambda: _convert(model, folder / "to" / "out"), size=len(data), read=model, write=folder / "to")
     scenes.check_elsewhere(folder / "elsewhere")
     if made is not None:
-        _check_same(folder / "out", wanted)
+        _check_same(folder / "to" / "out", wanted)
 
 
 def _check_same(out: Path, wanted: dict[str, bytes]) -> None:
@@ -98,16 +99,16 @@ def _first(folder: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
     whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
     try:
         with patch.object(ConversionFolder, "publish", side_effect=_EndedError):
-            _convert(model, folder / "out")
+            _convert(model, folder / "to" / "out")
     except _EndedError:
         pass
-    waiting = {path.name: path.read_bytes() for path in (folder / "out" / HIDDEN).iterdir()}
+    waiting = {path.name: path.read_bytes() for path in (folder / "to" / "out" / HIDDEN).iterdir()}
     for name in _FILES:
         record = json.loads(waiting[f"{name}.json"])
         waiting[f"{name}.json"] = json.dumps({**record, "mtime_ns": _TIME}, separators=(",", ":")).encode()
-    for path in (folder / "out" / HIDDEN).iterdir():
+    for path in (folder / "to" / "out" / HIDDEN).iterdir():
         path.unlink()
-    (folder / "out" / HIDDEN).rmdir()
+    (folder / "to" / "out" / HIDDEN).rmdir()
     return whole, waiting
 
 

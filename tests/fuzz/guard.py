@@ -65,7 +65,7 @@ _KERNEL = re.compile(
     r"|thread-self/children|sys/kernel/random/boot_id|sys/vm/\w+)|/sys/fs/cgroup(/.*)?|/sys/class/bdi/.*|/dev/null"
 )
 # Modules that are imported when first needed, although every sound input ran before: what their names begin with.
-LAZY: list[str] = []
+LAZY: list[str] = ["encodings."]
 
 
 class Broken(BaseException):
