@@ -309,9 +309,15 @@ def _write_manifest(target: Path, folder: Path, found: Mapping[Path, str | OSErr
         name = path.relative_to(folder).as_posix()
         escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
         lines.append(f"{'' if escaped == name else chr(92)}{value}  {escaped}\n")
+    text = os.fsencode("".join(lines))
+    if len(text) > MOST_OF_A_MANIFEST:
+        raise CheckpointError(
+            f"{folder}: expected files for a manifest of at most {MOST_OF_A_MANIFEST} bytes, found {len(lines)}; check "
+            "the folder of the weights alone"
+        )
     try:
         with new_content(target) as file:
-            file.write(os.fsencode("".join(lines)))
+            file.write(text)
     except OSError as error:
         raise OptionError(f"write_manifest: {target}: cannot be written: {error.strerror or error}") from error
 

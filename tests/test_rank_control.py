@@ -54,8 +54,8 @@ def look(together: Together) -> None:
     crew.next()
 
 
-def fail(text: str) -> None:
-    raise CheckpointError(text)
+def fail(text: str, kind: type[Exception] = CheckpointError) -> None:
+    raise kind(text)
 
 
 def all_well(members: list[int], rank: int) -> Any:
@@ -144,7 +144,7 @@ def all_fail(members: list[int], rank: int) -> None:
 def long_text(members: list[int], rank: int) -> None:
     with Together(members) as together:
         if rank == members[0]:
-            fail(LONG)
+            fail(LONG, ValueError)
         look(together)
 
 
@@ -335,13 +335,13 @@ def test_two_errors_each_keep_their_own_and_the_others_get_one_of_them(played: l
 
 def test_long_texts_are_cut_and_odd_ones_arrive(played: list[Any]) -> None:
     own, *others = saw(played, "long")
-    assert own == f"CheckpointError: {LONG}"
+    assert own == f"ValueError: {LONG}"
     assert len({*others}) == 1
     told = others[0].removeprefix("RankError: rank 0: ")
     assert len(told) == control.LONGEST
     assert told.endswith("…")
     assert own.startswith(told[:-1])
-    assert saw(played, "odd")[1] == "RankError: rank 0: CheckpointError: /t/\udcff\n.bin"
+    assert saw(played, "odd")[1] == "RankError: rank 0: CheckpointError: /t/\\udcff\n.bin"
 
 
 def test_members_at_different_steps_end(played: list[Any]) -> None:

@@ -23,7 +23,7 @@ __all__ = ["MAX_STEPS", "Dict", "Extension", "Global", "Inert", "Key", "Machine"
 MAX_STEPS = 8_000_000
 # Bytes, measured with 40,000 tensors (32 opcodes each), with 200,000 texts, and with dicts of numbers: 25 to 60. What
 # is made to take much takes 70: so many opcodes in any file, and one more for so many bytes of it.
-MEMORY_OF_A_STEP, _FOR_ANY, _BYTES_OF_A_STEP = 60, 600_000, 72
+MEMORY_OF_A_STEP, _FOR_ANY, _BYTES_OF_A_STEP = 60, 850_000, 72
 # Different names of classes and functions. A checkpoint has some dozens.
 MAX_GLOBALS = 65_536
 # Hashes of numbers above are taken modulo 2**61 - 1, so that a file could choose keys that all collide.
@@ -138,7 +138,7 @@ class Machine(Reader):
         self.steps = 0
 
     def limit(self, size: int) -> None:
-        """Let decoding take no more memory than 50 MB and the `size` bytes of the file."""
+        """Let decoding take no more memory than 60 MB and the `size` bytes of the file."""
         self._copies_left = self.most = min(MAX_STEPS, _FOR_ANY + size // _BYTES_OF_A_STEP)
 
     def run(self) -> Any:
@@ -199,7 +199,10 @@ class Machine(Reader):
             if buf is self._buf:
                 self._at = max(self._at, at)
             self.refuse(f"an opcode that does not fit what stands before it ({type(error).__name__}: {error})")
-        return self.refuse(f"more than {self.most} opcodes")
+        raise UnsupportedError(
+            f"{self.name}: expected at most {self.most} opcodes in a pickle of a file of that size, found more: many "
+            "small objects for few weights; save the weights alone with torch.save"
+        )
 
     def call(self, what: Any, args: tuple[Any, ...]) -> Any:
         """What stands for `what(*args)`, which is not called."""

@@ -371,6 +371,8 @@ class ShardReader:
             # Once more for all: what the kernel read ahead, and blocks of pages that no single range covers.
             self._give_back(0, self.shard.size)
         close_read(self._fds)
+        # A number that is used again may be another file's.
+        self._fd = self._direct_fd = -1
 
 
 def _span(spread: Region) -> int:
