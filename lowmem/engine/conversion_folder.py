@@ -35,6 +35,7 @@ from .shard_writer import ShardFile
 
 HIDDEN = ".lowmem-convert"
 _STATE = "state.json"
+_DRAFT = "small.draft"
 
 
 class ConversionFolder:
@@ -67,9 +68,13 @@ class ConversionFolder:
         with contextlib.ExitStack() as held:
             with self._writing():
                 self._made = not self.out.exists()
-                if not self._made and not self.out.is_dir():
-                    raise OutputError(f"{self.out}: expected a folder, found a file; give the path of a folder")
-                self.out.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.out.mkdir(parents=True, exist_ok=True)
+                except FileExistsError:
+                    found = "a file" if self.out.exists() else "a link to nothing"
+                    raise OutputError(
+                        f"{self.out}: expected a folder, found {found}; give the path of a folder"
+                    ) from None
                 held.enter_context(self._alone())
                 self._take_up()
             try:
@@ -248,7 +253,8 @@ class ConversionFolder:
     @contextlib.contextmanager
     def _draft(self, name: str) -> Iterator[Path]:
         """A small file in the hidden folder: whole and on the disk, or not there."""
-        draft = self.hidden / f"{name}.draft"
+        # Whatever the name is: with more behind it, it might be too long.
+        draft = self.hidden / _DRAFT
         yield draft
         sync(draft)
         draft.replace(self.hidden / name)
