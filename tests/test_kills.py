@@ -127,9 +127,9 @@ class Convert(Case):
     def compare(self, result: Any, expected: Any, seen: Any) -> None:
         assert result["files"] == expected["files"]
         assert result["tensors"] == expected["tensors"]
-        assert seen["sealed"] <= set(result["kept"])
+        assert seen["sealed"] <= set(result["kept"]), f"written again: {seen['sealed'] - set(result['kept'])}"
         if seen["published"]:
-            assert set(result["kept"]) == set(result["files"])
+            assert set(result["kept"]) == set(result["files"]), f"kept only {result['kept']}"
 
 
 class ConvertGoesOn(Convert):
