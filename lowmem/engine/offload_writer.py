@@ -76,9 +76,7 @@ class OffloadWriter:
                 hold(self._locks, self._folder)
         except FileExistsError:
             found = "a file" if self._root.exists() else "a link to nothing"
-            raise OffloadError(
-                f"{self._root}: expected a folder, found {found}; give another offload_folder"
-            ) from None
+            raise OffloadError(f"{self._root}: expected a folder, found {found}; give another offload_folder") from None
         except OSError as error:
             raise OffloadError(
                 f"{self._root}: cannot be written: {error.strerror or error}; give another offload_folder"
