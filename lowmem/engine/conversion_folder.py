@@ -146,7 +146,7 @@ class ConversionFolder:
                 f"{others[0] if others else 'an unfinished conversion of something else'}; "
                 "give another folder, or remove this one"
             )
-        self.hidden.mkdir(exist_ok=True)
+        self._make_hidden()
         # What no state tells of may be of anything.
         for pattern in ("*.partial", "*.draft") if state else ("*",):
             for path in self.hidden.glob(pattern):
@@ -155,6 +155,19 @@ class ConversionFolder:
             table = {"format": FORMAT, "fingerprint": self._plan.fingerprint, "source": self._plan.checkpoint.source}
             self._write(_STATE, json.dumps(table, indent=1).encode())
             _sync_folder(self.hidden)
+
+    def _make_hidden(self) -> None:
+        """In the folder that is locked: by its path it might be made in another's, which has the name by now."""
+        with contextlib.suppress(FileExistsError):
+            if self._lock is None:
+                self.hidden.mkdir()
+                return
+            try:
+                os.mkdir(HIDDEN, dir_fd=self._lock)
+            except FileNotFoundError:
+                self.check_place()
+                raise
+        self.check_place()
 
     def check_room(self, nbytes: int) -> None:
         """Refuse what the disk has no room for, before the first byte of it.
