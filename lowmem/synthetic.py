@@ -141,13 +141,15 @@ def _write(
     try:
         _claim(folder, 0 if make_data is None else recipe.nbytes, made)
         data = None if make_data is None else make_data()
-        weight_map = _write_shards(recipe, folder, max_shard_size, data, progress, made)
+        shards = _named_shards(recipe, max_shard_size)
         _write_json(folder, "config.json", recipe.config, made)
         _write_json(folder, "generation_config.json", recipe.generation_config, made)
-        # The index comes last: where there is one, all that it names is there.
-        if len(set(weight_map.values())) > 1:
+        if len(shards) > 1:
+            weight_map = {key: name for name, keys in shards.items() for key in keys}
             index = {"metadata": {"total_size": recipe.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             _write_json(folder, _INDEX, index, made)
+        # Weights come last: until the last of them has its name, one is missing, and whoever looks is told so.
+        _write_shards(recipe, folder, shards, data, progress, made)
     except BaseException as error:
         _undo(made)
         if isinstance(error, OSError):
@@ -223,22 +225,27 @@ def _undo(made: list[Path]) -> None:
                 path.unlink()
 
 
+def _named_shards(recipe: Recipe, max_shard_size: int) -> dict[str, list[str]]:
+    """File name → its keys."""
+    shards = plan_shards(recipe, max_shard_size)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": keys for number, keys in enumerate(shards, 1)}
+
+
 def _write_shards(
     recipe: Recipe,
     folder: Path,
-    max_shard_size: int,
+    shards: Mapping[str, list[str]],
     data: _Data | None,
     progress: Callable[[int, int], None] | None,
     made: list[Path],
-) -> dict[str, str]:
-    """Write every shard; return key → file name. Without `data` tensors are holes."""
+) -> None:
+    """Write every shard. Without `data` tensors are holes."""
     shapes = dict(recipe.tensors)
-    shards = plan_shards(recipe, max_shard_size)
     total = recipe.nbytes
     done = 0
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+    for name, shard in shards.items():
         # The order of safetensors' save_file: wide dtypes first, so that each tensor is aligned; then by name.
         keys = sorted(shard, key=lambda key: (-itemsize(recipe.dtype_of(key)), key))
         head, spans, size = layout(((key, recipe.dtype_of(key), shapes[key]) for key in keys), {"format": "pt"})
@@ -256,8 +263,6 @@ def _write_shards(
             file.truncate(size)
         made.append(folder / name)
         hidden.rename(folder / name)
-        weight_map.update(dict.fromkeys(keys, name))
-    return weight_map
 
 
 def _all_pieces(

@@ -390,6 +390,26 @@ def test_another_conversion_does_not_go_on_with_it(tmp_path: Path) -> None:
     assert len(list((out / HIDDEN).glob("*.safetensors"))) == 2
 
 
+def test_a_small_file_may_have_the_longest_name_there_is(tmp_path: Path) -> None:
+    """What it is called while it is written must not be longer."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    save_file({"w": torch.ones(3)}, folder / "model.safetensors")
+    name = f"chat_template{'x' * 236}.jinja"
+    (folder / name).write_text("long")
+    assert len(name) == 255
+    assert name in lowmem.convert(folder, tmp_path / "out").copied
+    assert (tmp_path / "out" / name).read_text() == "long"
+
+
+@pytest.mark.parametrize("found", ["a file", "a link to nothing"])
+def test_what_is_no_folder_is_refused_by_its_kind(source: Path, tmp_path: Path, found: str) -> None:
+    out = tmp_path / "out"
+    out.write_text("mine") if found == "a file" else out.symlink_to("nothing")
+    with pytest.raises(OutputError, match=f"expected a folder, found {found}"):
+        lowmem.convert(source, out)
+
+
 def test_a_folder_with_something_in_it_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")

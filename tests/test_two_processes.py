@@ -387,22 +387,23 @@ def test_threads_are_as_good_as_processes(tmp_path: Path) -> None:
 def test_a_lock_is_on_what_has_the_name_now(tmp_path: Path) -> None:
     """Who waits for a folder that is removed and made anew locks the new one."""
     pytest.importorskip("fcntl")
-    from lowmem.engine.locks import hold
+    from lowmem.engine.locks import hold, release
 
     folder = tmp_path / "folder"
     folder.mkdir()
-    old = hold(folder)
-    assert old is not None
-    got: list[int | None] = []
-    waiting = threading.Thread(target=lambda: got.append(hold(folder, wait=True)))
+    old: list[int] = []
+    new: list[int] = []
+    assert hold(old, folder)
+    waiting = threading.Thread(target=hold, args=(new, folder, True))
     waiting.start()
     time.sleep(0.1)
     folder.rmdir()
     folder.mkdir()
-    os.close(old)
+    release(old)
     waiting.join()
-    assert got[0] is not None
-    assert os.path.samestat(os.fstat(got[0]), folder.stat())
+    assert len(new) == 1
+    assert os.path.samestat(os.fstat(new[0]), folder.stat())
     with pytest.raises(BlockingIOError):
-        hold(folder)
-    os.close(got[0])
+        hold(old, folder)
+    release(new)
+    release(old)

@@ -35,6 +35,7 @@ from .shard_writer import ShardFile
 
 HIDDEN = ".lowmem-convert"
 _STATE = "state.json"
+_DRAFT = "small.draft"
 
 
 class ConversionFolder:
@@ -67,9 +68,13 @@ class ConversionFolder:
         with contextlib.ExitStack() as held:
             with self._writing():
                 self._made = not self.out.exists()
-                if not self._made and not self.out.is_dir():
-                    raise OutputError(f"{self.out}: expected a folder, found a file; give the path of a folder")
-                self.out.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.out.mkdir(parents=True, exist_ok=True)
+                except FileExistsError:
+                    found = "a file" if self.out.exists() else "a link to nothing"
+                    raise OutputError(
+                        f"{self.out}: expected a folder, found {found}; give the path of a folder"
+                    ) from None
                 held.enter_context(self._alone())
                 self._take_up()
             try:
@@ -141,7 +146,7 @@ class ConversionFolder:
                 f"{others[0] if others else 'an unfinished conversion of something else'}; "
                 "give another folder, or remove this one"
             )
-        self.hidden.mkdir(exist_ok=True)
+        self._make_hidden()
         # What no state tells of may be of anything.
         for pattern in ("*.partial", "*.draft") if state else ("*",):
             for path in self.hidden.glob(pattern):
@@ -150,6 +155,19 @@ class ConversionFolder:
             table = {"format": FORMAT, "fingerprint": self._plan.fingerprint, "source": self._plan.checkpoint.source}
             self._write(_STATE, json.dumps(table, indent=1).encode())
             _sync_folder(self.hidden)
+
+    def _make_hidden(self) -> None:
+        """In the folder that is locked: by its path it might be made in another's, which has the name by now."""
+        with contextlib.suppress(FileExistsError):
+            if self._lock is None:
+                self.hidden.mkdir()
+                return
+            try:
+                os.mkdir(HIDDEN, dir_fd=self._lock)
+            except FileNotFoundError:
+                self.check_place()
+                raise
+        self.check_place()
 
     def check_room(self, nbytes: int) -> None:
         """Refuse what the disk has no room for, before the first byte of it.
@@ -248,7 +266,8 @@ class ConversionFolder:
     @contextlib.contextmanager
     def _draft(self, name: str) -> Iterator[Path]:
         """A small file in the hidden folder: whole and on the disk, or not there."""
-        draft = self.hidden / f"{name}.draft"
+        # Whatever the name is: with more behind it, it might be too long.
+        draft = self.hidden / _DRAFT
         yield draft
         sync(draft)
         draft.replace(self.hidden / name)

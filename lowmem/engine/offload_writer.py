@@ -74,6 +74,9 @@ class OffloadWriter:
                 _check_free(self._root, self._plan.nbytes)
                 self._folder.mkdir()
                 hold(self._locks, self._folder)
+        except FileExistsError:
+            found = "a file" if self._root.exists() else "a link to nothing"
+            raise OffloadError(f"{self._root}: expected a folder, found {found}; give another offload_folder") from None
         except OSError as error:
             raise OffloadError(
                 f"{self._root}: cannot be written: {error.strerror or error}; give another offload_folder"

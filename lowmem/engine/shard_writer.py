@@ -150,6 +150,10 @@ class ShardDestination(FileDestination):
                     self._shard.pieces.append(Piece(self._offset + at, size, checksum(part), self._tensor))
         self._pages = None
 
+    def write_zeros(self) -> None:
+        """All of it, which nothing feeds: what is not written is not read back either, and no record tells of it."""
+        self._write(memoryview(bytes(self._nbytes)), self._offset)
+
     def _write(self, view: memoryview, offset: int) -> None:
         try:
             self._shard.write(view, offset, self._tensor)
@@ -334,4 +338,8 @@ def write_shard(plan: LoadPlan, shard: ShardFile, sealer: Sealer, moved: Callabl
         carry_out(before, Feed(before), keep)
     known = {key: scales[placement] for key, placement in plan.scales.items()}
     carry_out(plan, Feed(plan, shard, scales=known), take)
+    computed = {placement.scales for placement in plan.placements}
+    for placement in plan.placements:
+        if not placement.links and placement not in computed:
+            shard.destination(placement).write_zeros()
     sealer.close(shard)
