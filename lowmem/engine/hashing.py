@@ -41,7 +41,9 @@ def hash_all(
             for first in range(0, len(wanted), _AT_ONCE):
                 keys = wanted[first : first + _AT_ONCE]
                 # One at a time: to wait for all at once is to look at all of them for each that ends.
-                for key, task in [(key, begin(pool, functools.partial(_hash, *key, stop, meter.moved))) for key in keys]:
+                for key, task in [
+                    (key, begin(pool, functools.partial(_hash, *key, stop, meter.moved))) for key in keys
+                ]:
                     while wait([task], timeout=_PROGRESS_EVERY).not_done:
                         meter.report()
                     meter.report()
