@@ -20,7 +20,10 @@ _SEARCH_SHARE = 0.1
 
 def has_statm() -> bool:
     """Whether `/proc` says what a process has in memory: on Linux, where it is mounted."""
-    return os.path.exists("/proc/self/statm")  # Path.exists raises where a look at it fails
+    try:
+        return Path("/proc/self/statm").exists()
+    except OSError:
+        return False
 
 
 def look(pid: int | None = None) -> tuple[int, int]:

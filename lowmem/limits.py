@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import platform
-import os
 import posixpath
 import re
 import sys
@@ -237,8 +236,16 @@ def _ancestry(mount: _Mount, path: str) -> Iterator[MemoryGroup]:
     parts = [] if ".." in below or below == ["."] else below
     for depth in range(len(parts), -1, -1):
         directory = mount.point.joinpath(*parts[:depth])
-        if os.path.isdir(directory):  # Path.is_dir raises where a look at it fails
+        if _is_folder(directory):
             yield MemoryGroup(mount.version, posixpath.join(mount.root, *parts[:depth]), directory)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a folder is there, and can be told to be."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _fields(text: str, separator: str) -> dict[str, int]:
