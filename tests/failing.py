@@ -394,7 +394,7 @@ WAYS: dict[str, Way] = {
     "write a manifest": Way(_checked, writes=True, makes=True),
     "synthetic": Way(_synthetic, writes=True, makes=True),
     "check": Way(_checked_against),
-    "hub": Way(_from_hub, needs=_write_hub),
+    "hub": Way(_from_hub, told=False, needs=_write_hub),
     "measure": Way(_measured),
     "shell: inspect": Way(_command("inspect", "{IN}/sharded")),
     "shell: plan": Way(_command("plan", "{IN}/zip.pth", "--model", "failing:plain")),
@@ -527,7 +527,7 @@ class Trial:
             result.refused += 1
             if must_work:
                 problems.append(f"refused: {error}")
-            if told and self.way.told and fault.action == "fail" and os.strerror(fault.error) not in str(error):
+            if told and self.way.told and fault.action == "fail" and not _says(error, fault.error):
                 problems.append(f"no reason in: {error}")
             if told and str(self.root) not in str(error):
                 problems.append(f"no file in: {error}")
@@ -563,6 +563,11 @@ class Trial:
         if out.is_dir():
             odd += [p.name for p in out.iterdir() if p.name.endswith((".tmp", ".draft"))]
         return [f"left behind: {odd}"] if odd else []
+
+
+def _says(error: BaseException, number: int) -> bool:
+    """Whether an error tells what the system said; of what is not there, that is all there is to tell."""
+    return os.strerror(number) in str(error) or (number == errno.ENOENT and "found none" in str(error))
 
 
 def _difference(made: Any, expected: Any) -> str:
