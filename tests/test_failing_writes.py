@@ -4,6 +4,7 @@ says why.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -33,6 +34,11 @@ def _try(function: str, root: Path, *args: Any) -> failing.Sweep:
 def test_a_call_that_fails_leaves_no_half(tmp_path: Path, names: list[str]) -> None:
     kinds = failing.WRITING if _ALL else [(kind, errors[:1]) for kind, errors in failing.WRITING]
     made = _try("sweep", tmp_path, names, kinds, 10**6 if _ALL else 2, "out")
+    assert made.refused
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_said_to_be_removed(tmp_path: Path) -> None:
+    made = _try("sweep", tmp_path, ["convert"], [("stat", (errno.EIO,))], 10**6 if _ALL else 8, "out")
     assert made.refused
 
 
