@@ -48,8 +48,10 @@ def check_writable(folder: Path) -> None:
         OSError: the folder cannot be written.
     """
     hidden, fd = _new_file(folder)
-    hidden.unlink()
-    os.close(fd)
+    try:
+        hidden.unlink()
+    finally:
+        os.close(fd)
 
 
 def _new_file(folder: Path) -> tuple[Path, int]:
@@ -59,14 +61,26 @@ def _new_file(folder: Path) -> tuple[Path, int]:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         if sys.platform == "win32":
             return path, fd
-        # Without locks (some NFS) nobody finds it abandoned either.
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        # Before it was locked another writer may have taken it for abandoned.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), path.stat()):
+        try:
+            if _is_ours(path, fd):
                 return path, fd
+        except BaseException:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
         os.close(fd)
+
+
+def _is_ours(path: Path, fd: int) -> bool:
+    """Lock a new file: whether nobody has taken it for abandoned before."""
+    # Without locks (some NFS) nobody finds it abandoned either.
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sweep(folder: Path) -> None:

@@ -20,14 +20,17 @@ _SEARCH_SHARE = 0.1
 
 def has_statm() -> bool:
     """Whether `/proc` says what a process has in memory: on Linux, where it is mounted."""
-    return Path("/proc/self/statm").exists()
+    try:
+        return Path("/proc/self/statm").exists()
+    except OSError:
+        return False
 
 
 def look(pid: int | None = None) -> tuple[int, int]:
     """(anonymous, rss) bytes of process `pid`, or of this one.
 
     Raises:
-        MeasureError: there is no such process.
+        MeasureError: there is no such process, or it cannot be looked at.
     """
     if not has_statm():
         return _look_with_psutil(pid)
@@ -35,6 +38,11 @@ def look(pid: int | None = None) -> tuple[int, int]:
         return parse_statm(Path(f"/proc/{'self' if pid is None else pid}/statm").read_bytes())
     except (FileNotFoundError, ProcessLookupError) as error:
         raise MeasureError(f"process {pid}: there is none; give the id of a running process") from error
+    except OSError as error:
+        raise MeasureError(
+            f"/proc/{'self' if pid is None else pid}/statm: the memory of a process cannot be read: "
+            f"{error.strerror or error}; where too many files are open, close some, or raise the limit (ulimit -n)"
+        ) from error
 
 
 def high_water() -> int:

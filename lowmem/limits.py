@@ -63,11 +63,21 @@ def host_memory() -> HostMemory:
 
     File pages that the kernel can drop count as free, in cgroups (their inactive file pages) as in the machine.
     macOS and Windows have only the physical limit.
+
+    Raises:
+        MeasureError: the system does not say.
     """
     # Here, not above: importing lowmem should not pay for psutil.
     import psutil
 
-    return _host_memory(_PROC, psutil.virtual_memory().available)
+    try:
+        available = psutil.virtual_memory().available
+    except OSError as error:
+        raise MeasureError(
+            f"the machine's free memory cannot be read: {error.filename or '/proc/meminfo'}: "
+            f"{error.strerror or error}; where too many files are open, close some, or raise the limit (ulimit -n)"
+        ) from error
+    return _host_memory(_PROC, available)
 
 
 def device_memory() -> dict[str, int]:
@@ -226,8 +236,16 @@ def _ancestry(mount: _Mount, path: str) -> Iterator[MemoryGroup]:
     parts = [] if ".." in below or below == ["."] else below
     for depth in range(len(parts), -1, -1):
         directory = mount.point.joinpath(*parts[:depth])
-        if directory.is_dir():
+        if _is_folder(directory):
             yield MemoryGroup(mount.version, posixpath.join(mount.root, *parts[:depth]), directory)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a folder is there, and can be told to be."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _fields(text: str, separator: str) -> dict[str, int]:

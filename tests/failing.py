@@ -6,11 +6,13 @@ With `LOWMEM_FAULTS=all` the tests take all ways and calls, without it an evenly
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import gc
 import io
 import json
 import os
+import re
 import shutil
 import threading
 import traceback
@@ -19,6 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +71,17 @@ class Way:
             what can be compared.
         writes: whether it writes to `out`.
         makes: whether what is in `out` is the result.
+        into: whether `out` is to be a folder that is there.
+        told: whether what the system says reaches lowmem, and not another library that keeps it to itself.
+        needs: writes the inputs that only this way reads.
     """
 
     run: Callable[[Path], Any]
     writes: bool = False
     makes: bool = False
+    into: bool = False
+    told: bool = True
+    needs: Callable[[Path], None] | None = None
 
 
 @dataclass
@@ -200,7 +209,7 @@ def _forward(source: str, **options: Any) -> Callable[[Path], Any]:
         result = lowmem.load(root / "in" / source, model=plain, device_map="disk", **{**options, **folder})
         try:
             with torch.no_grad():
-                x = _X.to(result.model(_X.to(result.model[0].weight.dtype)).dtype)
+                x = _X.to(result.model[0].bias.dtype)
                 made = [result.model(x) for _ in range(2)]
         finally:
             lowmem.release(result.model)
@@ -261,20 +270,98 @@ def _synthetic(root: Path) -> Any:
 
 
 def _command(*arguments: str) -> Callable[[Path], Any]:
-    """A verb of the shell: what it prints, or its one line of error."""
+    """A verb of the shell: what it prints, or its one message of error, which is not one of wrong usage."""
 
     def run(root: Path) -> Any:
         from lowmem.cli import main
 
+        places = {"IN": root / "in", "OUT": root / "out"}
+        words = [word.format_map({name: str(place) for name, place in places.items()}) for word in arguments]
         out, errors = io.StringIO(), io.StringIO()
-        places = {"IN": str(root / "in"), "OUT": str(root / "out")}
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            code = main([places.get(a[:2], a[:2]) + a[2:] if a[:2] == "IN" or a[:3] == "OUT" else a for a in arguments])
+            code = main(words)
+        said = errors.getvalue()
         if code:
-            raise LowmemError(errors.getvalue())
-        return None
+            assert code == 1, f"exit code {code}: {said}"
+            # What a check finds is its result.
+            said = said or f"lowmem: {out.getvalue()}" if arguments[0] == "check" else said
+            assert said.startswith("lowmem: "), said
+            assert said.count("\nlowmem: ") == 0, said
+            assert "Traceback" not in said, said
+            raise LowmemError(said)
+        # What is there before, on the disk or in memory, may be part of what these say.
+        return None if arguments[0] in ("convert", "plan") else re.sub(r"\d+\.\d+ s\b", "some s", out.getvalue())
 
     return run
+
+
+def _write_int8(folder: Path) -> None:
+    """A checkpoint whose linear layers are int8, as bitsandbytes names them."""
+    result = lowmem.load(folder / "sharded", model=plain, quantize="int8")
+    (folder / "int8").mkdir()
+    save_file(result.model.state_dict(), folder / "int8" / "model.safetensors", {"format": "pt"})
+
+
+_COMMIT = "0123abc" + "0" * 33
+
+
+def _write_hub(folder: Path) -> None:
+    """A model in a cache as huggingface_hub keeps it."""
+    repository = folder / "hub" / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(_COMMIT)
+    (repository / "blobs").mkdir()
+    snapshot = repository / "snapshots" / _COMMIT
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted((folder / "sharded").iterdir())):
+        shutil.copy(file, repository / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+
+
+def _from_hub(root: Path) -> Any:
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_CACHE
+    constants.HF_HUB_CACHE = str(root / "in" / "hub")
+    try:
+        return _state(lowmem.load("hf-hub:org/name", model=plain))
+    finally:
+        constants.HF_HUB_CACHE = before
+
+
+def _write_experts(folder: Path) -> None:
+    """A model of transformers whose experts are one tensor each, which it fuses."""
+    import transformers
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 32}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = transformers.Qwen3MoeConfig(**shape, **heads, num_experts=2, num_experts_per_tok=1)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder / "experts")
+
+
+def _experts(**options: Any) -> Callable[[Path], Any]:
+    def run(root: Path) -> Any:
+        folder = {"offload_folder": root / "out"} if "device_map" in options else {}
+        return _state(lowmem.load(root / "in" / "experts", **options, **folder))
+
+    return run
+
+
+def _plot(root: Path) -> Any:
+    """A picture of a measurement that is always the same."""
+    from lowmem.memory import Measurement
+
+    made = Measurement(baseline=0, method="process")
+    at = made._started
+    made.complete([(at + second, second << 20, second << 21) for second in range(4)], ended=at + 3, gap=0.001)
+    made.plot(root / "out" / "memory.png", title="a test")
+
+
+def _measured(root: Path) -> Any:
+    with lowmem.measure() as memory:
+        made = digest({"x": torch.ones(1000)})
+    assert memory.seconds > 0
+    return made
 
 
 WAYS: dict[str, Way] = {
@@ -307,7 +394,30 @@ WAYS: dict[str, Way] = {
     "write a manifest": Way(_checked, writes=True, makes=True),
     "synthetic": Way(_synthetic, writes=True, makes=True),
     "check": Way(_checked_against),
+    "hub": Way(_from_hub, told=False, needs=_write_hub),
+    "measure": Way(_measured),
+    "shell: inspect": Way(_command("inspect", "{IN}/sharded")),
+    "shell: plan": Way(_command("plan", "{IN}/zip.pth", "--model", "failing:plain")),
+    "shell: check": Way(_command("check", "{IN}/sharded", "--manifest", "{IN}/SHA256SUMS")),
+    "shell: convert": Way(_command("convert", "{IN}/zip.pth", "{OUT}", "--dtype", "bfloat16"), writes=True, makes=True),
 }
+if find_spec("bitsandbytes"):
+    WAYS |= {
+        "to int8": Way(_load("sharded", quantize="int8")),
+        "to int8, on disk": Way(_forward("sharded", quantize="int8", offload_folder=True), writes=True),
+        "int8": Way(_load("int8"), needs=_write_int8),
+        "from int8": Way(_load("int8", dequantize=True, dtype="bfloat16"), needs=_write_int8),
+        "forward of int8": Way(_forward("int8"), needs=_write_int8),
+    }
+if find_spec("matplotlib"):
+    WAYS["plot"] = Way(_plot, writes=True, makes=True, into=True)
+if find_spec("transformers"):
+    WAYS |= {
+        "experts": Way(_experts(), told=False, needs=_write_experts),
+        "experts, on disk": Way(
+            _experts(device_map="disk", dtype="float16"), writes=True, told=False, needs=_write_experts
+        ),
+    }
 
 
 def _census() -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -326,21 +436,35 @@ def _clear(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+# Other inputs that were written already: where, and by what.
+_written: set[tuple[Path, Callable[[Path], None]]] = set()
+
+
 class Trial:
     """One way, and what it gives when nothing fails."""
 
     def __init__(self, name: str, root: Path) -> None:
         self.name, self.way, self.root = name, WAYS[name], root
         self.folders = [root / "in", *([root / "out"] if self.way.writes else [])]
+        if self.way.needs and (root, self.way.needs) not in _written:
+            self.way.needs(root / "in")
+            _written.add((root, self.way.needs))
+        self.clear()
         self.run()
-        _clear(root / "out")
+        self.clear()
         self.expected = self.run()
-        _clear(root / "out")
+        self.clear()
         self.inputs = sorted(str(p) for p in (root / "in").rglob("*"))
 
     def run(self) -> Any:
         """What it gives, and what it wrote."""
         return self.way.run(self.root), self.outputs()
+
+    def clear(self) -> None:
+        """Take `out` away, or what is in it."""
+        _clear(self.root / "out")
+        if self.way.into:
+            (self.root / "out").mkdir()
 
     def outputs(self) -> Any:
         """What is in `out`, where that is the result."""
@@ -350,7 +474,7 @@ class Trial:
         """How many calls of each kind there are, when none fails."""
         with armed(replace(fault, at=10**9, times=1)) as said:
             self.run()
-        _clear(self.root / "out")
+        self.clear()
         return Counter(said.kinds)
 
     def check(
@@ -389,21 +513,21 @@ class Trial:
         where += f" {errno.errorcode[fault.error]}" if fault.action == "fail" else ""
         restore()
         if not said.fired:
-            _clear(self.root / "out")
+            self.clear()
             return
         result.tried += 1
         problems = []
         if error is None:
             result.succeeded += 1
             made = made, self.outputs()
-            _clear(self.root / "out")
+            self.clear()
             if made not in (self.expected, also):
                 problems.append(f"success with another result: {_difference(made, self.expected)}")
         elif isinstance(error, LowmemError):
             result.refused += 1
             if must_work:
                 problems.append(f"refused: {error}")
-            if told and fault.action == "fail" and os.strerror(fault.error) not in str(error):
+            if told and self.way.told and fault.action == "fail" and not _says(error, fault.error):
                 problems.append(f"no reason in: {error}")
             if told and str(self.root) not in str(error):
                 problems.append(f"no file in: {error}")
@@ -419,13 +543,17 @@ class Trial:
         there = sorted(str(p) for p in (self.root / "in").rglob("*"))
         if there != self.inputs:
             problems.append(f"inputs changed: {set(there) ^ set(self.inputs)}")
-        problems += self._left()
+        # What could not be removed goes with the next run.
+        problems += [] if "unlink" in fault.calls else self._left()
+        if self.way.into:
+            (self.root / "out").mkdir(exist_ok=True)
         try:
             if self.run() != self.expected:
                 problems.append("the next run gives another result")
         except BaseException as caught:
             problems.append(f"the next run: {type(caught).__name__}: {caught}")
-        _clear(self.root / "out")
+        problems += self._left() if "unlink" in fault.calls else []
+        self.clear()
         result.problems += [f"{where}: {problem}" for problem in problems]
 
     def _left(self) -> list[str]:
@@ -435,6 +563,11 @@ class Trial:
         if out.is_dir():
             odd += [p.name for p in out.iterdir() if p.name.endswith((".tmp", ".draft"))]
         return [f"left behind: {odd}"] if odd else []
+
+
+def _says(error: BaseException, number: int) -> bool:
+    """Whether an error tells what the system said; of what is not there, that is all there is to tell."""
+    return os.strerror(number) in str(error) or (number == errno.ENOENT and "found none" in str(error))
 
 
 def _difference(made: Any, expected: Any) -> str:
@@ -465,7 +598,10 @@ def prepare(root: Path) -> None:
 def sweep(
     root: str, names: Iterable[str], kinds: Iterable[tuple[str, tuple[int, ...]]], most: int, part: str = "in"
 ) -> Sweep:
-    """Every call of each kind that each way makes below `part`, or `most` of each, fails with each error."""
+    """Every call of each kind that each way makes below `part`, or `most` of each, fails with each error.
+
+    Of a `part` that is not of the user's files an error need not tell.
+    """
     total = Sweep()
     for name in names:
         trial = Trial(name, Path(root))
@@ -476,7 +612,7 @@ def sweep(
             count = trial.count(fault)[kind]
             for at in spread(count, most):
                 for error in errors:
-                    trial.check(replace(fault, at=at, error=error), total)
+                    trial.check(replace(fault, at=at, error=error), total, told=not part.startswith("/"))
     return total
 
 
@@ -500,6 +636,103 @@ def fresh_sweep(function: str, root: str, *args: Any) -> Sweep:
     prepare(Path(root))
     made: Sweep = globals()[function](root, *args)
     return made
+
+
+def sweep_threads(root: str, names: Iterable[str]) -> Sweep:
+    """No thread can be started from the first on, from the second and so on; or one cannot."""
+    total = Sweep()
+    for name in names:
+        # Readers start none of torch's; what computes for the caller does, and OpenMP ends the process without them.
+        trial = Trial(name, Path(root))
+        gc.collect()
+        gc.freeze()
+        fault = Fault(["thread"], error=errno.EAGAIN)
+        for at in range(trial.count(fault)["thread"]):
+            for times in (0, 1):
+                trial.check(replace(fault, at=at, times=times), total, told=False)
+    return total
+
+
+def sweep_vanishing(root: str, names: Iterable[str], most: int) -> Sweep:
+    """At every call that writes, or `most` of them, the folder that is written is removed."""
+    total = Sweep()
+    for name in names:
+        trial = Trial(name, Path(root))
+        gc.collect()
+        gc.freeze()
+        fault = Fault(["open", "write", "sync", "resize", "rename"], [trial.root / "out"], action="call back")
+        fault = replace(fault, back=lambda: shutil.rmtree(Path(root) / "out", ignore_errors=True))
+        for at in spread(sum(trial.count(replace(fault, back=None)).values()), most):
+            trial.check(replace(fault, at=at), total, told=False, label="vanished")
+    return total
+
+
+def without_writing(root: str, names: Iterable[str]) -> list[str]:
+    """What goes wrong where the disk that holds `out` is mounted for reading only; needs a name space of mounts."""
+    problems = []
+    prepare(Path(root))
+    for name in names:
+        trial = Trial(name, Path(root))
+        place = trial.root / "out"
+        place.mkdir(exist_ok=True)
+        mount("tmpfs", place, "tmpfs", _READ_ONLY)
+        try:
+            trial.way.run(trial.root)
+            problems.append(f"{name}: it worked")
+        except LowmemError as error:
+            if os.strerror(errno.EROFS) not in str(error) or str(trial.root) not in str(error):
+                problems.append(f"{name}: neither reason nor place in: {error}")
+        except BaseException as error:
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+        finally:
+            _libc().umount2(str(place).encode(), 2)
+        trial.clear()
+        if (trial.run(), trial.outputs())[0] != trial.expected:
+            problems.append(f"{name}: the next run gives another result")
+        trial.clear()
+    return problems
+
+
+_READ_ONLY = 1
+_PRIVATE = 1 << 18 | 1 << 14
+_NEW_MOUNTS = 0x20000
+
+
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def mount(source: str, place: Path, kind: str, flags: int) -> None:
+    """mount(2).
+
+    Raises:
+        OSError: it is not allowed.
+    """
+    if _libc().mount(source.encode(), str(place).encode(), kind.encode(), ctypes.c_ulong(flags), None):
+        raise OSError(ctypes.get_errno(), f"mount {place}")
+
+
+def own_mounts() -> None:
+    """Give this process mounts of its own, whose changes nobody else sees.
+
+    Raises:
+        OSError: it is not allowed.
+    """
+    if _libc().unshare(_NEW_MOUNTS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    mount("none", Path("/"), "none", _PRIVATE)
+
+
+def read_only_disk(root: str, names: Iterable[str]) -> list[str] | None:
+    """`without_writing` in this process, with mounts of its own; None where that is not allowed."""
+    try:
+        own_mounts()
+        place = Path(root).with_name("mounted")
+        place.mkdir(parents=True)
+        mount("tmpfs", place, "tmpfs", _READ_ONLY)
+    except OSError:
+        return None
+    return without_writing(root, names)
 
 
 def sweep_memory(root: str, names: Iterable[str], least: int, most: int) -> Sweep:
@@ -573,7 +806,7 @@ def sweep_changes(root: str, names: Iterable[str], file: str, changes: Iterable[
             CHANGES[change](folder / file)
             with contextlib.suppress(LowmemError):
                 also = trial.run()
-            _clear(Path(root) / "out")
+            trial.clear()
             restore()
             for at in spread(calls, most):
 
@@ -612,7 +845,7 @@ def descriptors(root: str, name: str, most: int) -> list[str]:
         gc.collect()
         if _census() != before:
             problems.append(f"{more} more: left {_census()} before {before}")
-        _clear(trial.root / "out")
+        trial.clear()
     return problems if worked else [*problems, "it never worked"]
 
 
@@ -640,12 +873,12 @@ def under_data_limits(root: str, name: str, steps: int) -> dict[str, list[int]]:
             gc.collect()
             if _census() != before:
                 os._exit(4)
-            _clear(trial.root / "out")
+            trial.clear()
             if trial.run() != trial.expected:
                 os._exit(5)
             os._exit(code)
 
         code = in_fork(work, timeout=60)
-        _clear(trial.root / "out")
+        trial.clear()
         ends.setdefault({0: "worked", 3: "refused"}.get(code, f"exit {code}"), []).append(left)
     return ends

@@ -26,7 +26,7 @@ _SOURCE = Path(__file__).parent / "faults" / "shim.c"
 ACTIONS = ("pass", "fail", "short", "end", "kill", "kill after", "torn", "call back")
 CALLS = (
     *("open", "read", "write", "sync", "resize", "rename", "link", "unlink", "mkdir", "rmdir", "stat", "list", "map"),
-    *("lock", "copy", "close", "allocate"),
+    *("lock", "copy", "close", "allocate", "thread"),
 )
 
 
@@ -35,7 +35,8 @@ class Fault:
     """What is to go wrong.
 
     Attributes:
-        calls: kinds of system calls, of `CALLS`; "allocate" is memory, whatever the folders.
+        calls: kinds of system calls, of `CALLS`; "allocate" is memory and "thread" the start of one, whatever
+            the folders.
         folders: only calls on paths at or below these count.
         at: the first call that fails, counted from 0.
         times: how many fail from there on; 0 for all.

@@ -27,7 +27,7 @@ _NAMES = [
 
 def test_any_large_allocation_may_be_refused(tmp_path: Path) -> None:
     names = _NAMES if _ALL else ["cast", "packed", "filter", "convert"]
-    least, most = (1 << 12, 10**6) if _ALL else (1 << 16, 8)
+    least, most = (1 << 12, 10**6) if _ALL else (1 << 16, 5)
     root = str(tmp_path / "root")
     made: Any = under_shim(failing.fresh_sweep, "sweep_memory", root, names, least, most, timeout=3000)
     assert made.refused
@@ -36,5 +36,5 @@ def test_any_large_allocation_may_be_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", _NAMES if _ALL else ["cast", "stream"])
 def test_a_limit_on_memory_is_met_without_harm(tmp_path: Path, name: str) -> None:
-    ends = under_shim(failing.under_data_limits, str(tmp_path / "root"), name, 64 if _ALL else 8)
+    ends = under_shim(failing.under_data_limits, str(tmp_path / "root"), name, 64 if _ALL else 4)
     assert set(ends) == {"worked", "refused"}, ends

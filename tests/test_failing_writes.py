@@ -4,6 +4,7 @@ says why.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -36,10 +37,29 @@ def test_a_call_that_fails_leaves_no_half(tmp_path: Path, names: list[str]) -> N
     assert made.refused
 
 
+def test_a_folder_that_cannot_be_looked_at_is_not_said_to_be_removed(tmp_path: Path) -> None:
+    made = _try("sweep", tmp_path, ["convert"], [("stat", (errno.EIO,))], 10**6 if _ALL else 8, "out")
+    assert made.refused
+
+
 def test_writes_that_are_short_or_interrupted_go_on(tmp_path: Path) -> None:
     names = _WRITERS if _ALL else ["offload, computed", "convert", "synthetic"]
-    made = _try("sweep_actions", tmp_path, names, ["write"], ["short", "fail"], 10**6 if _ALL else 3)
+    made = _try("sweep_actions", tmp_path, names, ["write"], ["short", "fail"], 10**6 if _ALL else 2)
     assert made.succeeded == made.tried
+
+
+def test_a_folder_that_vanishes_while_it_is_written_is_an_error_or_made_anew(tmp_path: Path) -> None:
+    names = _WRITERS if _ALL else ["offload, computed", "convert"]
+    made = _try("sweep_vanishing", tmp_path, names, 10**6 if _ALL else 4)
+    assert made.refused
+
+
+def test_a_disk_that_is_mounted_for_reading_is_named(tmp_path: Path) -> None:
+    names = [n for n in _WRITERS if n != "write a manifest" and not failing.WAYS[n].into] if _ALL else ["convert"]
+    problems = under_shim(failing.read_only_disk, str(tmp_path / "root"), names)
+    if problems is None:
+        pytest.skip("needs the right to mount a disk")
+    assert problems == []
 
 
 def test_a_folder_that_cannot_be_listed_makes_no_empty_manifest(tmp_path: Path) -> None:

@@ -144,6 +144,11 @@ def _cached(library: Any, wanted: _Wanted) -> Path:
         # Newer versions say that a snapshot is partial, by all its files; what counts here is the weights.
         found = getattr(error, "snapshot_path", None)
         if found is None:
+            if isinstance(error, OSError) and error.strerror and not isinstance(error, FileNotFoundError):
+                raise SourceError(
+                    f"{wanted.name}: its place in the hub's cache ({error.filename or repository}) cannot be read: "
+                    f"{error.strerror}"
+                ) from error
             raise _not_cached(repository, wanted) from error
     folder = Path(found)
     _check(wanted, folder)

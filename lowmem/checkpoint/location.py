@@ -53,7 +53,8 @@ def local_place(text: str, folder: Path, subfolder: str = "") -> Place:
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
-        raise SourceError(f"{text}: cannot be listed: {error.strerror or error}") from error
+        where = "" if text == str(folder) else f" ({folder})"
+        raise SourceError(f"{text}{where}: cannot be listed: {error.strerror or error}") from error
     # A folder may be called model.bin, but its weights are then inside.
     files = [n for n in names if not ((is_weights(n, False) or is_weights(n, True)) and _is_folder(folder / n))]
     return Place(

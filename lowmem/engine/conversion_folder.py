@@ -109,15 +109,28 @@ class ConversionFolder:
         """What has our folder's name now may be another's, where ours was removed: nothing of it is touched.
 
         Raises:
-            OutputError: it was.
+            OutputError: it was, or nobody can tell.
         """
-        if not self._is_ours():
+        try:
+            is_ours = self._look()
+        except OSError as error:
+            raise OutputError(
+                f"{self.out}: cannot be looked at while it is written: {error.strerror or error}; check its disk, and "
+                "run the conversion again: what is whole is kept"
+            ) from error
+        if not is_ours:
             raise OutputError(f"{self.out}: was removed while it was written; run the conversion again")
 
     def _is_ours(self) -> bool:
         try:
-            return self._lock is None or os.path.samestat(os.fstat(self._lock), self.out.stat())
+            return self._look()
         except OSError:
+            return False
+
+    def _look(self) -> bool:
+        try:
+            return self._lock is None or os.path.samestat(os.fstat(self._lock), self.out.stat())
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def _take_up(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import threading
@@ -14,6 +15,7 @@ from .._files import open_regular
 from .._page_cache import give_back, look
 from ..planner import Progress, ProgressCallback
 from ..sizes import MIB
+from .helpers import begin
 
 _BUFFER = MIB
 _WORKERS = 4
@@ -39,7 +41,9 @@ def hash_all(
             for first in range(0, len(wanted), _AT_ONCE):
                 keys = wanted[first : first + _AT_ONCE]
                 # One at a time: to wait for all at once is to look at all of them for each that ends.
-                for key, task in [(key, pool.submit(_hash, *key, stop, meter.moved)) for key in keys]:
+                for key, task in [
+                    (key, begin(pool, functools.partial(_hash, *key, stop, meter.moved))) for key in keys
+                ]:
                     while wait([task], timeout=_PROGRESS_EVERY).not_done:
                         meter.report()
                     meter.report()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ..errors import OutputError
 from ..planner.moves import BLOCK
 from ..sizes import MIB
 from .destinations import anonymous_map
+from .helpers import begin
 
 _BUFFER = 2 * MIB
 _WORKERS = 3
@@ -168,10 +170,7 @@ class ReadBack:
             self._submit(path, group)
 
     def _submit(self, path: Path, pieces: Sequence[Piece]) -> None:
-        try:
-            self._tasks.append(self._pool.submit(self._look, path, pieces))
-        except RuntimeError as error:
-            raise OutputError(f"the system refused a thread ({error}); raise its limit (ulimit -u, -v)") from error
+        self._tasks.append(begin(self._pool, functools.partial(self._look, path, pieces)))
 
     def finish(self) -> bool:
         """Wait until all was looked at; False when it was stopped before.

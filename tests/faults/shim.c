@@ -1,4 +1,4 @@
-/* System calls that fail on demand: preloaded before the C library, steered from Python (see tests/faults/shim.py).
+/* System calls that fail on demand: preloaded before the C library, steered from Python (see tests/fault_shim.py).
  *
  * A call is counted when it is named by the fault, concerns a path below one of the fault's folders, and is at least as
  * large as it says. From the `at`-th counted call on, `times` calls do what the fault says. All else is passed on.
@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -24,11 +25,11 @@
 #define FOLDERS 8
 #define LOGGED 65536
 
-/* Keep in the order of shim.py's ACTIONS and CALLS. */
+/* Keep in the order of fault_shim.py's ACTIONS and CALLS. */
 enum action { PASS, FAIL, SHORT, END, KILL, KILL_AFTER, TORN, CALL_BACK };
 enum call {
     OPEN, READ, WRITE, SYNC, RESIZE, RENAME, LINK, UNLINK, MKDIR, RMDIR, STAT, LIST, MAP, LOCK, COPY, CLOSE, ALLOCATE,
-    CALLS
+    THREAD, CALLS
 };
 
 struct fault {
@@ -260,6 +261,15 @@ PLAIN(int, flock, judged_fd(LOCK, fd, fault.larger), (int fd, int how), (fd, how
     }
 RESERVES(posix_fallocate, off_t)
 RESERVES(posix_fallocate64, off64_t)
+
+/* It gives the error itself, not -1, and counts whatever the folders. */
+EXPORT int pthread_create(pthread_t *to, const pthread_attr_t *how, void *(*work)(void *), void *with)
+{
+    REAL(pthread_create);
+    if (WANTED(THREAD) && verdict(THREAD) == FAIL)
+        return fault.error;
+    return real(to, how, work, with);
+}
 
 EXPORT int close(int fd)
 {
