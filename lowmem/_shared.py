@@ -26,6 +26,25 @@ def lasting_lock() -> Any:
     return lock
 
 
+def start(thread: threading.Thread) -> None:
+    """Start a thread.
+
+    Raises:
+        RuntimeError: the system has none. As Python says it, which says the same of a lock of its own where a second
+            Ctrl-C came: that one comes out as what it is.
+    """
+    outside = sys.exc_info()[1]
+    try:
+        thread.start()
+    except RuntimeError as error:
+        before = error.__context__
+        while before is not None and before is not outside:
+            if isinstance(before, KeyboardInterrupt):
+                raise before from None
+            before = before.__context__
+        raise
+
+
 # `warnings.catch_warnings` is for one thread at a time: it changes the filters of all, and puts back what it found.
 catching_warnings = lasting_lock()
 
@@ -103,18 +122,8 @@ def silent(name: str) -> AbstractContextManager[None]:
     return _silence(name).changed()
 
 
-def _locks_of_properties() -> Iterator[Any]:
-    """Before Python 3.12 `cached_property` holds a lock of its class while it computes."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith(f"{__package__}."):
-            for kind in [value for value in vars(module).values() if isinstance(value, type)]:
-                for one in vars(kind).values():
-                    if isinstance(one, functools.cached_property) and hasattr(one, "lock"):
-                        yield one.lock
-
-
 def _forked() -> None:
-    for lock in [*_locks, *_locks_of_properties()]:
+    for lock in _locks:
         if not lock._is_owned():
             lock._at_fork_reinit()
     for change in _changes:

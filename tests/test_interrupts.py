@@ -18,7 +18,6 @@ pytestmark = [
 ]
 # For the record: LOWMEM_INTERRUPTS=200.
 INTERRUPTS = int(os.environ.get("LOWMEM_INTERRUPTS", "34"))
-ONE_IN = 1 if INTERRUPTS >= 200 else 7
 
 _WAYS = """
 import random, signal, traceback
@@ -68,19 +67,25 @@ def check(name, at):
     if fresh := [what for what in left if what not in known]:
         known.extend(fresh)
         wrong.append(f"{name}: {fresh}"[:1500])
-def attempt(name, at, begin, end):
+def inside(name, at, begin):
     begin()
+    return everything[name](files, at)
+def is_inside(frame):
+    while frame is not None and frame.f_code is not inside.__code__:
+        frame = frame.f_back
+    return frame is not None
+def attempt(name, at, begin, end):
+    facts = None
     try:
-        facts = everything[name](files, at)
-        end()
+        facts = inside(name, at, begin)
         came = False
     except KeyboardInterrupt:
-        end()
         came = True
     except BaseException as error:
         end()
         wrong.append(f"{name}: {traceback.format_exc()}"[-1500:])
         return True
+    end()
     if not came and facts != alone[name]:
         wrong.append(f"{name}: finished, but wrong")
     counts["interrupted" if came else "finished"] += 1
@@ -91,9 +96,14 @@ _AT_RANDOM = (
     _WAYS
     + """
 chance = random.Random(args["seed"])
-fired = [0, 0]
+fired, places = [0, 0], []
 def interrupt(number, frame):
+    if not is_inside(frame):
+        # What is looked at is over.
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return
     fired[0] += 1
+    places.append("".join(traceback.format_stack(frame)[-6:]))
     if fired[0] >= fired[1]:
         signal.setitimer(signal.ITIMER_REAL, 0)
     raise KeyboardInterrupt
@@ -103,6 +113,7 @@ for turn in range(args["turns"]):
     name = names[turn % len(names)]
     at = place(f"{turn}")
     moment = chance.uniform(0.0001, took[name])
+    places.clear()
     # Once, or again while the first is being handled.
     fired[:] = [0, chance.choice((1, 1, 2, 3))]
     del unseen[:]
@@ -114,7 +125,10 @@ for turn in range(args["turns"]):
     )
     if fired[0] and not came and not unseen:
         wrong.append(f"{name}: swallowed")
+    found = len(wrong)
     check(name, at)
+    wrong[found:] = [text + " interrupted at " + "and at ".join(places) for text in wrong[found:]]
+    counts[name] = counts.get(name, 0) + fired[0]
     shutil.rmtree(base / "places")
 for name, way in everything.items():
     if way(files, place(f"after-{name}")) != alone[name]:

@@ -65,3 +65,19 @@ def as_before() -> Iterator[None]:
     """
     with alone(), _building.changed():
         yield
+
+
+@contextmanager
+def modes_as_before() -> Iterator[None]:
+    """After a Ctrl-C torch's modes of this thread are as before.
+
+    `torch.no_grad` and `torch.device` are changed and changed back by Python's code, and a Ctrl-C in it leaves them.
+    """
+    gradients, modes = torch.is_grad_enabled(), torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
+    try:
+        yield
+    except KeyboardInterrupt:
+        torch.set_grad_enabled(gradients)
+        while torch._C._len_torch_function_stack() > modes:  # type: ignore[attr-defined]
+            torch._C._pop_torch_function_stack()  # type: ignore[attr-defined]
+        raise
