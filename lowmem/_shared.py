@@ -26,6 +26,21 @@ def lasting_lock() -> Any:
     return lock
 
 
+@contextmanager
+def interrupts_first() -> Iterator[None]:
+    """An error of other code that a Ctrl-C has led to comes out as that Ctrl-C."""
+    outside = sys.exc_info()[1]
+    try:
+        yield
+    except Exception as error:
+        before = error.__context__
+        while before is not None and before is not outside:
+            if isinstance(before, KeyboardInterrupt):
+                raise before from None
+            before = before.__context__
+        raise
+
+
 def start(thread: threading.Thread) -> None:
     """Start a thread.
 
@@ -33,16 +48,8 @@ def start(thread: threading.Thread) -> None:
         RuntimeError: the system has none. As Python says it, which says the same of a lock of its own where a second
             Ctrl-C came: that one comes out as what it is.
     """
-    outside = sys.exc_info()[1]
-    try:
+    with interrupts_first():
         thread.start()
-    except RuntimeError as error:
-        before = error.__context__
-        while before is not None and before is not outside:
-            if isinstance(before, KeyboardInterrupt):
-                raise before from None
-            before = before.__context__
-        raise
 
 
 # `warnings.catch_warnings` is for one thread at a time: it changes the filters of all, and puts back what it found.
