@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from test_many_loads import run
+
+from lowmem import cli
+from lowmem.errors import ModelError
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc"),
@@ -255,6 +260,66 @@ for name in ("__enter__", "__exit__"):
 
 def test_an_interrupt_where_a_lock_is_taken_or_given_back_leaves_it_free(tmp_path: Path) -> None:
     assert run(_ENTERING, tmp_path) == [True] * 4
+
+
+_MODES = """
+def interrupted(kind):
+    def trace(frame, event, argument):
+        if frame.f_code is kind.__enter__.__code__:
+            frame.f_trace_opcodes = True
+            if event == "return":
+                raise KeyboardInterrupt
+        return trace
+    sys.settrace(trace)
+    try:
+        ways.WAYS["filtered"](files, place(kind.__name__))
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+before = ways.state_of_process()
+result = []
+for kind in (torch.no_grad,):
+    result += [interrupted(kind), ways.differences(before, ways.state_of_process())]
+"""
+
+
+def test_an_interrupt_where_torch_changes_a_mode_leaves_it_as_it_was(tmp_path: Path) -> None:
+    assert run(_MODES, tmp_path) == [True, []]
+
+
+def test_what_an_interrupt_in_other_code_leads_to_comes_out_as_the_interrupt() -> None:
+    from lowmem.modeling.failures import refusing
+
+    def build() -> None:
+        with refusing("model"):
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise RuntimeError
+
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        # That one was before.
+        with pytest.raises(ModelError), refusing("model"):
+            raise RuntimeError from None
+
+
+def test_a_command_says_interrupted_where_a_library_swallowed_that_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(argv: object) -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RecursionError
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main([]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 _COMMANDS = {

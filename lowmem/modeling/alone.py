@@ -73,15 +73,15 @@ def modes_as_before() -> Iterator[None]:
 
     `torch.no_grad` and `torch.device` are changed and changed back by Python's code, and a Ctrl-C in it leaves them.
     """
-    count = torch._C._len_torch_function_stack  # type: ignore[attr-defined]
+    count = torch._C._len_torch_function_stack
     gradients = torch.is_grad_enabled()
-    modes = [torch._C._get_function_stack_at(i) for i in range(count())]  # type: ignore[attr-defined]
+    modes = [torch._C._get_function_stack_at(i) for i in range(count())]
     try:
         yield
     except KeyboardInterrupt:
         torch.set_grad_enabled(gradients)
         while count():
-            torch._C._pop_torch_function_stack()  # type: ignore[attr-defined]
+            torch._C._pop_torch_function_stack()
         for mode in modes:
-            torch._C._push_on_torch_function_stack(mode)  # type: ignore[attr-defined]
+            torch._C._push_on_torch_function_stack(mode)
         raise
