@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -127,6 +128,26 @@ def _silence(name: str) -> Shared:
 def silent(name: str) -> AbstractContextManager[None]:
     """The log of this name is off while any thread is inside."""
     return _silence(name).changed()
+
+
+@functools.cache
+def _ignorance(message: str) -> Shared:
+    def ours() -> list[Any]:
+        return [one for one in warnings.filters if getattr(one[1], "pattern", None) == message]
+
+    def end() -> None:
+        for one in ours():
+            warnings.filters.remove(one)  # type: ignore[attr-defined]
+
+    return Shared(lambda: warnings.filterwarnings("ignore", message, UserWarning), end)
+
+
+def ignoring(message: str) -> AbstractContextManager[None]:
+    """A `UserWarning` that begins so is not said while any thread is inside.
+
+    Not by `warnings.catch_warnings`: a child that is forked meanwhile would have these filters for ever.
+    """
+    return _ignorance(message).changed()
 
 
 def _forked() -> None:

@@ -99,7 +99,7 @@ inside.wait()
 def job():
     with alone(), quiet(), paused_collector():
         pass
-    return not ways.differences(before, {**ways.state_of_process(), "warnings": before["warnings"]})
+    return not ways.differences(before, ways.state_of_process())
 result = in_child(job)
 over.set()
 thread.join()
