@@ -12,7 +12,7 @@ import weakref
 from typing import Any, ClassVar
 
 from ._sampler import Timeline
-from ._shared import lasting_lock
+from ._shared import lasting_lock, start
 
 __all__ = ["DeviceWatch"]
 
@@ -50,7 +50,7 @@ class DeviceWatch:
         if _may_use_cuda():
             self._thread = threading.Thread(target=self._watch, name="lowmem-devices", daemon=True)
             try:
-                self._thread.start()
+                start(self._thread)
             except RuntimeError:
                 self._thread = None  # no threads left: the peaks are known without it
 

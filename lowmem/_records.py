@@ -1,11 +1,37 @@
-"""Frozen records that cost little to make, for the tens of thousands that a checkpoint of small tensors needs."""
+"""Records that cost little, for the tens of thousands that a checkpoint of small tensors needs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
+
+
+class computed_once(Generic[T]):  # noqa: N801
+    """A property that is computed when it is first asked for, and kept; a frozen record may have one.
+
+    As `functools.cached_property`, which before Python 3.12 holds a lock of its whole class while it computes: a child
+    that is forked meanwhile would wait for ever. Threads that ask at once may each compute it; all get the first's.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self._name = compute.__name__
+        self.__doc__ = compute.__doc__
+
+    @overload
+    def __get__(self, record: None, kind: type) -> computed_once[T]: ...
+
+    @overload
+    def __get__(self, record: object, kind: type) -> T: ...
+
+    def __get__(self, record: object | None, kind: type) -> computed_once[T] | T:
+        if record is None:
+            return self
+        made: T = vars(record).setdefault(self._name, self._compute(record))
+        return made
 
 
 def cheap_init(cls: type[T]) -> type[T]:

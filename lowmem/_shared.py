@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -24,6 +25,32 @@ def lasting_lock() -> Any:
     lock = threading.RLock()
     _locks.append(lock)
     return lock
+
+
+@contextmanager
+def interrupts_first() -> Iterator[None]:
+    """An error of other code that a Ctrl-C has led to comes out as that Ctrl-C."""
+    outside = sys.exc_info()[1]
+    try:
+        yield
+    except Exception as error:
+        before = error.__context__
+        while before is not None and before is not outside:
+            if isinstance(before, KeyboardInterrupt):
+                raise before from None
+            before = before.__context__
+        raise
+
+
+def start(thread: threading.Thread) -> None:
+    """Start a thread.
+
+    Raises:
+        RuntimeError: the system has none. As Python says it, which says the same of a lock of its own where a second
+            Ctrl-C came: that one comes out as what it is.
+    """
+    with interrupts_first():
+        thread.start()
 
 
 # `warnings.catch_warnings` is for one thread at a time: it changes the filters of all, and puts back what it found.
@@ -103,18 +130,28 @@ def silent(name: str) -> AbstractContextManager[None]:
     return _silence(name).changed()
 
 
-def _locks_of_properties() -> Iterator[Any]:
-    """Before Python 3.12 `cached_property` holds a lock of its class while it computes."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith(f"{__package__}."):
-            for kind in [value for value in vars(module).values() if isinstance(value, type)]:
-                for one in vars(kind).values():
-                    if isinstance(one, functools.cached_property) and hasattr(one, "lock"):
-                        yield one.lock
+@functools.cache
+def _ignorance(message: str) -> Shared:
+    def ours() -> list[Any]:
+        return [one for one in warnings.filters if getattr(one[1], "pattern", None) == message]
+
+    def end() -> None:
+        for one in ours():
+            warnings.filters.remove(one)  # type: ignore[attr-defined]
+
+    return Shared(lambda: warnings.filterwarnings("ignore", message, UserWarning), end)
+
+
+def ignoring(message: str) -> AbstractContextManager[None]:
+    """A `UserWarning` that begins so is not said while any thread is inside.
+
+    Not by `warnings.catch_warnings`: a child that is forked meanwhile would have these filters for ever.
+    """
+    return _ignorance(message).changed()
 
 
 def _forked() -> None:
-    for lock in [*_locks, *_locks_of_properties()]:
+    for lock in _locks:
         if not lock._is_owned():
             lock._at_fork_reinit()
     for change in _changes:

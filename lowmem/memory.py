@@ -37,6 +37,7 @@ from . import _sampler, plots
 from ._devices import DeviceWatch
 from ._processes import has_statm, high_water, look, process_tree
 from ._sampler import Timeline
+from ._shared import start
 from .errors import MeasureError, OptionError, PeakExceededError
 from .limits import HostMemory, device_memory, group_peak, host_memory
 from .sizes import format_size, parse_size, shown
@@ -489,7 +490,7 @@ class _ThreadSampler:
         self._thread = threading.Thread(target=self._watch, name="lowmem-sampler", daemon=True)
         # No threads left: there are the looks at start and end, and `gap` says so.
         with contextlib.suppress(RuntimeError):
-            self._thread.start()
+            start(self._thread)
 
     def give_up(self) -> None:
         """Let its thread end."""

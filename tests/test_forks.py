@@ -99,7 +99,7 @@ inside.wait()
 def job():
     with alone(), quiet(), paused_collector():
         pass
-    return not ways.differences(before, {**ways.state_of_process(), "warnings": before["warnings"]})
+    return not ways.differences(before, ways.state_of_process())
 result = in_child(job)
 over.set()
 thread.join()
@@ -110,6 +110,29 @@ result = [result, ways.differences(before, ways.state_of_process())]
 
 def test_a_child_finds_no_lock_held_and_nothing_changed_by_threads_that_it_does_not_have(tmp_path: Path) -> None:
     assert run(_LOCKED, tmp_path) == [0, []]
+
+
+_COMPUTING = (
+    _CHILDREN
+    + """
+from lowmem.checkpoint.records import Candidate
+inside, over = threading.Event(), threading.Event()
+def wait():
+    inside.set()
+    over.wait()
+    return {}
+thread = threading.Thread(target=lambda: Candidate("slow", wait).leaves)
+thread.start()
+inside.wait()
+result = in_child(lambda: Candidate("other", dict).leaves == {})
+over.set()
+thread.join()
+"""
+)
+
+
+def test_a_child_computes_a_property_that_a_thread_was_computing_at_the_fork(tmp_path: Path) -> None:
+    assert run(_COMPUTING, tmp_path) == 0
 
 
 _IN_CALLBACK = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +14,20 @@ from pathlib import Path
 import pytest
 from test_many_loads import run
 
+from lowmem import cli
+from lowmem.errors import ModelError
+
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc"),
     pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
 ]
 # For the record: LOWMEM_INTERRUPTS=200.
 INTERRUPTS = int(os.environ.get("LOWMEM_INTERRUPTS", "34"))
-ONE_IN = 1 if INTERRUPTS >= 200 else 7
 
 _WAYS = """
 import random, signal, traceback
 from torch import nn
+package = str(Path(lowmem.__file__).parent)
 class Loaded(Exception):
     pass
 def borrowed(files, place):
@@ -68,19 +73,39 @@ def check(name, at):
     if fresh := [what for what in left if what not in known]:
         known.extend(fresh)
         wrong.append(f"{name}: {fresh}"[:1500])
-def attempt(name, at, begin, end):
+def inside(name, at, begin):
     begin()
+    return everything[name](files, at)
+def is_inside(frame):
+    while frame is not None and frame.f_code is not inside.__code__:
+        frame = frame.f_back
+    return frame is not None
+foreign = []
+def is_ours(frame):
+    while frame is not None and not frame.f_code.co_filename.startswith(package):
+        frame = frame.f_back
+    return frame is not None
+def attempt(name, at, begin, end):
+    facts = None
     try:
-        facts = everything[name](files, at)
-        end()
+        facts = inside(name, at, begin)
         came = False
     except KeyboardInterrupt:
-        end()
         came = True
     except BaseException as error:
         end()
+        if foreign and all(foreign):
+            # Of the loaded model, which computes without us, and of what another library makes of a Ctrl-C.
+            counts["interrupted"] += 1
+            return True
         wrong.append(f"{name}: {traceback.format_exc()}"[-1500:])
         return True
+    end()
+    if foreign and all(foreign):
+        # Nobody puts `no_grad` and `device` right, of `borrowed` and of models' forwards.
+        torch.set_grad_enabled(True)
+        while torch._C._len_torch_function_stack():
+            torch._C._pop_torch_function_stack()
     if not came and facts != alone[name]:
         wrong.append(f"{name}: finished, but wrong")
     counts["interrupted" if came else "finished"] += 1
@@ -91,9 +116,17 @@ _AT_RANDOM = (
     _WAYS
     + """
 chance = random.Random(args["seed"])
-fired = [0, 0]
+fired, places = [0, 0], []
 def interrupt(number, frame):
+    if frame.f_code in (is_inside.__code__, is_ours.__code__, interrupt.__code__):
+        return
+    if not is_inside(frame):
+        # What is looked at is over.
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return
     fired[0] += 1
+    foreign.append(not is_ours(frame))
+    places.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
     if fired[0] >= fired[1]:
         signal.setitimer(signal.ITIMER_REAL, 0)
     raise KeyboardInterrupt
@@ -103,6 +136,8 @@ for turn in range(args["turns"]):
     name = names[turn % len(names)]
     at = place(f"{turn}")
     moment = chance.uniform(0.0001, took[name])
+    places.clear()
+    foreign.clear()
     # Once, or again while the first is being handled.
     fired[:] = [0, chance.choice((1, 1, 2, 3))]
     del unseen[:]
@@ -114,9 +149,13 @@ for turn in range(args["turns"]):
     )
     if fired[0] and not came and not unseen:
         wrong.append(f"{name}: swallowed")
+    found = len(wrong)
     check(name, at)
+    wrong[found:] = [text + " interrupted at " + " and at ".join(places) for text in wrong[found:]]
+    counts["fired"] = counts.get("fired", 0) + fired[0]
+    counts["in lowmem"] = counts.get("in lowmem", 0) + foreign.count(False)
     shutil.rmtree(base / "places")
-for name, way in everything.items():
+for name, way in everything.items() if not wrong else ():
     if way(files, place(f"after-{name}")) != alone[name]:
         wrong.append(f"{name}: wrong afterwards")
 result = {"wrong": wrong, **counts}
@@ -136,7 +175,6 @@ def test_an_interrupt_at_a_random_moment_comes_out_and_leaves_nothing(tmp_path: 
 _AT_CALLS = (
     _WAYS
     + """
-package = str(Path(lowmem.__file__).parent)
 def counting(name, at, stop=None):
     count, seen = [0, ""], {}
     def trace(frame, event, argument):
@@ -222,6 +260,66 @@ for name in ("__enter__", "__exit__"):
 
 def test_an_interrupt_where_a_lock_is_taken_or_given_back_leaves_it_free(tmp_path: Path) -> None:
     assert run(_ENTERING, tmp_path) == [True] * 4
+
+
+_MODES = """
+def interrupted(kind):
+    def trace(frame, event, argument):
+        if frame.f_code is kind.__enter__.__code__:
+            frame.f_trace_opcodes = True
+            if event == "return":
+                raise KeyboardInterrupt
+        return trace
+    sys.settrace(trace)
+    try:
+        ways.WAYS["filtered"](files, place(kind.__name__))
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+before = ways.state_of_process()
+result = []
+for kind in (torch.no_grad,):
+    result += [interrupted(kind), ways.differences(before, ways.state_of_process())]
+"""
+
+
+def test_an_interrupt_where_torch_changes_a_mode_leaves_it_as_it_was(tmp_path: Path) -> None:
+    assert run(_MODES, tmp_path) == [True, []]
+
+
+def test_what_an_interrupt_in_other_code_leads_to_comes_out_as_the_interrupt() -> None:
+    from lowmem.modeling.failures import refusing
+
+    def build() -> None:
+        with refusing("model"):
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise RuntimeError
+
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        # That one was before.
+        with pytest.raises(ModelError), refusing("model"):
+            raise RuntimeError from None
+
+
+def test_a_command_says_interrupted_where_a_library_swallowed_that_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(argv: object) -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RecursionError
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main([]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 _COMMANDS = {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .._records import cheap_init
+from .._records import cheap_init, computed_once
 
 
 @cheap_init
@@ -152,7 +151,7 @@ class Candidate:
     module: bool = False
     own: bool = True
 
-    @functools.cached_property
+    @computed_once
     def leaves(self) -> Mapping[str, Leaf]:
         """Key → tensor, in the order they were pickled; those of nested mappings have their keys joined by dots."""
         return self.flatten()

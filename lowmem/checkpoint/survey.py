@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .._collector import paused_collector
+from .._records import computed_once
 from ..errors import CheckpointError, SourceError
 from .incomplete import placeholders
 from .index import Listing, check_keys, oddities, read_listing
@@ -110,7 +110,7 @@ class Survey:
                 raise
             return self._unwrapped(max(candidates, key=lambda c: c.nbytes).path, [])
 
-    @functools.cached_property
+    @computed_once
     def _whole(self) -> Checkpoint:
         return self._checkpoint(self.shards, self.entries)
 

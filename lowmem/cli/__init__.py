@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from .. import __version__
 from .._terminal import give_up, mend_streams, output, say
@@ -16,6 +20,42 @@ from .parser import EPILOG, FAILED, INTERRUPTED, MISUSED, Parser
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. Errors of lowmem become one message on stderr."""
     mend_streams()
+    with _noted_interrupts() as noted:
+        try:
+            return _main(argv)
+        except Exception:
+            # Other libraries swallow a Ctrl-C in their imports, and then fail for what is not there.
+            if not noted:
+                raise
+            return _interrupted()
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Each Ctrl-C in a list, as it comes."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupted() -> int:
+    say("lowmem: interrupted; nothing half-loaded is left")
+    return INTERRUPTED
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         return _run(argv)
     except OptionError as error:
@@ -25,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"lowmem: {error}")
         return FAILED
     except KeyboardInterrupt:
-        say("lowmem: interrupted; nothing half-loaded is left")
-        return INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:
         # The reader of our output (head, less) went away: nothing to say, and nobody to say it to.
         give_up(sys.stdout)

@@ -38,13 +38,32 @@ class OpenFiles(list[int]):
     """Open files that are closed with the list at the latest, where a Ctrl-C came just before they were."""
 
     def __del__(self) -> None:
-        close_read(self)
+        interrupt = None
+        # Nobody comes behind this: what it leaves open stays so.
+        while self:
+            try:
+                close_read(self)
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
 
 def close_all(fds: list[int]) -> None:
     """Close open files and forget them, each as one step: after a Ctrl-C those that are left are still open."""
     for _ in map(os.close, map(fds.pop, [-1] * len(fds))):
         pass
+
+
+def close_last(fds: list[int]) -> None:
+    """As `close_all`, of the last alone."""
+    for _ in map(os.close, map(fds.pop, [-1])):
+        pass
+
+
+def move_all(fds: list[int], to: list[int]) -> None:
+    """Let another list own the open files, each as one step."""
+    to.extend(map(fds.pop, [-1] * len(fds)))
 
 
 def close_read(fds: list[int]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import LowmemError, ModelError
-from ..modeling.alone import alone
+from ..modeling.alone import alone, modes_as_before
 from ..modeling.conversions import REMEDY
 from ..modeling.failures import refusing
 from ..modeling.targets import dtype_name
@@ -47,6 +47,7 @@ def _run(group: Group, sources: list[torch.Tensor], what: str) -> list[torch.Ten
         # Wherever the caller has its tensors made, and of whatever kind.
         with (
             alone(),
+            modes_as_before(),
             torch.inference_mode(False),
             torch.no_grad(),
             torch.device("cpu"),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .._shared import start
 from ..errors import BudgetError, LowmemError
 from ..planner import LoadPlan, Placement
 from ..planner.moves import Read
@@ -78,7 +79,7 @@ class Crew:
             # Before it runs: a Ctrl-C inside start() must not lose it.
             self._threads.append(thread)
             try:
-                thread.start()
+                start(thread)
             except RuntimeError as error:
                 self._threads.pop()
                 if self._threads:

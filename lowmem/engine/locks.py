@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .cleanup import OpenFiles, close_read, open_into, undisturbed
+from .cleanup import OpenFiles, close_last, close_read, open_into, undisturbed
 
 if sys.platform != "win32":
     import fcntl
@@ -38,7 +38,7 @@ def hold(held: list[int], folder: Path, wait: bool = False) -> bool:
         # Whoever held it may have removed it, and another made it anew: that one is not locked by this.
         if os.path.samestat(os.fstat(held[-1]), folder.stat()):
             return True
-        close_read([held.pop()])
+        close_last(held)
 
 
 def release(held: list[int]) -> None:

@@ -30,17 +30,17 @@ def map_shard(shard: Shard) -> mmap.mmap:
     Raises:
         CheckpointError: the file is gone, changed, or cannot be mapped.
     """
-    fd = open_shard(shard)
+    fds = open_shard(shard)
     try:
         if hasattr(mmap, "MAP_PRIVATE"):
             flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
             if sys.version_info >= (3, 13):
                 # The mapping needs no open file, and a checkpoint may have more shards than a process may open.
-                pages = mmap.mmap(fd, shard.size, flags=flags, prot=access, trackfd=False)
+                pages = mmap.mmap(fds[0], shard.size, flags=flags, prot=access, trackfd=False)
             else:
-                pages = mmap.mmap(fd, shard.size, flags=flags, prot=access)
+                pages = mmap.mmap(fds[0], shard.size, flags=flags, prot=access)
         else:
-            pages = mmap.mmap(fd, shard.size, access=mmap.ACCESS_COPY)
+            pages = mmap.mmap(fds[0], shard.size, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
         limit = "on address space (ulimit -v, ulimit -d)"
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
@@ -50,7 +50,7 @@ def map_shard(shard: Shard) -> mmap.mmap:
             "instead"
         ) from error
     finally:
-        close_read([fd])
+        close_read(fds)
     return pages
 
 

@@ -25,7 +25,7 @@ from ..errors import CheckpointError
 from ..mapping import Region
 from ..planner.moves import BLOCK, LEAST_DIRECT
 from ..sizes import KIB, MIB
-from .cleanup import close_read, open_into
+from .cleanup import OpenFiles, close_read, move_all, open_into
 from .unpacking import PackedRanges
 from .ways import Way, Ways
 
@@ -57,8 +57,9 @@ class ShardReader:
 
     def __init__(self, shard: Shard, ways: Ways, *, keep_cache: bool = True, direct: bool = False) -> None:
         self.shard = shard
-        self._fd, self._device = _opened(shard)
-        self._fds = [self._fd]
+        self._fds = OpenFiles()
+        self._device = _open(shard, self._fds)
+        self._fd = self._fds[0]
         self._ways = ways
         self._keep_cache = keep_cache
         self._direct_fd = -1
@@ -77,7 +78,7 @@ class ShardReader:
             raise
 
     def _open_direct(self) -> None:
-        fds: list[int] = []
+        fds = OpenFiles()
         try:
             open_into(fds, self.shard.file, _PLAIN | os.O_DIRECT)
         except OSError:
@@ -86,7 +87,7 @@ class ShardReader:
         with contextlib.suppress(OSError):
             if os.path.sameopenfile(fds[0], self._fd):
                 self._direct_fd = fds[0]
-                self._fds.append(fds.pop())
+                move_all(fds, self._fds)
         close_read(fds)
 
     def ticket(self, offset: int) -> int | None:
@@ -416,18 +417,19 @@ def _address(view: memoryview) -> int:
     return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
 
 
-def open_shard(shard: Shard) -> int:
-    """A file descriptor of the shard.
+def open_shard(shard: Shard) -> OpenFiles:
+    """The shard, one open file.
 
     Raises:
         CheckpointError: gone, or not the file that was planned (size or time differ).
     """
-    return _opened(shard)[0]
+    fds = OpenFiles()
+    _open(shard, fds)
+    return fds
 
 
-def _opened(shard: Shard) -> tuple[int, int]:
-    """A file descriptor, and the device that the file is on; raises as `open_shard`."""
-    fds: list[int] = []
+def _open(shard: Shard, fds: OpenFiles) -> int:
+    """As `open_shard`, into `fds`; returns the device that the file is on."""
     try:
         open_into(fds, shard.file, _PLAIN)
         info = os.fstat(fds[0])
@@ -443,7 +445,7 @@ def _opened(shard: Shard) -> tuple[int, int]:
                 f"{shard.file}: cannot be opened: {error.strerror or error}; {_remedy(error)}"
             ) from error
         raise
-    return fds[0], info.st_dev
+    return info.st_dev
 
 
 def _remedy(error: OSError) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from .._page_cache import give_back
+from .._shared import start
 from ..dtypes import itemsize
 from ..errors import LowmemError, OutputError
 from ..mapping import Region
@@ -205,7 +206,7 @@ class Sealer:
         shard.open()
         if self._thread.ident is None:
             try:
-                self._thread.start()
+                start(self._thread)
             except RuntimeError as error:
                 raise OutputError(f"the system refused a thread ({error}); raise its limit (ulimit -u, -v)") from error
 

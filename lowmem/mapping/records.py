@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .._records import cheap_init
+from .._records import cheap_init, computed_once
 from ..checkpoint import TensorEntry
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class KeyMapping:
     apart: Mapping[str, str] = field(default_factory=dict)
     shares: tuple[Share, ...] = ()
 
-    @functools.cached_property
+    @computed_once
     def fed(self) -> frozenset[str]:
         """Targets that the checkpoint feeds, without those that are tied to one."""
         computed = (name for computation in self.computed for name in computation.targets)

@@ -65,3 +65,23 @@ def as_before() -> Iterator[None]:
     """
     with alone(), _building.changed():
         yield
+
+
+@contextmanager
+def modes_as_before() -> Iterator[None]:
+    """After a Ctrl-C torch's modes of this thread are as before.
+
+    `torch.no_grad` and `torch.device` are changed and changed back by Python's code, and a Ctrl-C in it leaves them.
+    """
+    count = torch._C._len_torch_function_stack
+    gradients = torch.is_grad_enabled()
+    modes = [torch._C._get_function_stack_at(i) for i in range(count())]
+    try:
+        yield
+    except KeyboardInterrupt:
+        torch.set_grad_enabled(gradients)
+        while count():
+            torch._C._pop_torch_function_stack()
+        for mode in modes:
+            torch._C._push_on_torch_function_stack(mode)
+        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .._shared import interrupts_first
 from ..errors import LowmemError, ModelError, OutOfMemoryError
 
 
@@ -19,7 +20,8 @@ def refusing(what: str) -> Iterator[None]:
         ModelError: with the kind and the text of what was raised; an `OutOfMemoryError` for a `MemoryError`.
     """
     try:
-        yield
+        with interrupts_first():
+            yield
     except LowmemError:
         raise
     except MemoryError as error:

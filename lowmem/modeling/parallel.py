@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._records import computed_once
 from ..errors import ModelError, OptionError
 from .empty import real_tensors
 from .failures import refusing
@@ -172,7 +172,7 @@ class PaperMesh:
         _check_what_is_held(target, sharding)
         return sharding
 
-    @functools.cached_property
+    @computed_once
     def _of_data(self) -> Mesh:
         """The mesh with its ranks of experts among those of `fsdp`, which are beside them."""
         counts = dict(zip(self.mesh.names, self.mesh.shape, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from .._mapped_pages import let_go
+from .._records import computed_once
 from ..checkpoint import TensorEntry
 from ..engine.destinations import address_space
 from ..mapping import Link
@@ -142,7 +142,7 @@ class Weight:
         is_held = ring.find((number, index)) is not None or ring.find(number) is not None
         return () if is_held else self.part_ranges(index)
 
-    @functools.cached_property
+    @computed_once
     def _parts_lie(self) -> list[list[Range]]:
         ranges = self._runtime.files.range_of
         if not self.is_whole:
@@ -153,7 +153,7 @@ class Weight:
         step = lies[1] // self.parts
         return [[(lies[0] + index * step, step)] for index in range(self.parts)]
 
-    @functools.cached_property
+    @computed_once
     def _links_of_parts(self) -> list[list[Link]]:
         return [[] for _ in range(self.parts)] if self.is_whole else links_of_parts(self._placement)
 

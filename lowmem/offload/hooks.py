@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._shared import catching_warnings, silent
+from .._shared import ignoring, silent
 from ..modeling.rules import Rules
 from ..modeling.targets import is_bitsandbytes, owner_of, tensor_of
 from ..planner import LoadPlan, Placement
@@ -63,8 +62,7 @@ def move(model: nn.Module, device: torch.device) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """What accelerate warns of is what the plan says: weights on meta, and parameters named beside split modules."""
-    with catching_warnings, silent("accelerate.big_modeling"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules", UserWarning)
+    with silent("accelerate.big_modeling"), ignoring("The following device_map keys do not match any submodules"):
         yield
 
 

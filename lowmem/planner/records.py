@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._mounts import is_on_local_disk
+from .._records import computed_once
 from ..checkpoint import Checkpoint, TensorEntry
 from ..mapping import NO_RULES, KeyMapping, KeyRules, Link, whole
 from ..modeling.int8_choice import NO_INT8, Int8Request
@@ -309,7 +309,7 @@ class LoadPlan:
     rank: RankShare | None = None
     shared: tuple[Shared, ...] = field(default=(), repr=False)
 
-    @cached_property
+    @computed_once
     def scales(self) -> Mapping[TensorEntry | Placement, Placement]:
         """Scales of rows that are in host memory before anything else moves, and where each of them comes from.
 
@@ -343,7 +343,7 @@ class LoadPlan:
         """The plan that brings these into memory."""
         return replace(self, placements=tuple(self.scales.values()), offload=None, groups=())
 
-    @cached_property
+    @computed_once
     def bytes_read(self) -> int:
         """Tensor bytes that the load will read; mapped and referred ones are not read."""
         sources = sum(p.source_bytes for group in self.groups for p in group.sources)
