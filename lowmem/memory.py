@@ -25,7 +25,6 @@ import os
 import select
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from . import _sampler, plots
 from ._devices import DeviceWatch
 from ._processes import has_statm, high_water, look, process_tree
 from ._sampler import Timeline
-from ._shared import start
+from ._thread_sampler import ThreadSampler
 from .errors import MeasureError, OptionError, PeakExceededError
 from .limits import HostMemory, device_memory, group_peak, host_memory
 from .sizes import format_size, parse_size, shown
@@ -413,7 +412,7 @@ class _Run:
         )
 
 
-def _start_sampler(interval: float) -> _ProcessSampler | _ThreadSampler:
+def _start_sampler(interval: float) -> _ProcessSampler | ThreadSampler:
     script = Path(_sampler.__file__)
     # In a frozen application sys.executable is the application, which would start itself.
     if has_statm() and sys.executable and script.is_file() and not getattr(sys, "frozen", False):
@@ -421,7 +420,7 @@ def _start_sampler(interval: float) -> _ProcessSampler | _ThreadSampler:
             return _ProcessSampler(script, interval)
         except OSError:
             pass  # no processes left: a thread sees nearly as much
-    return _ThreadSampler(interval)
+    return ThreadSampler(interval)
 
 
 class _ProcessSampler:
@@ -476,32 +475,3 @@ class _ProcessSampler:
         poll = select.poll()
         poll.register(cast("IO[bytes]", self._process.stdout), select.POLLIN)
         return bool(poll.poll(0))
-
-
-class _ThreadSampler:
-    """Looks at us from a thread, which only looks when the interpreter lets it."""
-
-    method: Literal["thread"] = "thread"
-
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
-        self._timeline = Timeline()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="lowmem-sampler", daemon=True)
-        # No threads left: there are the looks at start and end, and `gap` says so.
-        with contextlib.suppress(RuntimeError):
-            start(self._thread)
-
-    def give_up(self) -> None:
-        """Let its thread end."""
-        self._stop.set()
-
-    def finish(self) -> Timeline:
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-        return self._timeline
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._timeline.add(time.monotonic(), *look())

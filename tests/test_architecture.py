@@ -35,6 +35,7 @@ ORDER = [
     "limits",
     "_sampler",
     "_processes",
+    "_thread_sampler",
     "_devices",
     "plots",
     "memory",

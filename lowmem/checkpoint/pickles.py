@@ -199,10 +199,7 @@ class Machine(Reader):
             if buf is self._buf:
                 self._at = max(self._at, at)
             self.refuse(f"an opcode that does not fit what stands before it ({type(error).__name__}: {error})")
-        raise UnsupportedError(
-            f"{self.name}: expected at most {self.most} opcodes in a pickle of a file of that size, found more: many "
-            "small objects for few weights; save the weights alone with torch.save"
-        )
+        raise UnsupportedError(f"{self.name}: more than {self.most} opcodes for so few bytes; save weights alone")
 
     def call(self, what: Any, args: tuple[Any, ...]) -> Any:
         """What stands for `what(*args)`, which is not called."""

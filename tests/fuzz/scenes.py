@@ -164,7 +164,7 @@ def _damaged(name: str, node: list[Any], chance: random.Random, sound: Mapping[s
 
 def without_a_child() -> Any:
     """Loads inside measure themselves by a thread: a process for each execution would take longer than all else."""
-    return patch.object(memory, "_start_sampler", memory._ThreadSampler)
+    return patch.object(memory, "_start_sampler", memory.ThreadSampler)
 
 
 def elsewhere(folder: Path) -> Path:
