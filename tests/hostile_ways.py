@@ -263,8 +263,10 @@ def _note(event: str, args: tuple[Any, ...], roots: tuple[str, ...], seen: list[
         if not path.startswith(roots) and ((writes and path != "/dev/null") or not path.startswith(_OURS)):
             seen.append(f"open {path} {args[1]!r}"[:300])
     if event.startswith(_CHANGES):
+        # Such a name may be told beside the open folder that it is in.
+        inside = Path(f"/proc/self/fd/{args[2]}") if event == "os.mkdir" and args[2] >= 0 else Path()
         for arg in args[:2]:
-            if isinstance(arg, (str, bytes)) and not os.path.realpath(os.fsdecode(arg)).startswith(roots):
+            if isinstance(arg, (str, bytes)) and not os.path.realpath(inside / os.fsdecode(arg)).startswith(roots):
                 seen.append(f"{event} {args!r}"[:300])
 
 

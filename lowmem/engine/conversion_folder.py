@@ -89,7 +89,7 @@ class ConversionFolder:
             yield
         except OSError as error:
             raise OutputError(
-                f"{error.filename or self.out}: cannot be written: {error.strerror or error}; make room or check its "
+                f"{self.out / (error.filename or '')}: cannot be written: {error.strerror or error}; make room or check its "
                 "permissions, and run the conversion again: what is whole is kept"
             ) from error
 

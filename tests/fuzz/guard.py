@@ -55,7 +55,7 @@ _CHANGING: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("os.symlink", "shutil.copyfile", "shutil.copymode", "shutil.copystat"), (1,)),
 }
 # Of these a link among the names is what is changed, and not what it leads to.
-_BY_NAME = frozenset({"os.remove", "os.rmdir", "os.rename", "os.symlink", "os.link"})
+_BY_NAME = frozenset({"os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.symlink", "os.link"})
 _LISTING = frozenset({"os.listdir", "os.scandir", "glob.glob", "os.walk"})
 _OPENS_BESIDE = getattr(getattr(shutil, "_rmtree_safe_fd", None), "__code__", None)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -306,7 +306,7 @@ def _is_path(value: Any) -> bool:
 def _changed(event: str, args: tuple[Any, ...]) -> Iterator[str]:
     """What is changed, by its whole path."""
     # Such names may be told beside the descriptor of their folder (`shutil.rmtree`).
-    folders = [fd for fd in args[1:] if isinstance(fd, int)] if event in _BY_NAME else []
+    folders = [fd for fd in args[2 if event == "os.mkdir" else 1 :] if isinstance(fd, int)] if event in _BY_NAME else []
     for n, at in enumerate(_CHANGING[event]):
         if at >= len(args) or not _is_path(args[at]):
             continue
