@@ -24,12 +24,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import lowmem
+from lowmem._shared import silent
 from lowmem.checkpoint import inspect
 from lowmem.errors import KeysError, UnsupportedError
 from lowmem.mapping import NO_RULES
 from lowmem.mapping.made import make_names, odd_names
 from lowmem.mapping.names import give_names
-from lowmem.modeling.rehearsing import _silent
 from lowmem.modeling.skeleton import Origin, make_skeleton
 
 
@@ -531,7 +531,7 @@ def test_a_prefix_that_a_function_did_not_know_is_told(tmp_path: Path, front: st
 
 def test_a_log_is_silent_while_any_load_is_in_disguise() -> None:
     log = logging.getLogger("lowmem.test.disguise")
-    first, second = _silent(log), _silent(log)
+    first, second = silent(log.name), silent(log.name)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)

@@ -89,8 +89,8 @@ class ConversionFolder:
             yield
         except OSError as error:
             raise OutputError(
-                f"{self.out / (error.filename or '')}: cannot be written: {error.strerror or error}; make room or check its "
-                "permissions, and run the conversion again: what is whole is kept"
+                f"{self.out / (error.filename or '')}: cannot be written: {error.strerror or error}; make room or "
+                "check its permissions, and run the conversion again: what is whole is kept"
             ) from error
 
     @contextlib.contextmanager
