@@ -423,6 +423,17 @@ def _start_sampler(interval: float) -> _ProcessSampler | ThreadSampler:
     return ThreadSampler(interval)
 
 
+def _need_descriptors(count: int) -> None:
+    """Fail where so many files cannot be opened: `Popen` before Python 3.11.4 loses a pipe where it cannot have both.
+
+    Raises:
+        OSError: they cannot.
+    """
+    with contextlib.ExitStack() as held:
+        for _ in range(count):
+            held.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+
+
 class _ProcessSampler:
     """Looks at us from a child process; see `_sampler`."""
 
@@ -430,6 +441,7 @@ class _ProcessSampler:
 
     def __init__(self, script: Path, interval: float) -> None:
         self._owner = os.getpid()
+        _need_descriptors(7)
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(script), str(os.getpid()), str(interval)],
             stdin=subprocess.PIPE,

@@ -66,6 +66,26 @@ def test_a_tensor_beyond_what_the_pickle_says_of_its_storage(file: Path) -> None
         picked.locate(leaves_of(picked.root))
 
 
+HALF = b"X\x03\x00\x00\x00\xed\xb2\x80"  # "\udc80", as Python's pickles keep it
+LINE = b"V\\udc80\n"
+
+
+@pytest.mark.parametrize("half", [HALF, LINE, b"X\x01\x00\x10\x00" + b"n" * 0x100001], ids=["", "line", "too long"])
+def test_a_name_that_is_no_text_is_refused(file: Path, half: bytes) -> None:
+    """It would be lost, or escaped and then perhaps be the name of another."""
+    with pytest.raises(CheckpointError, match="a name that is too long, or no text"):
+        read_pickled(pickle_in_zip(file, b"\x80\x02}(" + half + b"K\x01X\x06\x00\x00\x00\\udc80K\x02u."))
+
+
+def test_a_value_that_is_no_text_is_passed_over(tmp_path: Path) -> None:
+    values = {"weight": torch.ones(3), "caf\xe9": "caf\udce9", "args": ["\ud800", "x"]}
+    path = save(values, tmp_path / "a.pt")
+    picked = read_pickled(path)
+    assert list(leaves_of(picked.root)) == ["weight"]
+    assert "caf\xe9" in picked.root
+    check(path)
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_ambiguous_zips_are_refused(tmp_path: Path) -> None:
     file = save({"a": torch.arange(4.0)}, tmp_path / "a.pt")

@@ -128,16 +128,24 @@ class Reader:
         if n > MAX_TEXT:
             return self._span(n, "bytes" if raw else "text")
         self._spend_text(n)
-        data = self._take(n)
-        offset = self.position - n
-        try:
-            text = str(data, "utf-8", "strict" if raw else "backslashreplace")
-        except UnicodeDecodeError:
-            return Span(offset, n, "bytes")
+        offset = self.position
+        text = self._told(self._take(n), n, "bytes" if raw else "text")
+        if type(text) is Span:
+            return text
         self._recent.append((text, offset, n, raw))
         if len(text) == 1 and not raw and text <= "\xff":
             self._single[text] = Span(offset, n, "text")
         return text
+
+    def _told(self, data: bytes, n: int, kind: Literal["bytes", "text"]) -> Any:
+        """The text of what was read last, in `n` bytes, or its place: Python's pickles keep halves of surrogate pairs.
+
+        Not the text with escapes for what is no UTF-8: two names would be one.
+        """
+        try:
+            return str(data, "utf-8")
+        except UnicodeDecodeError:
+            return Span(self.position - n, n, kind)
 
     def _line(self) -> bytes:
         """Up to the end of the line, as protocol 0 writes its arguments."""

@@ -177,8 +177,8 @@ class Machine(Reader):
                     stack.append(items)
                 elif op == 0x94:  # MEMOIZE
                     memo[len(memo)] = stack[-1]
-                elif op == 0x58 and at + 6 < (end := at + 4 + word(buf, at)[0]) <= safe:  # BINUNICODE, of usual length
-                    text = str(buf[at + 4 : end], "utf-8", "backslashreplace")
+                elif op == 0x58 and at + 6 < (end := at + 4 + word(buf, at)[0]) <= safe and buf[at + 4 : end].isascii():
+                    text = str(buf[at + 4 : end], "ascii")  # BINUNICODE, of usual length and letters
                     recent.append((text, self._base + at + 4, end - at - 4, False))
                     stack.append(text)
                     texts += end - at
@@ -389,12 +389,12 @@ class Machine(Reader):
         line = self._line()
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b'"', b"'"):
             raise ValueError("a text without quotes")
-        text = codecs.escape_decode(line[1:-1])[0]
-        self._push(str(text, "utf-8", "backslashreplace"))
+        self._push(self._told(codecs.escape_decode(line[1:-1])[0], len(line) + 1, "bytes"))
 
     def _unicode_line(self) -> None:
-        text = str(self._line(), "raw-unicode-escape")
-        self._push(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+        line = self._line()
+        text = str(line, "raw-unicode-escape").encode("utf-8", "surrogatepass")
+        self._push(self._told(text, len(line) + 1, "text"))
 
     def _protocol(self) -> None:
         version = self._number(1)
@@ -416,10 +416,10 @@ class Machine(Reader):
 
 def _key(key: Any) -> Any:
     """`key` as it may be hashed."""
-    if type(key) is str or key is None or type(key) is bool or type(key) is float:
+    if key is None or type(key) in (str, bool, float) or (type(key) is int and -_MAX_INT_KEY < key < _MAX_INT_KEY):
         return key
-    if type(key) is int and -_MAX_INT_KEY < key < _MAX_INT_KEY:
-        return key
+    if type(key) is Span and key.kind == "text":
+        raise ValueError("a name that is too long, or no text")
     return Key(key)
 
 

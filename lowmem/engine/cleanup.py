@@ -73,16 +73,16 @@ def close_read(fds: list[int]) -> None:
             close_all(fds)
 
 
-def join(thread: threading.Thread) -> None:
-    """Wait for the end of a thread whose start a Ctrl-C may have cut short: it may be about to begin, and its own
-    `join` would refuse it.
+def join(thread: threading.Thread, timeout: float | None = None) -> None:
+    """Wait, or so many seconds, for the end of a thread whose start a Ctrl-C may have cut short: it may be about to
+    begin, and its own `join` would refuse it.
     """
     for _ in range(1000):
         if thread.is_alive() or thread not in threading.enumerate():
             break
         time.sleep(0.001)
     if thread.ident is not None:
-        thread.join()
+        thread.join(timeout)
 
 
 def open_into(fds: list[int], path: Path, flags: int, mode: int = 0o777) -> None:

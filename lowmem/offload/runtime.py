@@ -19,6 +19,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from .._mapped_pages import holds
+from .._shared import start
+from ..engine.cleanup import join
 from ..engine.crew import compute_alone
 from ..errors import RunningError
 from ..memory import anonymous_memory
@@ -309,11 +311,13 @@ class Runtime:
                 thread = threading.Thread(
                     target=_work, args=(weakref.ref(self), self._wake), name="lowmem-ahead", daemon=True
                 )
-                try:
-                    thread.start()
-                except RuntimeError:
-                    break  # No more threads here: fewer are slower, not wrong.
+                # Before it runs: a Ctrl-C inside start() must not lose it.
                 self._threads.append(thread)
+                try:
+                    start(thread)
+                except RuntimeError:
+                    self._threads.pop()
+                    break  # No more threads here: fewer are slower, not wrong.
         self._wake.notify(_WORKERS)
 
     def next_task(self, *, is_full: bool = False) -> Callable[[], object] | None:
@@ -421,7 +425,7 @@ class Runtime:
             threads, self._threads = self._threads, []
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join()
+                join(thread)
         with self._lock:
             self.ring.clear()
             self.pointed_at = None
@@ -440,7 +444,7 @@ class Runtime:
                 self._wake.notify_all()
             if threading.current_thread() not in self._threads:
                 for thread in self._threads:
-                    thread.join(_PATIENCE)
+                    join(thread, _PATIENCE)
 
 
 def _work(of: weakref.ref[Runtime], wake: threading.Condition) -> None:

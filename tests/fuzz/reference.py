@@ -72,7 +72,7 @@ def _check(root: Any, opened: str, made: Mapping[str, torch.Tensor], unreadable:
             raise Broken(f"{prefix + key!r}: {problems[0]}")
     if not opened and type(root) in (dict, collections.OrderedDict):
         names = {
-            _name(key) for key, value in root.items() if isinstance(key, str | int) and _as_tensor(value) is not None
+            str(key) for key, value in root.items() if isinstance(key, str | int) and _as_tensor(value) is not None
         }
         if missing := names - made.keys() - unreadable:
             raise Broken(f"tensors are missing: {sorted(missing)[:4]!r}")
@@ -86,12 +86,7 @@ def _tensors(value: Any, path: str, above: tuple[int, ...]) -> Iterator[tuple[st
     if id(value) in above or len(above) > 80:
         return
     for key, child in _members(value):
-        yield from _tensors(child, f"{path}.{_name(key)}" if above else _name(key), (*above, id(value)))
-
-
-def _name(key: Any) -> str:
-    """As lowmem shows it: halves of surrogate pairs, which no file and no terminal takes, are escaped."""
-    return str(key).encode("utf-8", "surrogatepass").decode("utf-8", "backslashreplace")
+        yield from _tensors(child, f"{path}.{key!s}" if above else str(key), (*above, id(value)))
 
 
 def _members(value: Any) -> Iterator[tuple[Any, Any]]:
