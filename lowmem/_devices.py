@@ -12,7 +12,7 @@ import weakref
 from typing import Any, ClassVar
 
 from ._sampler import Timeline
-from ._shared import lasting_lock, start
+from ._shared import Stop, lasting_lock, start
 
 __all__ = ["DeviceWatch"]
 
@@ -44,7 +44,7 @@ class DeviceWatch:
         self._unused: float | None = None
         self._timelines: dict[str, Timeline] = {}
         self._interval = max(interval, _SHORTEST_INTERVAL)
-        self._stop = threading.Event()
+        self._stop = Stop()
         self._thread: threading.Thread | None = None
         self._look()
         if _may_use_cuda():
@@ -56,11 +56,11 @@ class DeviceWatch:
 
     def give_up(self) -> None:
         """Let its thread end, which would keep it among those that run."""
-        self._stop.set()
+        self._stop.say()
 
     def finish(self) -> tuple[dict[str, int], dict[str, list[tuple[float, int]]]]:
         """End it: (device → peak bytes, device → (`time.monotonic` seconds, bytes) in order of time)."""
-        self._stop.set()
+        self._stop.say()
         if self._thread is not None:
             self._thread.join()
         self._look()

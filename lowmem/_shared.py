@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 # Made once each, at import or for one of few names, and there to the end.
@@ -51,6 +51,30 @@ def start(thread: threading.Thread) -> None:
     """
     with interrupts_first():
         thread.start()
+
+
+class Stop:
+    """A word to threads that they shall end.
+
+    Not `threading.Event`, which takes a lock in Python's code: a Ctrl-C there leaves it taken, and whoever says the
+    word again while tidying up would wait for ever.
+    """
+
+    def __init__(self) -> None:
+        self._said = False
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def say(self) -> None:
+        """Say it. May be said again."""
+        self._said = True
+        # One that waits goes on; the others look when their time is up.
+        with suppress(RuntimeError):
+            self._gate.release()
+
+    def wait(self, seconds: float = 0.0) -> bool:
+        """Wait for it, so long at most; whether it was said."""
+        return self._said or (seconds > 0 and self._gate.acquire(timeout=seconds)) or self._said
 
 
 # `warnings.catch_warnings` is for one thread at a time: it changes the filters of all, and puts back what it found.

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ._processes import look
 from ._sampler import Timeline
-from ._shared import start
+from ._shared import Stop, start
 
 
 class ThreadSampler:
@@ -20,7 +20,7 @@ class ThreadSampler:
     def __init__(self, interval: float) -> None:
         self._interval = interval
         self._timeline = Timeline()
-        self._stop = threading.Event()
+        self._stop = Stop()
         self._thread = threading.Thread(target=self._watch, name="lowmem-sampler", daemon=True)
         # No threads left: there are the looks at start and end, and `gap` says so.
         with contextlib.suppress(RuntimeError):
@@ -28,11 +28,11 @@ class ThreadSampler:
 
     def give_up(self) -> None:
         """Let its thread end."""
-        self._stop.set()
+        self._stop.say()
 
     def finish(self) -> Timeline:
         """End it: what was seen."""
-        self._stop.set()
+        self._stop.say()
         if self._thread.ident is not None:
             self._thread.join()
         return self._timeline

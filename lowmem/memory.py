@@ -20,9 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import json
 import os
-import select
 import subprocess
 import sys
 import time
@@ -30,10 +28,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from . import _sampler, plots
 from ._devices import DeviceWatch
+from ._process_sampler import ProcessSampler
 from ._processes import has_statm, high_water, look, process_tree
 from ._sampler import Timeline
 from ._thread_sampler import ThreadSampler
@@ -56,8 +55,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
-# Far above the 15 ms that the sampler needs to answer, for machines that are swapping.
-_ANSWER_SECONDS = 60.0
 _LONGEST_INTERVAL = 3600.0
 
 
@@ -412,78 +409,12 @@ class _Run:
         )
 
 
-def _start_sampler(interval: float) -> _ProcessSampler | ThreadSampler:
+def _start_sampler(interval: float) -> ProcessSampler | ThreadSampler:
     script = Path(_sampler.__file__)
     # In a frozen application sys.executable is the application, which would start itself.
     if has_statm() and sys.executable and script.is_file() and not getattr(sys, "frozen", False):
         try:
-            return _ProcessSampler(script, interval)
+            return ProcessSampler(script, interval)
         except OSError:
             pass  # no processes left: a thread sees nearly as much
     return ThreadSampler(interval)
-
-
-def _need_descriptors(count: int) -> None:
-    """Fail where so many files cannot be opened: `Popen` before Python 3.11.4 loses a pipe where it cannot have both.
-
-    Raises:
-        OSError: they cannot.
-    """
-    with contextlib.ExitStack() as held:
-        for _ in range(count):
-            held.callback(os.close, os.open(os.devnull, os.O_RDONLY))
-
-
-class _ProcessSampler:
-    """Looks at us from a child process; see `_sampler`."""
-
-    method: Literal["process"] = "process"
-
-    def __init__(self, script: Path, interval: float) -> None:
-        self._owner = os.getpid()
-        _need_descriptors(7)
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(script), str(os.getpid()), str(interval)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            # Ctrl-C in the terminal is for us, not for the child.
-            start_new_session=True,
-        )
-
-    def give_up(self) -> None:
-        """End it, if it runs and is ours: whoever is only forgotten would look at us to our end."""
-        process = self._process
-        if process.returncode is None and os.getpid() == self._owner:
-            process.kill()
-            process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-    def finish(self) -> Timeline:
-        with self._process as process:
-            try:
-                if not self._is_up():
-                    process.kill()
-                    return Timeline()
-                # A byte, not only the end of input: a process forked in the block may hold the pipe open.
-                answer, _ = process.communicate(b"\n", timeout=_ANSWER_SECONDS)
-            except BaseException as error:
-                process.kill()
-                if isinstance(error, subprocess.TimeoutExpired):
-                    raise MeasureError("the memory sampler does not answer; the peak is not known, run again") from None
-                raise
-        if process.returncode or not answer.strip():
-            raise MeasureError(
-                f"the memory sampler ended early with exit code {process.returncode}; the peak is not known, run again"
-            )
-        timeline = Timeline()
-        vars(timeline).update(json.loads(answer))
-        return timeline
-
-    def _is_up(self) -> bool:
-        # Not select.select, which cannot take a file number above 1023.
-        poll = select.poll()
-        poll.register(cast("IO[bytes]", self._process.stdout), select.POLLIN)
-        return bool(poll.poll(0))

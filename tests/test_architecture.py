@@ -36,6 +36,7 @@ ORDER = [
     "_sampler",
     "_processes",
     "_thread_sampler",
+    "_process_sampler",
     "_devices",
     "plots",
     "memory",

@@ -43,7 +43,7 @@ def _no_garbage() -> None:
 def wait_for_sampler(context: memory.measure) -> None:
     """A block that must be looked at from its first line on begins here."""
     sampler = context._run._sampler
-    while isinstance(sampler, memory._ProcessSampler) and not sampler._is_up():
+    while isinstance(sampler, memory.ProcessSampler) and not sampler._is_up():
         time.sleep(0.001)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import _sampler, memory
+from lowmem._shared import Stop
 from lowmem.errors import MeasureError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -34,7 +36,7 @@ def open_files() -> int:
 def wait_for_sampler(context: memory.measure) -> None:
     """A block that must be looked at from its first line on begins here."""
     sampler = context._run._sampler
-    while isinstance(sampler, memory._ProcessSampler) and not sampler._is_up():
+    while isinstance(sampler, memory.ProcessSampler) and not sampler._is_up():
         time.sleep(0.001)
 
 
@@ -53,6 +55,67 @@ def test_a_thinned_timeline_never_loses_a_peak(looks):
     assert max((point[1] for point in points), default=0) == max((look[0] for look in looks), default=0)
     assert max((point[2] for point in points), default=0) == max((look[1] for look in looks), default=0)
     assert all(point[1] == looks[int(point[0])][0] for point in points)
+
+
+@linux
+def test_an_interrupt_that_left_a_lock_taken_does_not_hang_the_end():
+    """In `Popen.wait` a Ctrl-C may come between its lock and what gives it back."""
+    before = open_files()
+    context = memory.measure()
+    context.__enter__()
+    sampler = context._run._sampler
+    child = sampler._process.pid
+    assert sampler._process._waitpid_lock.acquire(timeout=10)
+    del context
+    assert sampler._process.returncode == -signal.SIGKILL
+    assert not psutil.pid_exists(child)
+    assert open_files() == before
+
+
+@linux
+@pytest.mark.parametrize("room", range(8))
+def test_a_sampler_where_few_files_can_be_opened_leaves_none(room):
+    code = """
+        import gc, os, resource, sys
+        from lowmem import memory
+        with memory.measure():
+            pass
+        before = sorted(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + int(sys.argv[1]), 4096))
+        try:
+            with memory.measure() as run:
+                pass
+            print(run.method)
+        except memory.MeasureError as error:
+            print("refused")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+        gc.collect()
+        assert sorted(os.listdir("/proc/self/fd")) == before
+    """
+    done = python(code, str(room))
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_end_at_the_word_whoever_says_it_how_often():
+    stop, ended = Stop(), []
+    assert not stop.wait()
+    assert not stop.wait(0.001)
+
+    def work():
+        while not stop.wait(0.01):
+            pass
+        ended.append(True)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        stop.say()
+    for thread in threads:
+        thread.join(60)
+    assert len(ended) == 4
+    assert stop.wait()
+    assert stop.wait(60)
 
 
 @linux

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .._files import open_regular
 from .._page_cache import give_back, look
+from .._shared import Stop
 from ..planner import Progress, ProgressCallback
 from ..sizes import MIB
 from .helpers import begin
@@ -34,7 +35,7 @@ def hash_all(
         progress: called from the calling thread.
     """
     meter = _Meter(sum(_size(file) for file, _ in wanted), progress)
-    stop = threading.Event()
+    stop = Stop()
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="lowmem-check") as pool:
         try:
             found = {}
@@ -50,7 +51,7 @@ def hash_all(
                     found[key] = task.result()
             return found, meter.done
         except BaseException:
-            stop.set()
+            stop.say()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -62,7 +63,7 @@ def _size(file: Path) -> int:
         return 0
 
 
-def _hash(file: Path, kind: str, stop: threading.Event, moved: Callable[[Path, int], None]) -> str | OSError:
+def _hash(file: Path, kind: str, stop: Stop, moved: Callable[[Path, int], None]) -> str | OSError:
     """By reading it once, in a small buffer; pages that were not in memory before are given back."""
     try:
         # A manifest may name a fifo, which would hang, or a device, which would never end.
@@ -73,7 +74,7 @@ def _hash(file: Path, kind: str, stop: threading.Event, moved: Callable[[Path, i
             cached = look(fd, size)
             state = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
             at = 0
-            while (got := opened.readinto(buffer)) and not stop.is_set():
+            while (got := opened.readinto(buffer)) and not stop.wait():
                 state.update(buffer[:got])
                 for begin, length in cached.absent(at, got):
                     give_back(fd, begin, length)

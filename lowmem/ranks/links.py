@@ -20,6 +20,8 @@ from datetime import timedelta
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+from .._shared import Stop
+
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
@@ -78,7 +80,7 @@ class Link:
         self._heard = heard
         self._lost = lost
         self._withdrawn = withdrawn
-        self._leaving = threading.Event()
+        self._leaving = Stop()
         self._outbox: queue.SimpleQueue[tuple[Kind, bytes]] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name=f"lowmem-from-rank-{peer}", daemon=True)
         self._writer = threading.Thread(target=self._write, name=f"lowmem-to-rank-{peer}", daemon=True)
@@ -98,7 +100,7 @@ class Link:
 
     def leave(self) -> None:
         """Wait no longer for the other end, if it has not come."""
-        self._leaving.set()
+        self._leaving.say()
 
     def join(self, until: float) -> bool:
         """Wait for the threads, until `time.monotonic()` is `until`; whether they have ended."""
