@@ -43,12 +43,16 @@ def open_regular(path: Path, *, links: bool = True) -> io.FileIO:
     """
     # Ask before opening, for to open a device may do something; and after, for it may be another by then.
     _check(path, path.stat(follow_symlinks=links))
-    no_link = 0 if links else getattr(os, "O_NOFOLLOW", 0)
-    opened = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | _AT_ONCE | no_link))
+    flags = os.O_RDONLY | _AT_ONCE | (0 if links else getattr(os, "O_NOFOLLOW", 0)) | getattr(os, "O_BINARY", 0)
+    # In one step each, of C code: a Ctrl-C between a call and its assignment would lose the open file.
+    fds: list[int] = []
     try:
-        _check(path, os.fstat(opened.fileno()))
+        fds.extend(map(os.open, (path,), (flags,)))
+        _check(path, os.fstat(fds[0]))
+        (opened,) = map(io.FileIO, fds)
     except BaseException:
-        opened.close()
+        for fd in fds:
+            os.close(fd)
         raise
     return opened
 
