@@ -7,6 +7,7 @@ models at once would get tensors of each other's dtypes, and might leave the def
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,21 +68,44 @@ def as_before() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def modes_as_before() -> Iterator[None]:
-    """After a Ctrl-C torch's modes of this thread are as before.
+class Modes:
+    """Torch's modes of this thread.
 
     `torch.no_grad` and `torch.device` are changed and changed back by Python's code, and a Ctrl-C in it leaves them.
     """
-    count = torch._C._len_torch_function_stack
-    gradients = torch.is_grad_enabled()
-    modes = [torch._C._get_function_stack_at(i) for i in range(count())]
+
+    def __init__(self) -> None:
+        self._gradients = torch.is_grad_enabled()
+        self._stack = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+        self._outside = sys.exc_info()[1]
+
+    def restore(self, interrupt: KeyboardInterrupt) -> None:
+        """They are as they were, whatever further Ctrl-C comes meanwhile."""
+        while True:
+            try:
+                self._end_all(interrupt)
+                torch.set_grad_enabled(self._gradients)
+                while torch._C._len_torch_function_stack():
+                    torch._C._pop_torch_function_stack()
+                for mode in self._stack:
+                    torch._C._push_on_torch_function_stack(mode)
+                break
+            except KeyboardInterrupt:
+                continue
+
+    def _end_all(self, error: BaseException | None) -> None:
+        """What a Ctrl-C kept from its end has it with the traceback, and some of it puts modes where they were then."""
+        while error is not None and error is not self._outside:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
+
+
+@contextmanager
+def modes_as_before() -> Iterator[None]:
+    """After a Ctrl-C torch's modes of this thread are as before; nearly always, for another may come before the end."""
+    modes = Modes()
     try:
         yield
-    except KeyboardInterrupt:
-        torch.set_grad_enabled(gradients)
-        while count():
-            torch._C._pop_torch_function_stack()
-        for mode in modes:
-            torch._C._push_on_torch_function_stack(mode)
+    except KeyboardInterrupt as interrupt:
+        modes.restore(interrupt)
         raise

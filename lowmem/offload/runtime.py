@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._mapped_pages import holds
 from .._shared import start
-from ..engine.cleanup import join
+from ..engine.cleanup import join, undisturbed
 from ..engine.crew import compute_alone
 from ..errors import RunningError
 from ..memory import anonymous_memory
@@ -417,34 +417,41 @@ class Runtime:
 
     def close(self) -> None:
         """End the threads, and let go of buffers and mappings. Those that someone uses end with their last use."""
+        undisturbed(self._close)
+
+    def _close(self) -> None:
+        self._dismiss()
+        self._join(None)
         with self._lock:
-            self.closed = True
-            self._expected.clear()
-            self._wake.notify_all()
-            self._made.notify_all()
-            threads, self._threads = self._threads, []
-        for thread in threads:
-            if thread is not threading.current_thread():
-                join(thread)
-        with self._lock:
+            self._threads.clear()
             self.ring.clear()
             self.pointed_at = None
             self.files.close()
             self._made.notify_all()
         _living.discard(self)
 
+    def _dismiss(self) -> None:
+        """Tell the threads that it is over. They may still get at it."""
+        with self._lock:
+            self.closed = True
+            self._expected.clear()
+            self._wake.notify_all()
+            self._made.notify_all()
+
+    def _join(self, patience: float | None) -> None:
+        for thread in list(self._threads):
+            if thread is not threading.current_thread():
+                join(thread, patience)
+
     def __del__(self) -> None:
         # The threads see that it is gone. None of them is at work, or it would not be.
         if sys.is_finalizing():
             return
         with contextlib.suppress(Exception):
-            with self._lock:
-                # They may still get at it while this runs.
-                self.closed = True
-                self._wake.notify_all()
-            if threading.current_thread() not in self._threads:
-                for thread in self._threads:
-                    join(thread, _PATIENCE)
+            if threading.current_thread() in self._threads:
+                self._dismiss()
+            else:
+                undisturbed(self._dismiss, functools.partial(self._join, _PATIENCE))
 
 
 def _work(of: weakref.ref[Runtime], wake: threading.Condition) -> None:

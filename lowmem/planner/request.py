@@ -20,7 +20,7 @@ from ..errors import OptionError
 from ..mapping.presets import find_preset
 from ..mapping.records import KeyRules, RenameRule
 from ..mapping.transforms import Transform
-from ..modeling.alone import modes_as_before
+from ..modeling.alone import Modes
 from ..modeling.int8_choice import Int8Request
 from ..sizes import parse_size, shown
 from .budget import MIN_STAGING
@@ -76,8 +76,13 @@ def checks_names(verb: Callable[P, R]) -> Callable[P, R]:
             if not near and "model_kwargs" in known:
                 hint = "; what is an attribute of the model's config goes into model_kwargs="
             raise TypeError(f"{verb.__name__}() got an unexpected keyword argument {shown(unknown)}{hint}")
-        with modes_as_before():
+        modes = Modes()
+        # No `with`: its end is Python's code, in which a second Ctrl-C would leave them.
+        try:
             return verb(*args, **options)
+        except KeyboardInterrupt as interrupt:
+            modes.restore(interrupt)
+            raise
 
     return checked
 
