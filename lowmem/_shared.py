@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
+from .errors import LowmemError
+
 # Made once each, at import or for one of few names, and there to the end.
 _locks: list[Any] = []
 _changes: list[Shared] = []
@@ -27,6 +29,23 @@ def lasting_lock() -> Any:
     return lock
 
 
+def interrupt_behind(error: BaseException, outside: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C that has led to an error of other code; None where none has, or where a user's code made it another.
+
+    Args:
+        error: that came out.
+        outside: what was being handled before.
+    """
+    if type(error).__module__ != "builtins" and not isinstance(error, LowmemError):
+        return None
+    before = error.__context__
+    while before is not None and before is not outside:
+        if isinstance(before, KeyboardInterrupt):
+            return before
+        before = before.__context__
+    return None
+
+
 @contextmanager
 def interrupts_first() -> Iterator[None]:
     """An error of other code that a Ctrl-C has led to comes out as that Ctrl-C."""
@@ -34,11 +53,9 @@ def interrupts_first() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        before = error.__context__
-        while before is not None and before is not outside:
-            if isinstance(before, KeyboardInterrupt):
-                raise before from None
-            before = before.__context__
+        interrupt = interrupt_behind(error, outside)
+        if interrupt is not None:
+            raise interrupt from None
         raise
 
 

@@ -101,7 +101,7 @@ def attempt(name, at, begin, end):
         wrong.append(f"{name}: {traceback.format_exc()}"[-1500:])
         return True
     end()
-    if foreign and all(foreign):
+    if any(foreign):
         # Nobody puts `no_grad` and `device` right, of `borrowed` and of models' forwards.
         torch.set_grad_enabled(True)
         while torch._C._len_torch_function_stack():

@@ -292,7 +292,7 @@ def test_a_thread_looks_where_a_process_cannot(monkeypatch, obstacle):
     elif obstacle == "frozen":
         monkeypatch.setattr(sys, "frozen", True, raising=False)
     else:
-        monkeypatch.setattr(memory.subprocess, "Popen", refuse)
+        monkeypatch.setattr(os, "posix_spawn", refuse)
     with memory.measure() as measured:
         held = bytearray(32 * MIB)
     assert measured.method == "thread"

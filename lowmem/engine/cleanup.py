@@ -77,12 +77,26 @@ def join(thread: threading.Thread, timeout: float | None = None) -> None:
     """Wait, or so many seconds, for the end of a thread whose start a Ctrl-C may have cut short: it may be about to
     begin, and its own `join` would refuse it.
     """
-    for _ in range(1000):
-        if thread.is_alive() or thread not in threading.enumerate():
-            break
-        time.sleep(0.001)
+    if not _has_begun(thread):
+        # `Thread.start` is Python's code. A Ctrl-C in it may leave the lock taken under which the thread says that it
+        # runs, and waits for it for ever; or it comes before there is a thread, and this one only seems to be.
+        lock = getattr(getattr(getattr(thread, "_started", None), "_cond", None), "_lock", None)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            lock.release()  # type: ignore[union-attr]
+            _has_begun(thread)
+        if thread.ident is None:
+            getattr(threading, "_limbo", {}).pop(thread, None)
     if thread.ident is not None:
         thread.join(timeout)
+
+
+def _has_begun(thread: threading.Thread) -> bool:
+    """Wait a second for it; one that was never started has begun as far as it ever will."""
+    for _ in range(1000):
+        if thread.is_alive() or thread not in threading.enumerate():
+            return True
+        time.sleep(0.001)
+    return False
 
 
 def open_into(fds: list[int], path: Path, flags: int, mode: int = 0o777) -> None:

@@ -101,13 +101,11 @@ def iterate(plan: LoadPlan, window: int) -> Generator[tuple[str, torch.Tensor], 
             yield placement.target, whole.pop(placement)
         feed.finish()
     finally:
-        # A fork takes no threads along, and locks as they were.
-        if os.getpid() == process:
-            # Twice: a Ctrl-C may be raised where `undisturbed` is entered, before it can do anything.
-            try:
-                undisturbed(crew.end)
-            finally:
-                undisturbed(crew.end)
+        # Twice: a Ctrl-C may be raised where `undisturbed` is entered, before it can do anything.
+        try:
+            undisturbed(crew.end)
+        finally:
+            undisturbed(crew.end)
 
 
 def _collect(finished: list[Done] | None, whole: dict[Placement, torch.Tensor]) -> None:

@@ -72,18 +72,21 @@ class Modes:
     """Torch's modes of this thread.
 
     `torch.no_grad` and `torch.device` are changed and changed back by Python's code, and a Ctrl-C in it leaves them.
+
+    Attributes:
+        outside: the error that is being handled meanwhile, if any.
     """
 
     def __init__(self) -> None:
         self._gradients = torch.is_grad_enabled()
         self._stack = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
-        self._outside = sys.exc_info()[1]
+        self.outside = sys.exc_info()[1]
 
-    def restore(self, interrupt: KeyboardInterrupt) -> None:
-        """They are as they were, whatever further Ctrl-C comes meanwhile."""
+    def restore(self, error: BaseException) -> None:
+        """They are as they were before this error, whatever further Ctrl-C comes meanwhile."""
         while True:
             try:
-                self._end_all(interrupt)
+                self._end_all(error)
                 torch.set_grad_enabled(self._gradients)
                 while torch._C._len_torch_function_stack():
                     torch._C._pop_torch_function_stack()
@@ -95,7 +98,7 @@ class Modes:
 
     def _end_all(self, error: BaseException | None) -> None:
         """What a Ctrl-C kept from its end has it with the traceback, and some of it puts modes where they were then."""
-        while error is not None and error is not self._outside:
+        while error is not None and error is not self.outside:
             traceback.clear_frames(error.__traceback__)
             error = error.__context__
 

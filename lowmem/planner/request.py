@@ -15,6 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
+from .._shared import interrupt_behind
 from ..dtypes import parse_dtype
 from ..errors import OptionError
 from ..mapping.presets import find_preset
@@ -83,6 +84,13 @@ def checks_names(verb: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt as interrupt:
             modes.restore(interrupt)
             raise
+        except Exception as error:
+            # What a Ctrl-C left half done, another's code may have met.
+            behind = interrupt_behind(error, modes.outside)
+            if behind is None:
+                raise
+            modes.restore(error)
+            raise behind from None
 
     return checked
 
