@@ -239,6 +239,20 @@ def test_the_byte_order_of_a_numpy_type_is_what_its_state_says(
     assert entries["a"].swapped == (swapped if copied or kind == ">i2" else False)
 
 
+def test_an_array_whose_state_has_no_version(file: Path) -> None:
+    """numpy takes it still."""
+    values = np.arange(4, dtype="<i2")
+    _, _, state = values.__reduce__()
+
+    class Old:
+        def __reduce__(self) -> Any:
+            return (*values.__reduce__()[:2], state[1:])
+
+    save({"y": Old()}, file)
+    assert np.array_equal(loaded(file)["y"], values)
+    assert list(check(file)) == ["y"]
+
+
 def test_a_numpy_type_that_is_perhaps_a_copy_is_refused(file: Path) -> None:
     save({"a": np.arange(4, dtype="<i2")}, file, protocol=3)
     odd = rewritten(file, file.with_suffix(".odd"), lambda name, data: data.replace(b"\x89\x88\x87", b"\x89]\x87"))

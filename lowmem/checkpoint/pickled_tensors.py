@@ -331,11 +331,12 @@ class Tensors(Machine):
         return super().build(thing, state)
 
     def _array(self, thing: Inert, state: tuple[Any, ...]) -> Any:
-        """State of an array: version, shape, dtype, whether column-major, its bytes."""
-        if len(state) != 5:
+        """State of an array: version (before numpy 1.0 none), shape, dtype, whether column-major, its bytes."""
+        if len(state) not in (4, 5):
             return super().build(thing, state)
-        data = self.span_of(state[4]) if type(state[4]) is str else state[4]
-        return self._leaf_of_array(data, state[2], state[1], bool(state[3])) or super().build(thing, state)
+        size, kind, columns, data = state[-4:]
+        data = self.span_of(data) if type(data) is str else data
+        return self._leaf_of_array(data, kind, size, bool(columns)) or super().build(thing, state)
 
     def _from_buffer(self, what: Global, args: tuple[Any, ...]) -> Any:
         """`_frombuffer(bytes, dtype, shape, order, axes)`: with axes it is of that shape before they are permuted."""

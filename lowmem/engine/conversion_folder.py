@@ -147,7 +147,8 @@ class ConversionFolder:
         others = sorted(names - ours if state else names - {HIDDEN})
         if not state and {file.name for file in self._plan.files} <= names:
             # Of a run that was killed behind its last step.
-            self._empty()
+            with contextlib.suppress(OSError):
+                self._empty()
             raise OutputError(
                 f"{self.out}: holds a finished checkpoint already; lowmem check looks whether it is whole; "
                 "give another folder, or remove this one"

@@ -84,10 +84,15 @@ def _execute(guard: Guard, data: bytes, folder: Path) -> None:
 
 
 def _check_same(out: Path, wanted: dict[str, bytes]) -> None:
-    links = [path.name for path in out.iterdir() if path.is_symlink() or not path.is_file()]
+    inside = list(out.iterdir())
+    hidden = out / HIDDEN
+    if hidden.is_dir() and not hidden.is_symlink() and any(path.is_dir() for path in hidden.iterdir()):
+        # A folder that someone else made in it stays, and so does the one around it.
+        inside.remove(hidden)
+    links = [path.name for path in inside if path.is_symlink() or not path.is_file()]
     if links:
         raise Broken(f"links or folders in what was made: {links}")
-    found = {path.name: path.read_bytes() for path in out.iterdir()}
+    found = {path.name: path.read_bytes() for path in inside}
     if found != wanted:
         names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise Broken(f"other than what an undisturbed conversion makes: {names}")

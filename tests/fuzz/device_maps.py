@@ -83,7 +83,7 @@ def _read(data: bytes) -> tuple[Any, bool]:
         return dict(pairs)
 
     try:
-        table = json.loads(data.decode("utf-8"), object_pairs_hook=as_table)
+        table = json.loads(data, object_pairs_hook=as_table)
     except (ValueError, RecursionError):
         return None, False
     return (table if isinstance(table, dict) else None), any(twice)

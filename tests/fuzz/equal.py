@@ -33,4 +33,5 @@ def check_same(tensor: torch.Tensor, other: torch.Tensor) -> str:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
+    # Not `contiguous`: what has one element is that, whatever its stride, and `view` is particular.
+    return tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)

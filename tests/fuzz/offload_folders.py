@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import nn
 
 import lowmem
@@ -65,13 +65,19 @@ def _execute(guard: Guard, data: bytes, folder: Path) -> None:
         (folder / "off" / fingerprint[:16] / INDEX).write_bytes(data)
         files = {_DATA: ["sound"]}
     scenes.make(files, folder / "off", {_DATA: held}, known, _TIME)
+    believed = any(node[0] == "damaged" for node in files.values())
     model = _model(folder)
     made = guard.run(lambda: _load(model, folder / "off"), size=len(data), read=model, write=folder / "off")
     scenes.check_elsewhere(folder / "elsewhere")
     if made is None:
         return
+    there = (folder / "off" / fingerprint[:16] / "offload-00001-of-00001.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(held[:8], "little")
+    if believed and (len(there), there[:begin]) == (len(held), held[:begin]):
+        # A tensor's bytes are believed where size, time and header are as they were written: SECURITY.md.
+        return
     check_equal({"y": made}, {"y": _forward(_CAST)})
-    check_equal(load_file(folder / "off" / fingerprint[:16] / "offload-00001-of-00001.safetensors"), _CAST)
+    check_equal(load(there), _CAST)
 
 
 def _first(folder: Path) -> tuple[str, bytes]:
