@@ -38,11 +38,12 @@ def interrupt_behind(error: BaseException, outside: BaseException | None) -> Key
     """
     if type(error).__module__ != "builtins" and not isinstance(error, LowmemError):
         return None
-    before = error.__context__
-    while before is not None and before is not outside:
+    while (before := error.__context__) is not None and before is not outside:
+        if error.__suppress_context__ and error.__cause__ is None:
+            break  # Whoever said `from None` meant it.
         if isinstance(before, KeyboardInterrupt):
             return before
-        before = before.__context__
+        error = before
     return None
 
 

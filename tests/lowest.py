@@ -44,7 +44,6 @@ TESTS = (
     "test_reading",
     "test_readme",
     "test_running_equal",
-    "test_stream",
     "test_torch_files",
     "test_trainers",
 )

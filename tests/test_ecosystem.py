@@ -336,7 +336,16 @@ def test_the_device_map_is_left_on_the_model_as_accelerate_leaves_it(
     device_map: Any, options: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
     ours = lowmem.load(folder, device_map=device_map, dispatch="accelerate", **options).model
-    other = theirs(folder, device_map=device_map, offload_folder=tmp_path / "off", **options)
+    try:
+        other = theirs(folder, device_map=device_map, offload_folder=tmp_path / "off", **options)
+    except ValueError as error:
+        if "offload the whole model to the disk" not in str(error):
+            raise
+        # Theirs before accelerate 1.15.
+        other = theirs(folder, device_map="cpu")
+        assert ours.hf_device_map == {"": "disk"}
+        assert same(outputs_of(ours), outputs_of(other))
+        return
     assert getattr(ours, "hf_device_map", None) == getattr(other, "hf_device_map", None)
     assert same(outputs_of(ours), outputs_of(other))
 

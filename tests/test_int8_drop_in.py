@@ -116,6 +116,8 @@ def test_a_checkpoint_in_bf16(own: Folder, bitsandbytes: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_checkpoint_that_is_int8_already(kind: str, saved: Folder, tmp_path: Path, bitsandbytes: Any) -> None:
+    if bitsandbytes.__version__ < "0.50":
+        pytest.skip("transformers' own model has other scales in its first forward with this bitsandbytes")
     make = AutoModelForCausalLM.from_pretrained
     make(saved(kind), quantization_config=in_8bit(llm_int8_threshold=3.0)).save_pretrained(tmp_path)
     theirs = make(tmp_path)

@@ -9,12 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from test_many_loads import run
 
+import lowmem
 from lowmem import cli
+from lowmem._shared import start
+from lowmem.engine.cleanup import join
 from lowmem.errors import ModelError
 
 pytestmark = [
@@ -361,3 +368,61 @@ def test_an_interrupted_command_ends_with_130_and_a_message_and_no_traceback(tmp
         assert "Traceback" not in ended.stderr, (name, ended.stderr)
         assert ("interrupted" in ended.stderr) == (ended.returncode == 130), (name, ended)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_a_thread_whose_start_left_its_lock_taken_is_freed_and_joined() -> None:
+    """A Ctrl-C may come between the lock of `Thread._started` and what gives it back."""
+    done: list[bool] = []
+    thread = threading.Thread(target=lambda: done.append(True), daemon=True)
+    began: Any = vars(thread)["_started"]
+
+    def interrupted(timeout: float | None = None) -> bool:
+        raise KeyboardInterrupt
+
+    began._cond.__enter__()
+    began.wait = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        start(thread)
+    assert not done
+    join(thread)
+    assert done
+    assert thread not in threading.enumerate()
+
+
+def test_a_thread_that_a_ctrl_c_kept_from_being_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Thread.start` notes it before there is one."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    thread = threading.Thread(target=print, daemon=True)
+    name = "_start_joinable_thread" if hasattr(threading, "_start_joinable_thread") else "_start_new_thread"
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            start(thread)
+    assert thread in threading.enumerate()
+    join(thread)
+    assert thread not in threading.enumerate()
+
+
+def test_an_error_of_python_that_a_ctrl_c_led_to_comes_out_as_it(tmp_path: Path) -> None:
+    def model() -> object:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+
+    def of_a_user() -> object:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise EOFError from None
+
+    save_file({"weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            lowmem.plan(tmp_path / "a.safetensors", model=model)
+        assert not torch.is_grad_enabled()
+    with pytest.raises(ModelError):
+        lowmem.plan(tmp_path / "a.safetensors", model=of_a_user)

@@ -252,8 +252,16 @@ def _plan_of(model: Any, kind: str) -> dict[str, str]:
 
 def _divide_parameters(model: Any, mesh: Any, plan: dict[str, str]) -> None:
     """What `maybe_distribute_model` does to parameters, without the hooks that would talk to other ranks."""
-    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+    import transformers
 
+    # Where it is found in every version that is allowed.
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    if not hasattr(model, "_expand_parallel_plan"):
+        raise OptionError(
+            "mesh: the plans of transformers' models need transformers 5.23 or newer, found "
+            f"{transformers.__version__}; update it, or divide the model yourself and give it as model="
+        )
     parameters = dict(model.named_parameters())
     for name, style in model._expand_parallel_plan(plan).items():
         if name in parameters:

@@ -42,6 +42,8 @@ def dispatch_by_hooks(model: nn.Module, plan: LoadPlan, rules: Rules) -> None:
             state_dict=_held(model, plan),
             offload_index=offload_index(plan),
             skip_keys=list(rules.skip_keys) or None,
+            # Before 1.15 it takes a whole model on disk so only.
+            force_hooks=devices == {"disk"},
         )
     # Its hooks import bitsandbytes, which takes seconds.
     if any(is_bitsandbytes(module) for module in model.modules()):
