@@ -132,7 +132,9 @@ class ProcessSampler:
         interrupt = None
         while True:
             try:
-                self.give_up()
+                # Attributes that a Ctrl-C kept from being are of nothing that was begun.
+                with contextlib.suppress(AttributeError):
+                    self.give_up()
                 break
             except KeyboardInterrupt as error:
                 interrupt = error

@@ -22,6 +22,10 @@ _locks: list[Any] = []
 _changes: list[Shared] = []
 
 
+# Seconds; it takes a thousandth of one.
+_BEGINS_WITHIN = 20.0
+
+
 def lasting_lock() -> Any:
     """A lock for a module: an `RLock` that no child finds held by a thread that it does not have."""
     lock = threading.RLock()
@@ -64,11 +68,18 @@ def start(thread: threading.Thread) -> None:
     """Start a thread.
 
     Raises:
-        RuntimeError: the system has none. As Python says it, which says the same of a lock of its own where a second
-            Ctrl-C came: that one comes out as what it is.
+        RuntimeError: the system has none, or no memory for one. As Python says it, which says the same of a lock of its
+            own where a second Ctrl-C came: that one comes out as what it is.
     """
+    # One that finds no memory ends before it says that it runs, and Python waits for that without end.
+    began: Any = getattr(thread, "_started", None)
+    if began is not None:
+        began.wait = functools.partial(began.wait, _BEGINS_WITHIN)
     with interrupts_first():
         thread.start()
+    if began is not None and not began.is_set():
+        getattr(threading, "_limbo", {}).pop(thread, None)
+        raise RuntimeError("can't start new thread: it ended before it began")
 
 
 class Stop:

@@ -253,7 +253,7 @@ _OURS = (*map(os.path.realpath, _KNOWN), "/usr/", "/lib", "/etc/")
 
 def _note(event: str, args: tuple[Any, ...], roots: tuple[str, ...], seen: list[str]) -> None:
     """Keep what no input may cause: code that runs, a socket, a file that is written or read outside of `roots`."""
-    if event == "subprocess.Popen" and _SAMPLER in args[1]:
+    if event == "os.posix_spawn" and _SAMPLER in args[1]:
         return
     if event.startswith(_CODE) or event in ("socket.connect", "socket.bind"):
         seen.append(f"{event} {args!r}"[:300])

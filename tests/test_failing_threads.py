@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ import pytest
 from fault_shim import under_shim
 
 import lowmem
-from lowmem import memory
+from lowmem import _shared
 
 _ALL = failing.is_full()
 
@@ -46,9 +47,19 @@ def test_a_measurement_without_a_sampler_has_its_start_and_end(monkeypatch: pyte
     def refuse_thread(_: threading.Thread) -> NoReturn:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(memory.subprocess, "Popen", refuse)
+    monkeypatch.setattr(os, "posix_spawn", refuse)
     monkeypatch.setattr(threading.Thread, "start", refuse_thread)
     with lowmem.measure() as measured:
         pass
     assert measured.method == "thread"
     assert measured.gap == pytest.approx(measured.seconds)
+
+
+def test_a_thread_that_ends_before_it_begins_is_one_that_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of memory: Python alone would wait for it without end."""
+    monkeypatch.setattr(_shared, "_BEGINS_WITHIN", 0.05)
+    thread = threading.Thread(target=print, daemon=True)
+    monkeypatch.setattr(thread, "_bootstrap", lambda: None)
+    with pytest.raises(RuntimeError, match="it ended before it began"):
+        _shared.start(thread)
+    assert thread not in threading.enumerate()
