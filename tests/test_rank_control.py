@@ -38,12 +38,17 @@ NO_WORD = "ended without a word (killed, or its machine is gone)"
 
 
 def attempt(play: Callable[..., Any], *args: Any) -> Any:
-    """What `play` gives, or its error; and no thread is left by it."""
+    """What `play` gives, or its error; and no thread is left by it, or none that does not end by itself."""
     try:
         result = play(*args)
     except BaseException as error:
         result = f"{type(error).__name__}: {error}"
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("lowmem")]
+    until = time.monotonic() + 30
+    # A load waits some seconds for them, which on a machine that does much else are not enough.
+    while left := [thread.name for thread in threading.enumerate() if thread.name.startswith("lowmem")]:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.05)
     return f"{result}, and threads are left: {left}" if left else result
 
 

@@ -238,7 +238,8 @@ class Guard:
         text = os.fsdecode(path)
         if _KERNEL.fullmatch(text):
             return True
-        return text.endswith((".py", ".pyc")) and _below(path, self._own)
+        # An import lists the folder of encodings when it has changed since.
+        return text.endswith((".py", ".pyc", "/encodings")) and _below(path, self._own)
 
 
 class Unwatched(Guard):
