@@ -245,6 +245,11 @@ def _lives(number: str) -> bool:
 def leftovers(folder: Path) -> list[str]:
     """Threads, open and mapped files of a folder, hidden files in it, child processes."""
     gc.collect()
+    # Those of a model that was dropped see by themselves that it is gone.
+    for _ in range(100):
+        if not threads_here():
+            break
+        time.sleep(0.05)
     found = [f"thread {name}" for name in threads_here()]
     found += [f"open {name}" for name in open_files(folder)]
     found += [f"mapped {name}" for name in mapped_files(folder)]
